@@ -74,6 +74,4 @@ class QTensor:
         return QTensor(self.values.abstract(), self.scale.abstract(), self.act_bits)
 
 
-jax.tree_util.register_dataclass(
-    QTensor, data_fields=["values", "scale"], meta_fields=["act_bits"]
-)
+jax.tree_util.register_dataclass(QTensor, data_fields=["values", "scale"], meta_fields=["act_bits"])

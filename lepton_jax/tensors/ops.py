@@ -36,7 +36,7 @@ def ragged_einsum(subscripts: str, x: jax.Array, w, group_sizes: jax.Array) -> j
       w: `[E, *out, *in]`.
       group_sizes: int32 `[E]`, summing to T.
     """
-    lead, outs, ins = _parse(subscripts, grouped=True)
+    lead, outs, _ = _parse(subscripts, grouped=True)
     if len(lead) != 1:
         raise ValueError(f"ragged_einsum {subscripts!r}: x has one row letter, found {lead!r}")
     groups, width = w.shape[0], math.prod(w.shape[1 + len(outs) :])

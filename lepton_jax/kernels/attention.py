@@ -1,0 +1,71 @@
+"""Attention behind one door: what a step's batch looks like, and which backend serves a platform.
+
+A backend is a module with `Q_TILE`, `cache_shape`, `write` and `attend`:
+`attention_xla.py` (CPU and GPU), `attention_tpu.py` (ragged paged attention in Pallas), and
+`attention_reference.py` (plain jnp, what the others are tested against).
+All speak of the same paged cache: one array per layer, cut into pages of Z tokens, page 0 a null page.
+"""
+
+import dataclasses
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class PagedBatch:
+    """Which tokens a step computes and where their rows keep keys and values.
+
+    Attributes:
+      positions: int32 `[T]`, place of each token in its row; -1 is padding.
+      rows: int32 `[T]`, the line of `page_table` that each token belongs to.
+      page_table: int32 `[R, W]`, page ids in order; 0 is the null page.
+      kv_lens: int32 `[R]`, tokens in the cache once this step's keys and values are written; 0 is idle.
+      cu_q_lens: int32 `[R + 1]`, prefix sums of the query tokens of each row.
+      num_seqs: int32 `[1]`, rows in use.
+    """
+
+    positions: jax.Array
+    rows: jax.Array
+    page_table: jax.Array
+    kv_lens: jax.Array
+    cu_q_lens: jax.Array
+    num_seqs: jax.Array
+
+
+jax.tree_util.register_dataclass(
+    PagedBatch,
+    data_fields=["positions", "rows", "page_table", "kv_lens", "cu_q_lens", "num_seqs"],
+    meta_fields=[],
+)
+
+
+def decode_batch(lengths: jax.Array, active: jax.Array, page_table: jax.Array) -> PagedBatch:
+    """One new token for each row.
+
+    Args:
+      lengths: int32 `[B]`, tokens already cached, which is the position of the new one.
+      active: bool `[B]`; the others are idle: they write to the null page and read nothing.
+      page_table: int32 `[B, W]`.
+    """
+    rows = jnp.arange(lengths.shape[0], dtype=jnp.int32)
+    return PagedBatch(
+        positions=jnp.where(active, lengths, -1),
+        rows=rows,
+        page_table=page_table,
+        kv_lens=jnp.where(active, lengths + 1, 0),
+        cu_q_lens=jnp.arange(lengths.shape[0] + 1, dtype=jnp.int32),
+        num_seqs=jnp.full((1,), lengths.shape[0], jnp.int32),
+    )
+
+
+def backend_for(platform: str) -> ModuleType:
+    """The attention backend of a platform name as jax gives it ("cpu", "gpu", "tpu")."""
+    if platform == "tpu":
+        from lepton_jax.kernels import attention_tpu  # Pallas TPU is only imported where it runs
+
+        return attention_tpu
+    from lepton_jax.kernels import attention_xla
+
+    return attention_xla

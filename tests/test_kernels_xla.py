@@ -1,0 +1,84 @@
+"""The XLA attention backend against the plain reference: ragged prefill, decode, windows, caps, idle rows."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lepton_jax.kernels import attention_reference, attention_xla
+from lepton_jax.kernels.attention import PagedBatch, backend_for, decode_batch
+
+K, G, H, Z, W, PAGES = 2, 3, 16, 8, 40, 90
+
+
+def filled_cache(rng, dtype):
+    shape = attention_xla.cache_shape(PAGES, Z, K, H)
+    return jnp.asarray(rng.normal(size=shape), dtype)
+
+
+def page_table(rng, rows):
+    return jnp.asarray(
+        rng.permutation(np.arange(1, PAGES))[: rows * 20].reshape(rows, 20), jnp.int32
+    )
+
+
+def prefill_batch(rng, spans, tile):
+    """Chunks (start, length) packed at multiples of the tile."""
+    positions, rows, ends, cu = [], [], [], [0]
+    for row, (start, length) in enumerate(spans):
+        padded = -(-length // tile) * tile
+        positions += [*range(start, start + length), *[-1] * (padded - length)]
+        rows += [row] * padded
+        ends.append(start + length)
+        cu.append(len(positions))
+    return PagedBatch(
+        *(jnp.asarray(a, jnp.int32) for a in (positions, rows)),
+        page_table(rng, len(spans)),
+        *(jnp.asarray(a, jnp.int32) for a in (ends, cu, [len(spans)])),
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("window", "soft_cap"), [(0, 0.0), (5, 0.0), (40, 0.0), (0, 2.0), (9, 3.0)]
+)
+@pytest.mark.parametrize("decode", [True, False])
+def test_matches_reference(decode, window, soft_cap, dtype):
+    rng = np.random.default_rng(0)
+    if decode:
+        lengths = jnp.asarray([0, 3, 150, 64, 7], jnp.int32)
+        rng_table = jnp.concatenate([page_table(rng, 4), jnp.zeros((1, 20), jnp.int32)])
+        batch = decode_batch(lengths, jnp.asarray([1, 1, 1, 1, 0], bool), rng_table)
+    else:
+        batch = prefill_batch(rng, [(0, 70), (130, 20), (0, 1)], attention_xla.Q_TILE)
+    tokens = batch.positions.shape[0]
+    q = jnp.asarray(rng.normal(size=(tokens, K, G, H)), jnp.float32)
+    new = [jnp.asarray(rng.normal(size=(tokens, K, H)), jnp.float32) for _ in range(2)]
+
+    def run(backend):
+        cache = backend.write(filled_cache(np.random.default_rng(1), dtype), *new, batch)
+        call = functools.partial(
+            backend.attend, decode=decode, scale=0.3, window=window, soft_cap=soft_cap
+        )
+        return jax.jit(call)(q, cache, batch)
+
+    got, expected = run(attention_xla), run(attention_reference)
+    np.testing.assert_allclose(got, expected, atol=2e-6 if dtype == jnp.float32 else 2e-2)
+
+
+def test_idle_rows_change_nothing_but_the_null_page():
+    rng = np.random.default_rng(0)
+    cache = filled_cache(rng, jnp.float32)
+    batch = decode_batch(
+        jnp.asarray([9, 4], jnp.int32), jnp.asarray([False, False]), page_table(rng, 2)
+    )
+    new = jnp.ones((2, K, H))
+    np.testing.assert_array_equal(attention_xla.write(cache, new, new, batch)[1:], cache[1:])
+    out = attention_xla.attend(jnp.ones((2, K, G, H)), cache, batch, decode=True, scale=1.0)
+    np.testing.assert_array_equal(out, 0)
+
+
+def test_cpu_and_gpu_share_a_backend():
+    assert backend_for("cpu") is backend_for("gpu") is attention_xla
