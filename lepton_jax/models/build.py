@@ -1,0 +1,68 @@
+"""From a config to a model without values, and from values to a callable decoder.
+
+`abstract_model` runs the NNX constructors on shapes only and keeps two things: the specs by path, for loaders and
+planners, and the graph. `Model.bind` puts leaves back, in the order of the specs; call it inside jit, where it costs
+tracing time and nothing else. A leaf may be any type of `lepton_jax.tensors`. No weights are read here:
+`lepton_jax/checkpoints`. Read next: `decoder.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from flax import nnx
+
+from lepton_jax.models.config import ModelConfig
+from lepton_jax.models.decoder import Decoder
+from lepton_jax.tensors import ParamSpec
+
+
+class Model:
+    """A decoder's parameter specs and the way back from leaves to the decoder.
+
+    Attributes:
+      config: what the decoder is.
+      specs: ParamSpec by path such as "layers.0.qkv", in the order in which `bind` takes leaves.
+    """
+
+    def __init__(self, config: ModelConfig, graph: nnx.GraphDef, variables: dict[tuple, Any]):
+        self.config = config
+        self._graph = graph
+        self._variables = variables
+        self.specs: dict[str, ParamSpec] = {
+            ".".join(map(str, path)): ParamSpec(
+                shape=tuple(variable.get_value().shape),
+                dtype=variable.get_value().dtype,
+                axes=variable.get_metadata("axes"),
+                inputs=variable.get_metadata("inputs"),
+            )
+            for path, variable in variables.items()
+        }
+
+    def bind(self, leaves: Sequence[Any]) -> Decoder:
+        """The decoder holding `leaves`, one per spec, in their order. Raises ValueError on another number."""
+        if len(leaves) != len(self._variables):
+            raise ValueError(
+                f"{len(leaves)} leaves for {len(self._variables)} parameters: pass one per entry of specs"
+            )
+        bound = {
+            path: variable.replace(leaf)
+            for (path, variable), leaf in zip(self._variables.items(), leaves, strict=True)
+        }
+        return nnx.merge(self._graph, nnx.State.from_flat_path(bound))
+
+
+def abstract_model(config: ModelConfig, dtype: Any, activation_dtype: Any) -> Model:
+    """The model of a config, without values.
+
+    Args:
+      config: sizes and quirks.
+      dtype: storage dtype of weights and biases; norm scales and RoPE factors are float32.
+      activation_dtype: dtype of the residual stream and of q, k, v.
+    """
+    decoder = nnx.eval_shape(lambda: Decoder(config, dtype, activation_dtype))
+    graph, state = nnx.split(decoder)
+    variables = dict(nnx.to_flat_state(state))
+    order = sorted(variables, key=lambda path: (path[0] != "embed", path[0] != "layers", path))
+    return Model(config, graph, {path: variables[path] for path in order})

@@ -1,0 +1,200 @@
+"""The one decoder: every family is this module with another `ModelConfig`.
+
+The alphabet, used in every einsum and shape comment of the repository: B rows, T query tokens, S cached tokens,
+N query heads, K kv heads, G = N/K, J = G+2 (a kv head's packed q..q, k, v), H head dim, D model dim, F ffn dim,
+V vocab, E experts, P pages, Z page size, L layers.
+
+Flax NNX describes the parameters here and `build.py` takes them apart; at run time the methods are plain functions of
+arrays. Layers are unrolled: scanning over stacked layers copies weights or caches. Attention and its cache belong to
+the caller, who passes `attend`. Read next: `build.py`, `lepton_jax/kernels/attention.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lepton_jax.models.config import NO_ROPE, ModelConfig
+from lepton_jax.models.moe import experts_ffn
+from lepton_jax.models.rope import rope_table, rotate
+from lepton_jax.tensors import einsum, take
+
+ACTIVATION_FUNCTIONS = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+}
+
+
+def param(shape: tuple[int, ...], axes: tuple[str, ...], dtype: Any, inputs: int = 0) -> nnx.Param:
+    """A parameter that carries the metadata of its ParamSpec."""
+    return nnx.Param(jnp.zeros(shape, dtype), axes=axes, inputs=inputs)
+
+
+def norm_param(size: int, axis: str) -> nnx.Param:
+    """Norm scales stay float32: they cost nothing, and Gemma's 1 + w would lose bits in bfloat16."""
+    return param((size,), (axis,), jnp.float32)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) * scale over the last axis, in float32; keeps x's dtype."""
+    wide = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (wide * inverse * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def soft_cap(x: jax.Array, cap: float) -> jax.Array:
+    """cap * tanh(x / cap); a cap of 0 leaves x as it is."""
+    return cap * jnp.tanh(x / cap) if cap else x
+
+
+class Layer(nnx.Module):
+    """Attention and ffn of one layer; its parameters are the paths below `layers.{i}.`"""
+
+    def __init__(self, config: ModelConfig, index: int, dtype: Any):
+        c = config
+        self.config, self.index = config, index
+        K, G, H, D = c.num_kv_heads, c.group, c.head_dim, c.hidden_size
+        self.attn_norm = norm_param(D, "embed")
+        self.qkv = param(
+            (K, G + 2, H, D), ("kv_heads", "qkv", "head_dim", "embed"), dtype, inputs=1
+        )
+        self.out = param((D, K, G, H), ("embed", "kv_heads", "group", "head_dim"), dtype, inputs=3)
+        self.ffn_norm = norm_param(D, "embed")
+        if c.qkv_bias:
+            self.qkv_bias = param((K, G + 2, H), ("kv_heads", "qkv", "head_dim"), dtype)
+        if c.out_bias:
+            self.out_bias = param((D,), ("embed",), dtype)
+        if c.qk_norm:
+            self.q_norm = norm_param(H, "head_dim")
+            self.k_norm = norm_param(H, "head_dim")
+        if c.post_norms:
+            self.attn_post_norm = norm_param(D, "embed")
+            self.ffn_post_norm = norm_param(D, "embed")
+        self._make_ffn(dtype)
+
+    def _make_ffn(self, dtype: Any):
+        c, (F, D, E) = (
+            self.config,
+            (self.config.ffn_size, self.config.hidden_size, self.config.num_experts),
+        )
+        if E:
+            axes = ("experts", "gate_up", "ffn", "embed")
+            self.router = param((E, D), ("experts", "embed"), dtype, inputs=1)
+            self.experts_gate_up = param((E, 2, F, D), axes, dtype, inputs=1)
+            self.experts_down = param((E, D, F), ("experts", "embed", "ffn"), dtype, inputs=1)
+            return
+        self.gate_up = param((2, F, D), ("gate_up", "ffn", "embed"), dtype, inputs=1)
+        self.down = param((D, F), ("embed", "ffn"), dtype, inputs=1)
+        if c.ffn_bias:
+            self.gate_up_bias = param((2, F), ("gate_up", "ffn"), dtype)
+            self.down_bias = param((D,), ("embed",), dtype)
+
+    def __call__(self, x: jax.Array, table, cache, attend: Callable) -> tuple[jax.Array, Any]:
+        """x `[T, D]`; table: this layer's cos and sin, or None where it has no RoPE."""
+        eps = self.config.norm_eps
+        attention, cache = self.attention(self._norm(x, "attn_norm"), table, cache, attend)
+        if self.config.post_norms:
+            attention = rms_norm(attention, self.attn_post_norm.get_value(), eps)
+        x = x + attention
+        ffn = self.ffn(self._norm(x, "ffn_norm"))
+        if self.config.post_norms:
+            ffn = rms_norm(ffn, self.ffn_post_norm.get_value(), eps)
+        return x + ffn, cache
+
+    def attention(self, x: jax.Array, table, cache, attend: Callable) -> tuple[jax.Array, Any]:
+        """Projections, q/k norms, RoPE and the caller's attention: `[T, D]` and the layer's new cache."""
+        c, G = self.config, self.config.group
+        qkv = einsum("TD,KJHD->TKJH", x, self.qkv.get_value())
+        if c.qkv_bias:
+            qkv = qkv + self.qkv_bias.get_value().astype(qkv.dtype)
+        q, k, v = qkv[:, :, :G], qkv[:, :, G], qkv[:, :, G + 1]
+        if c.qk_norm:
+            q, k = self._norm(q, "q_norm"), self._norm(k, "k_norm")
+        if table is not None:
+            q, k = rotate(q, table), rotate(k, table)
+        out, cache = attend(
+            q,
+            k,
+            v,
+            cache,
+            scale=c.attn_scale,
+            window=c.layer_windows[self.index],
+            soft_cap=c.attn_soft_cap,
+        )
+        y = einsum("TKGH,DKGH->TD", out.astype(x.dtype), self.out.get_value())
+        return (y + self.out_bias.get_value().astype(y.dtype) if c.out_bias else y), cache
+
+    def ffn(self, x: jax.Array) -> jax.Array:
+        """The gated ffn, dense or of experts: `[T, D]` to `[T, D]`."""
+        c, activation = self.config, ACTIVATION_FUNCTIONS[self.config.activation]
+        if c.num_experts:
+            leaves = (self.router, self.experts_gate_up, self.experts_down)
+            leaves = tuple(leaf.get_value() for leaf in leaves)
+            return experts_ffn(x, *leaves, config=c, activation=activation)
+        hidden = einsum("TD,CFD->TCF", x, self.gate_up.get_value())
+        if c.ffn_bias:
+            hidden = hidden + self.gate_up_bias.get_value().astype(hidden.dtype)
+        y = einsum("TF,DF->TD", activation(hidden[:, 0]) * hidden[:, 1], self.down.get_value())
+        return y + self.down_bias.get_value().astype(y.dtype) if c.ffn_bias else y
+
+    def _norm(self, x: jax.Array, name: str) -> jax.Array:
+        return rms_norm(x, getattr(self, name).get_value(), self.config.norm_eps)
+
+
+class Decoder(nnx.Module):
+    """Tokens to hidden states to logits."""
+
+    def __init__(self, config: ModelConfig, dtype: Any, activation_dtype: Any):
+        self.config, self.activation_dtype = config, activation_dtype
+        V, D = config.vocab_size, config.hidden_size
+        self.embed = param((V, D), ("vocab", "embed"), dtype, inputs=1)
+        self.layers = nnx.List([Layer(config, i, dtype) for i in range(config.num_layers)])
+        self.final_norm = norm_param(D, "embed")
+        if not config.tie_embeddings:
+            self.head = param((V, D), ("vocab", "embed"), dtype, inputs=1)
+        if config.rope_factor_sets:
+            shape = (config.rope_factor_sets, config.ropes[0].dim // 2)
+            self.rope_factors = param(shape, ("rope_sets", "rope_pairs"), jnp.float32)
+
+    def __call__(
+        self, tokens: jax.Array, positions: jax.Array, caches: tuple, attend: Callable
+    ) -> tuple[jax.Array, tuple]:
+        """Runs every layer over a flat batch of tokens.
+
+        Args:
+          tokens: i32 `[T]`.
+          positions: i32 `[T]`, place of each token in its own text; -1 for padding.
+          caches: one opaque cache per layer.
+          attend: `attend(q [T,K,G,H], k [T,K,H], v [T,K,H], cache, *, scale, window, soft_cap)` returns
+            (out `[T,K,G,H]`, the layer's new cache); window and soft_cap are 0 where there is none.
+
+        Returns:
+          Hidden states `[T, D]` after the final norm, and the new caches.
+        """
+        c = self.config
+        if len(caches) != c.num_layers:
+            raise ValueError(f"{len(caches)} caches for {c.num_layers} layers: pass one per layer")
+        x = take(self.embed.get_value(), tokens, self.activation_dtype)
+        if c.embed_scale != 1.0:
+            x = x * jnp.asarray(c.embed_scale, x.dtype)
+        factors = self.rope_factors.get_value() if c.rope_factor_sets else None
+        tables = [
+            rope_table(rope, positions, context_len=c.context_len, factors=factors)
+            for rope in c.ropes
+        ]
+        new_caches = []
+        for layer, rope, cache in zip(self.layers, c.layer_ropes, caches, strict=True):
+            x, cache = layer(x, None if rope == NO_ROPE else tables[rope], cache, attend)
+            new_caches.append(cache)
+        return rms_norm(x, self.final_norm.get_value(), c.norm_eps), tuple(new_caches)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Logits f32 `[R, V]` of hidden states `[R, D]`, which are already normed."""
+        table = self.embed if self.config.tie_embeddings else self.head
+        scores = einsum("RD,VD->RV", hidden.astype(jnp.float32), table.get_value())
+        return soft_cap(scores, self.config.final_soft_cap)
