@@ -1,0 +1,46 @@
+"""The named combinations behind `compression.preset`, and their application to a model's parameters.
+
+A preset is a list of rules. Norm scales, biases and expert routers stay as they are: they cost nothing and routing
+is sensitive to them.
+"""
+
+from collections.abc import Callable, Mapping
+
+from lepton_jax.compression.quantize import Int8, quantize, quantize_spec
+from lepton_jax.compression.rules import Rule, assign
+from lepton_jax.tensors import ParamSpec
+
+_MATRICES = r"embed|head|layers\.\d+\.(qkv|out|gate_up|down|experts_gate_up|experts_down)"
+
+PRESETS: dict[str, list[Rule[Int8]]] = {
+    "none": [],
+    "int8": [Rule(_MATRICES, Int8(act_bits=16))],
+    "w8a8": [Rule(_MATRICES, Int8(act_bits=8))],
+}
+
+
+def preset_rules(name: str) -> list[Rule[Int8]]:
+    """The rules of a preset. Raises ValueError on an unknown name."""
+    if name not in PRESETS:
+        raise ValueError(f"compression.preset={name!r} is unknown: allowed are {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def compressor(rules: list[Rule[Int8]], paths) -> Callable:
+    """`compress(path, spec, array) -> leaf` for the loader; `paths` are all parameter paths of the model."""
+    actions = assign(rules, paths)
+
+    def compress(path: str, spec: ParamSpec, array):
+        scheme = actions.get(path)
+        return array if scheme is None else quantize(array, spec.inputs, scheme)
+
+    return compress
+
+
+def compress_specs(rules: list[Rule[Int8]], specs: Mapping[str, ParamSpec]) -> dict:
+    """The specs of the compressed model, without touching a weight."""
+    actions = assign(rules, specs)
+    return {
+        path: quantize_spec(spec, actions[path]) if path in actions else spec
+        for path, spec in specs.items()
+    }

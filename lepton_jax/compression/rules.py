@@ -1,0 +1,45 @@
+"""One grammar for every method of compression: ordered regular expressions over parameter paths.
+
+The first rule whose pattern matches the whole path wins; a path that no rule matches is left as it is; a rule that
+no path uses is an error, because it is nearly always a misspelt path.
+"""
+
+import re
+from collections.abc import Iterable
+from typing import Generic, NamedTuple, TypeVar
+
+T = TypeVar("T")
+
+
+class Rule(NamedTuple, Generic[T]):
+    """`action` for the paths that `pattern` matches as a whole."""
+
+    pattern: str
+    action: T
+
+
+def assign(rules: Iterable[Rule[T]], paths: Iterable[str]) -> dict[str, T]:
+    """The action of each path that has one. Raises ValueError on a bad pattern or a rule that nothing uses."""
+    compiled = [(rule, _compile(rule.pattern)) for rule in rules]
+    paths = list(paths)
+    unused = {rule.pattern for rule, _ in compiled}
+    actions = {}
+    for path in paths:
+        for rule, pattern in compiled:
+            if pattern.fullmatch(path):
+                actions[path] = rule.action
+                unused.discard(rule.pattern)
+                break
+    if unused:
+        raise ValueError(
+            f"compression rules that match no parameter (or only ones that an earlier rule took): {sorted(unused)}; "
+            f"paths look like {paths[:6]}"
+        )
+    return actions
+
+
+def _compile(pattern: str) -> re.Pattern:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"compression rule {pattern!r} is no regular expression: {error}") from None

@@ -1,0 +1,105 @@
+"""One int32 buffer per program and direction: what the host sends to a step and what it reads back.
+
+A `Layout` names the pieces of a flat buffer once; the host writes and reads them as numpy views, the device splits
+the same buffer inside jit. Floats travel as their bits. So a block costs one copy to the device and one from it.
+The shapes of programs (`PrefillShape`, `DecodeShape`) are here too, because they fix the layouts.
+"""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+
+from lepton_jax.engine.row_params import SampleSpec, width
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillShape:
+    """A prefill program: `tokens` T in all, of at most `rows` R prompts, page tables of `pages` W."""
+
+    tokens: int
+    rows: int
+    pages: int
+    spec: SampleSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeShape:
+    """A decode program: `rows` B, up to `steps` steps a block, page tables of `pages` W."""
+
+    rows: int
+    steps: int
+    pages: int
+    spec: SampleSpec
+
+
+class Layout:
+    """Named int32 arrays, one after the other in a flat buffer."""
+
+    def __init__(self, **shapes: tuple[int, ...]):
+        self._shapes = shapes
+        self.size = sum(math.prod(shape) for shape in shapes.values())
+
+    def split(self, buffer) -> dict:
+        """The pieces of a flat int32 buffer `[size]`: views of a numpy array, slices of a traced one."""
+        pieces, start = {}, 0
+        for name, shape in self._shapes.items():
+            stop = start + math.prod(shape)
+            pieces[name] = buffer[start:stop].reshape(shape)
+            start = stop
+        return pieces
+
+    def zeros(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """A new host buffer and its views."""
+        buffer = np.zeros(self.size, np.int32)
+        return buffer, self.split(buffer)
+
+
+def prefill_layout(shape: PrefillShape) -> Layout:
+    """Host to device. Unused lines of rows have slot = the number of slots (dropped on the device)."""
+    T, R = shape.tokens, shape.rows
+    return Layout(
+        tokens=(T,),
+        positions=(T,),  # -1: padding
+        rows=(T,),  # line of each token's prompt below
+        num_seqs=(1,),
+        cu_q_lens=(R + 1,),
+        slots=(R,),  # where the row's state lives
+        kv_lens=(R,),
+        last=(R,),  # index in tokens of the row's last token
+        final=(R,),  # 1: sample the row's next token after its last one
+        first=(R,),  # 1: the row starts here
+        outputs_from=(R,),  # position at which outputs begin (a preempted row is fed its own outputs again)
+        produced=(R,),  # outputs before the one sampled now
+        limit=(R,),  # most outputs of the row
+        page_table=(R, shape.pages),
+        params=(R, width(shape.spec)),
+    )
+
+
+def decode_layout(shape: DecodeShape) -> Layout:
+    """Host to device. Lines beyond the live rows have slot = the number of slots."""
+    B = shape.rows
+    return Layout(
+        steps=(1,),
+        slots=(B,),
+        limit=(B,),
+        page_table=(B, shape.pages),
+        params=(B, width(shape.spec)),
+    )
+
+
+def result_layout(shape: DecodeShape) -> Layout:
+    """Device to host: place 0 of `tokens` is the token with which the row entered the block."""
+    B, N = shape.rows, 1 + shape.steps
+    pieces = dict(steps=(1,), count=(B,), finish=(B,), tokens=(B, N))
+    if shape.spec.logprobs >= 0:
+        tops = shape.spec.logprobs
+        pieces |= dict(logprob=(B, N), top_ids=(B, N, tops), top_logprobs=(B, N, tops))
+    return Layout(**pieces)
+
+
+def float_bits(x: jax.Array) -> jax.Array:
+    """float32 as int32 of the same bits."""
+    return jax.lax.bitcast_convert_type(x, jax.numpy.int32)

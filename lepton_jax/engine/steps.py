@@ -1,0 +1,232 @@
+"""The two programs of the engine: `prefill` and `decode_block`, pure functions that the runner compiles.
+
+`prefill` computes a packed batch of prompt chunks, writes their keys and values, and samples the next token of the
+rows whose prompt ends here. `decode_block` runs up to k steps for a set of rows and stops early when all are done.
+Between programs everything that depends on sampled tokens stays on the device in `RowState`, so the host can
+schedule a block before it has read the one before. Read next: `packing.py` (inputs), `sampling.py`, `runner.py`.
+"""
+
+import dataclasses
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+
+from lepton_jax.engine import packing
+from lepton_jax.engine.packing import DecodeShape, PrefillShape, float_bits
+from lepton_jax.engine.row_params import SampleSpec, unpack
+from lepton_jax.engine.sampling import History, Sampled, sample
+from lepton_jax.kernels.attention import PagedBatch, decode_batch
+from lepton_jax.models.build import Model
+
+RUNNING, STOPPED, LENGTH = 0, 1, 2  # finish codes
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RowState:
+    """What the device remembers of each slot (first dimension: slots).
+
+    Attributes:
+      tokens: int32, the token sampled last; its key and value are not cached yet.
+      lengths: int32, tokens cached.
+      produced: int32, outputs sampled so far.
+      finish: int32, RUNNING, STOPPED or LENGTH.
+      logprob, top_ids, top_logprobs: of that last token, `[slots]`, `[slots, n]`; None where no row asks.
+      history: what penalties look at; None where no row asks.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    produced: jax.Array
+    finish: jax.Array
+    logprob: jax.Array | None = None
+    top_ids: jax.Array | None = None
+    top_logprobs: jax.Array | None = None
+    history: History | None = None
+
+    @classmethod
+    def zeros(cls, slots: int, vocab: int, spec: SampleSpec) -> "RowState":
+        ints = [jnp.zeros(slots, jnp.int32) for _ in range(3)]
+        state = cls(*ints, finish=jnp.full(slots, LENGTH, jnp.int32))
+        if spec.logprobs >= 0:
+            tops = (slots, spec.logprobs)
+            state = dataclasses.replace(
+                state,
+                logprob=jnp.zeros(slots),
+                top_ids=jnp.zeros(tops, jnp.int32),
+                top_logprobs=jnp.zeros(tops),
+            )
+        if spec.penalties:
+            state = dataclasses.replace(state, history=History.zeros(slots, vocab))
+        return state
+
+    def at(self, slots: jax.Array) -> "RowState":
+        """The lines of some slots; a slot beyond the last gives a finished row."""
+        lines = jax.tree.map(lambda a: jnp.take(a, slots, axis=0, mode="clip"), self)
+        known = slots < self.tokens.shape[0]
+        return dataclasses.replace(lines, finish=jnp.where(known, lines.finish, LENGTH))
+
+    def put(self, slots: jax.Array, lines: "RowState") -> "RowState":
+        """These lines in their slots; slots beyond the last are dropped."""
+        return jax.tree.map(lambda a, b: a.at[slots].set(b, mode="drop"), self, lines)
+
+    def sampled(self, new: Sampled, *, running: jax.Array, limit: jax.Array) -> "RowState":
+        """After one more token for the running rows; the others stay as they are."""
+        produced = self.produced + running
+        done = jnp.where(new.stopped, STOPPED, jnp.where(produced >= limit, LENGTH, RUNNING))
+
+        def pick(old, fresh):
+            return jnp.where(running.reshape(-1, *[1] * (old.ndim - 1)), fresh, old)
+
+        state = dataclasses.replace(
+            self,
+            tokens=pick(self.tokens, new.tokens),
+            produced=produced,
+            finish=pick(self.finish, done),
+        )
+        if self.logprob is None:
+            return state
+        return dataclasses.replace(
+            state,
+            logprob=pick(self.logprob, new.logprob),
+            top_ids=pick(self.top_ids, new.top_ids),
+            top_logprobs=pick(self.top_logprobs, new.top_logprobs),
+        )
+
+
+def prefill(
+    leaves: tuple,
+    caches: tuple,
+    state: RowState,
+    packed: jax.Array,
+    *,
+    model: Model,
+    backend: ModuleType,
+    shape: PrefillShape,
+) -> tuple[tuple, RowState]:
+    """Computes packed prompt chunks; rows whose prompt ends here get their next token in `state`."""
+    inputs = packing.prefill_layout(shape).split(packed)
+    decoder = model.bind(leaves)
+    batch = PagedBatch(
+        **{field.name: inputs[field.name] for field in dataclasses.fields(PagedBatch)}
+    )
+    attend = _attend(backend, batch, decode=False)
+    hidden, caches = decoder(inputs["tokens"], inputs["positions"], caches, attend)
+    logits = decoder.logits(hidden[inputs["last"]])
+
+    slots, final = inputs["slots"], inputs["final"] == 1
+    if shape.spec.penalties:
+        state = dataclasses.replace(state, history=_count_chunks(state.history, inputs))
+    lines = state.at(slots)
+    new = sample(
+        logits,
+        unpack(inputs["params"], shape.spec),
+        index=inputs["produced"],
+        history=lines.history,
+        spec=shape.spec,
+    )
+    lines = dataclasses.replace(lines, lengths=inputs["kv_lens"], produced=inputs["produced"])
+    lines = lines.sampled(new, running=final, limit=inputs["limit"])
+    lines = _count_sampled(lines, counted=final)
+    return caches, state.put(jnp.where(final, slots, state.tokens.shape[0]), lines)
+
+
+def decode_block(
+    leaves: tuple,
+    caches: tuple,
+    state: RowState,
+    packed: jax.Array,
+    *,
+    model: Model,
+    backend: ModuleType,
+    shape: DecodeShape,
+) -> tuple[tuple, RowState, jax.Array]:
+    """Up to `steps` tokens for each listed row. The third result is laid out by `packing.result_layout`."""
+    inputs = packing.decode_layout(shape).split(packed)
+    steps = inputs["steps"][0]
+    decoder = model.bind(leaves)
+    params = unpack(inputs["params"], shape.spec)
+
+    def step(carry):
+        index, lines, caches, record = carry
+        running = lines.finish == RUNNING
+        batch = decode_batch(lines.lengths, running, inputs["page_table"])
+        attend = _attend(backend, batch, decode=True)
+        hidden, caches = decoder(lines.tokens, batch.positions, caches, attend)
+        new = sample(
+            decoder.logits(hidden),
+            params,
+            index=lines.produced,
+            history=lines.history,
+            spec=shape.spec,
+        )
+        lines = dataclasses.replace(lines, lengths=lines.lengths + running)
+        lines = _count_sampled(
+            lines.sampled(new, running=running, limit=inputs["limit"]), counted=running
+        )
+        return index + 1, lines, caches, _write_record(record, lines, index + 1)
+
+    def unfinished(carry):
+        index, lines, _, _ = carry
+        return (index < steps) & jnp.any(lines.finish == RUNNING)
+
+    entry = state.at(inputs["slots"])
+    record = _write_record(_empty_record(shape), entry, 0)
+    ran, lines, caches, record = jax.lax.while_loop(
+        unfinished, step, (jnp.int32(0), entry, caches, record)
+    )
+    pieces = dict(
+        steps=ran[None], count=lines.produced - entry.produced, finish=lines.finish, **record
+    )
+    result = jnp.concatenate([pieces[name].reshape(-1) for name in pieces])
+    return caches, state.put(inputs["slots"], lines), result
+
+
+def _attend(backend: ModuleType, batch: PagedBatch, *, decode: bool):
+    """The decoder's `attend` over the paged cache of one layer."""
+
+    def attend(q, k, v, cache, *, scale, window, soft_cap):
+        cache = backend.write(cache, k, v, batch)
+        out = backend.attend(
+            q, cache, batch, decode=decode, scale=scale, window=window, soft_cap=soft_cap
+        )
+        return out, cache
+
+    return attend
+
+
+def _empty_record(shape: DecodeShape) -> dict[str, jax.Array]:
+    """int32 `[B, 1 + steps, ...]` for each per-token piece of the result."""
+    names = ("tokens", "logprob", "top_ids", "top_logprobs")
+    pieces = packing.result_layout(shape).split(jnp.zeros(packing.result_layout(shape).size, int))
+    return {name: jnp.zeros(pieces[name].shape, jnp.int32) for name in names if name in pieces}
+
+
+def _write_record(record: dict, lines: RowState, index) -> dict[str, jax.Array]:
+    """The lines' last tokens at place `index` of the record."""
+    values = {name: getattr(lines, name) for name in record}
+    bits = {n: float_bits(v) if v.dtype == jnp.float32 else v for n, v in values.items()}
+    return {
+        name: jax.lax.dynamic_update_index_in_dim(record[name], bits[name], index, axis=1)
+        for name in record
+    }
+
+
+def _count_chunks(history: History, inputs: dict) -> History:
+    """Tokens of the chunks: prompt up to `outputs_from`, a preempted row's own outputs after it."""
+    row, position = inputs["rows"], inputs["positions"]
+    history = history.clear(jnp.where(inputs["first"] == 1, inputs["slots"], -1))
+    slots = inputs["slots"][row]
+    is_output = position >= inputs["outputs_from"][row]
+    tokens = jnp.where(position < 0, -1, inputs["tokens"])
+    history = history.count_prompt(slots, jnp.where(is_output, -1, tokens))
+    return history.count_output(slots, jnp.where(is_output, tokens, -1))
+
+
+def _count_sampled(lines: RowState, *, counted: jax.Array) -> RowState:
+    if lines.history is None:
+        return lines
+    rows = jnp.arange(lines.tokens.shape[0], dtype=jnp.int32)
+    history = lines.history.count_output(rows, jnp.where(counted, lines.tokens, -1))
+    return dataclasses.replace(lines, history=history)
