@@ -1,9 +1,9 @@
 """From a config to a model without values, and from values to a callable decoder.
 
-`abstract_model` runs the NNX constructors on shapes only and keeps two things: the specs by path, for loaders and
-planners, and the graph. `Model.bind` puts leaves back, in the order of the specs; call it inside jit, where it costs
-tracing time and nothing else. A leaf may be any type of `lepton_jax.tensors`. No weights are read here:
-`lepton_jax/checkpoints`. Read next: `decoder.py`.
+`abstract_model` runs the NNX constructors on shapes only and keeps two things: the specs by path,
+for loaders and planners, and the graph. `Model.bind` puts leaves back, in the order of the specs;
+call it inside jit, where it costs tracing time and nothing else. A leaf may be any type of
+`lepton_jax.tensors`. No weights are read here: `lepton_jax/checkpoints`. Read next: `decoder.py`.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class Model:
         }
 
     def bind(self, leaves: Sequence[Any]) -> Decoder:
-        """The decoder holding `leaves`, one per spec, in their order. Raises ValueError on another number."""
+        """The decoder holding `leaves`: one per spec, in their order, or ValueError."""
         if len(leaves) != len(self._variables):
             raise ValueError(
-                f"{len(leaves)} leaves for {len(self._variables)} parameters: pass one per entry of specs"
+                f"{len(leaves)} leaves for {len(self._variables)} parameters: pass one per spec"
             )
         bound = {
             path: variable.replace(leaf)

@@ -1,8 +1,9 @@
 """What a decoder is: sizes, quirks and positions of one language model, whatever file it came from.
 
-`ModelConfig` is the only thing that `decoder.py` reads; every field is documented here and read somewhere (a test
-checks). How the fields follow from a Hugging Face config or GGUF metadata is in `families/`, one short file per
-family; `registry.py` picks the family. RoPE's formulas are in `rope.py`.
+`ModelConfig` is the only thing that `decoder.py` reads; every field is documented here and read
+somewhere (a test checks). How the fields follow from a Hugging Face config or GGUF metadata is in
+`families/`, one short file per family; `registry.py` picks the family. RoPE's formulas are in
+`rope.py`.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ NO_ROPE = -1
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """One rotary position embedding; a model may use several (Gemma 3: one for global, one for local layers).
+    """One rotary position embedding; a model may use several (Gemma 3: global and local layers).
 
     Attributes:
       theta: base of the geometric series of wavelengths.
       dim: how many leading dimensions of a head rotate (H unless the model rotates a part).
-      kind: one of ROPE_KINDS. "tensor": divisors come with the weights, as the parameter `rope_factors`.
+      kind: one of ROPE_KINDS. "tensor": divisors come with the weights, as the parameter
+        `rope_factors`.
       factor: by how much the context was stretched (linear, dynamic, llama3, yarn).
       trained_len: positions that the model saw before it was stretched.
       low_freq_factor: llama3, wavelengths above trained_len / this are divided by `factor`.
@@ -95,10 +97,12 @@ class ModelConfig:
       layer_windows: per layer, how many tokens a query sees, itself included; 0 = all.
       ropes: the rotary embeddings in use.
       layer_ropes: per layer, an index into `ropes` or NO_ROPE.
-      rope_factor_sets: rows of the parameter `rope_factors` (1, or 2 = short and long); 0 = no such parameter.
+      rope_factor_sets: rows of the parameter `rope_factors` (1, or 2 = short and long); 0 = no such
+        parameter.
       max_position: longest context that the model claims.
-      context_len: longest context that will be run, 0 = not said. Longrope takes its long factors where this exceeds
-        its trained length, so that a token's keys never depend on how long its text turns out to be.
+      context_len: longest context that will be run, 0 = not said. Longrope takes its long factors
+        where this exceeds its trained length, so that a token's keys never depend on how long its
+        text turns out to be.
       num_experts: E; 0 = a dense ffn.
       experts_per_token: experts that each token visits.
       norm_expert_weights: the weights of a token's experts are divided by their sum.
@@ -166,7 +170,8 @@ class ModelConfig:
             raise ValueError(f"layer_ropes {self.layer_ropes} index {len(self.ropes)} ropes")
         if self.num_experts and not 0 < self.experts_per_token <= self.num_experts:
             raise ValueError(
-                f"experts_per_token {self.experts_per_token} must be 1..{self.num_experts} (num_experts)"
+                f"experts_per_token {self.experts_per_token} must be 1..{self.num_experts} "
+                "(num_experts)"
             )
 
     @property
@@ -178,6 +183,7 @@ class ModelConfig:
         """The same model run with contexts of at most `length` tokens (see `context_len`)."""
         if not 0 < length <= self.max_position:
             raise ValueError(
-                f"context length {length} must be 1..{self.max_position}, the longest that the model claims"
+                f"context length {length} must be 1..{self.max_position}, the longest that the "
+                "model claims"
             )
         return dataclasses.replace(self, context_len=length)

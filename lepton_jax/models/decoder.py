@@ -1,12 +1,13 @@
 """The one decoder: every family is this module with another `ModelConfig`.
 
-The alphabet, used in every einsum and shape comment of the repository: B rows, T query tokens, S cached tokens,
-N query heads, K kv heads, G = N/K, J = G+2 (a kv head's packed q..q, k, v), H head dim, D model dim, F ffn dim,
-V vocab, E experts, P pages, Z page size, L layers.
+The alphabet, used in every einsum and shape comment of the repository: B rows, T query tokens, S
+cached tokens, N query heads, K kv heads, G = N/K, J = G+2 (a kv head's packed q..q, k, v), H head
+dim, D model dim, F ffn dim, V vocab, E experts, P pages, Z page size, L layers.
 
-Flax NNX describes the parameters here and `build.py` takes them apart; at run time the methods are plain functions of
-arrays. Layers are unrolled: scanning over stacked layers copies weights or caches. Attention and its cache belong to
-the caller, who passes `attend`. Read next: `build.py`, `lepton_jax/kernels/attention.py`.
+Flax NNX describes the parameters here and `build.py` takes them apart; at run time the methods are
+plain functions of arrays. Layers are unrolled: scanning over stacked layers copies weights or
+caches. Attention and its cache belong to the caller, who passes `attend`. Read next: `build.py`,
+`lepton_jax/kernels/attention.py`.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def param(shape: tuple[int, ...], axes: tuple[str, ...], dtype: Any, inputs: int
 
 
 def norm_param(size: int, axis: str) -> nnx.Param:
-    """Norm scales stay float32: they cost nothing, and Gemma's 1 + w would lose bits in bfloat16."""
+    """Norm scales stay float32: they cost nothing, and Gemma's 1 + w would lose bits else."""
     return param((size,), (axis,), jnp.float32)
 
 
@@ -107,7 +108,7 @@ class Layer(nnx.Module):
         return x + ffn, cache
 
     def attention(self, x: jax.Array, table, cache, attend: Callable) -> tuple[jax.Array, Any]:
-        """Projections, q/k norms, RoPE and the caller's attention: `[T, D]` and the layer's new cache."""
+        """Projections, q/k norms, RoPE, the caller's attention: `[T, D]` and the new cache."""
         c, G = self.config, self.config.group
         qkv = einsum("TD,KJHD->TKJH", x, self.qkv.get_value())
         if c.qkv_bias:
@@ -170,8 +171,9 @@ class Decoder(nnx.Module):
           tokens: i32 `[T]`.
           positions: i32 `[T]`, place of each token in its own text; -1 for padding.
           caches: one opaque cache per layer.
-          attend: `attend(q [T,K,G,H], k [T,K,H], v [T,K,H], cache, *, scale, window, soft_cap)` returns
-            (out `[T,K,G,H]`, the layer's new cache); window and soft_cap are 0 where there is none.
+          attend: `attend(q [T,K,G,H], k [T,K,H], v [T,K,H], cache, *, scale, window, soft_cap)`
+            returns (out `[T,K,G,H]`, the layer's new cache); window and soft_cap are 0 where there
+            is none.
 
         Returns:
           Hidden states `[T, D]` after the final norm, and the new caches.

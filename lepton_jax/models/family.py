@@ -1,8 +1,9 @@
-"""What a family file provides, and the parts that families share: sizes and weight maps of a Llama-like model.
+"""What a family file provides, and the sizes that all families spell alike.
 
-A family turns a foreign config into a `ModelConfig` and names the weights. Most differ from Llama by a few keys, so
-`base_hf_fields` and `base_gguf_fields` read the shared ones and a family adds its own on top. How arrays of a file
-become our parameters is `keymap.py`; RoPE keys are `rope_keys.py`. Read next: `families/llama.py`.
+A family turns a foreign config into a `ModelConfig` and names the weights. Most differ from Llama
+by a few keys, so `base_hf_fields` and `base_gguf_fields` read the shared ones and a family adds its
+own on top. How arrays of a file become our parameters is `keymap.py`; RoPE keys are `rope_keys.py`.
+Read next: `families/llama.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from lepton_jax.models.config import ModelConfig
 from lepton_jax.models.keymap import Mapping
-from lepton_jax.models.reader import KeyReader
+from lepton_jax.models.reader import REQUIRED, KeyReader
 
 HF_ACTIVATIONS = {
     "silu": "silu",
@@ -51,36 +52,41 @@ class Family:
     hf_ignored: tuple[str, ...] = ()
 
 
-def base_hf_fields(
-    keys: KeyReader, *, tied: bool = False, norm_eps: float = 1e-6
-) -> dict[str, Any]:
+def base_hf_fields(keys: KeyReader, defaults: dict[str, Any] | None = None) -> dict[str, Any]:
     """The ModelConfig fields that every Hugging Face config of our families spells alike.
 
     Args:
       keys: config.json.
-      tied: what an absent `tie_word_embeddings` means in this family.
-      norm_eps: what an absent `rms_norm_eps` means.
+      defaults: what absent keys mean in this family, where configs rely on that; other keys that
+        have no general default must be there.
     """
-    heads, size = keys.number("num_attention_heads"), keys.number("hidden_size")
-    head_dim = keys.number("head_dim", None)
+    absent = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "head_dim": None}
+    absent |= defaults or {}
+
+    def number(key: str) -> Any:
+        return keys.number(key, absent.get(key, REQUIRED))
+
+    heads, size, head_dim = number("num_attention_heads"), number("hidden_size"), number("head_dim")
     if head_dim is None:
         if size % heads:
             raise ValueError(
-                f"{keys.source}: hidden_size {size} is not a multiple of num_attention_heads {heads} "
-                "and there is no head_dim"
+                f"{keys.source}: hidden_size {size} is not a multiple of num_attention_heads "
+                f"{heads} and there is no head_dim"
             )
         head_dim = size // heads
     return {
-        "vocab_size": keys.number("vocab_size"),
-        "num_layers": keys.number("num_hidden_layers"),
+        "vocab_size": number("vocab_size"),
+        "num_layers": number("num_hidden_layers"),
         "hidden_size": size,
-        "ffn_size": keys.number("intermediate_size"),
+        "ffn_size": number("intermediate_size"),
         "num_heads": heads,
-        "num_kv_heads": keys.number("num_key_value_heads", heads),
+        "num_kv_heads": keys.number(
+            "num_key_value_heads", absent.get("num_key_value_heads", heads)
+        ),
         "head_dim": head_dim,
-        "max_position": keys.number("max_position_embeddings"),
-        "norm_eps": float(keys.get("rms_norm_eps", norm_eps)),
-        "tie_embeddings": bool(keys.get("tie_word_embeddings", tied)),
+        "max_position": number("max_position_embeddings"),
+        "norm_eps": float(keys.get("rms_norm_eps", absent["rms_norm_eps"])),
+        "tie_embeddings": bool(keys.get("tie_word_embeddings", absent["tie_word_embeddings"])),
         "attn_scale": head_dim**-0.5,
         "eos_ids": _ids(keys.get("eos_token_id", ())),
         "bos_id": next(iter(_ids(keys.get("bos_token_id", ()))), -1),
@@ -90,14 +96,15 @@ def base_hf_fields(
 def hf_windows(
     keys: KeyReader, layers: int, window: int, default: tuple[bool, ...]
 ) -> tuple[int, ...]:
-    """Window per layer from `layer_types`, or where that is absent from `default` (True = windowed)."""
+    """Window per layer from `layer_types`, or where absent from `default` (True = windowed)."""
     kinds = keys.get("layer_types", None)
     if kinds is None:
         return tuple(window if windowed else 0 for windowed in default)
     allowed = {"sliding_attention": window, "full_attention": 0}
     if len(kinds) != layers or any(kind not in allowed for kind in kinds):
         raise ValueError(
-            f"{keys.source}: layer_types {kinds} must be {layers} of {', '.join(map(repr, allowed))}"
+            f"{keys.source}: layer_types {kinds} must be {layers} of "
+            f"{', '.join(map(repr, allowed))}"
         )
     if "sliding_attention" in kinds and window <= 0:
         raise ValueError(
@@ -118,8 +125,8 @@ def base_gguf_fields(keys: KeyReader, tensors: frozenset[str]) -> dict[str, Any]
     value_dim = keys.number("attention.value_length", head_dim)
     if value_dim != head_dim:
         raise ValueError(
-            f"{keys.source}: attention.value_length {value_dim} differs from key_length {head_dim}, "
-            "which is not supported"
+            f"{keys.source}: attention.value_length {value_dim} differs from key_length "
+            f"{head_dim}, which is not supported"
         )
     return {
         "vocab_size": keys.number("vocab_size"),

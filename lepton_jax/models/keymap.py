@@ -1,8 +1,9 @@
 """How arrays of a checkpoint become our parameters, as data.
 
-A `Mapping` names one of our paths, the file's arrays that it is made of, and the numpy function that combines them
-and undoes the file's quirks. The two base lists name the weights as Hugging Face and as GGUF do; families edit them.
-Files are read by `lepton_jax/checkpoints`, which also raises on missing, doubled and left-over names.
+A `Mapping` names one of our paths, the file's arrays that it is made of, and the numpy function
+that combines them and undoes the file's quirks. The two base lists name the weights as Hugging Face
+and as GGUF do; families edit them. Files are read by `lepton_jax/checkpoints`, which also raises on
+missing, doubled and left-over names.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ class Mapping:
     Attributes:
       target: our path; `{i}` stands for every layer.
       sources: names in the file; `{e}` stands for every expert.
-      combine: `(config, *arrays) -> array`, arrays in the order of the expanded sources: each source with `{e}` gives
-        its E experts in order before the next source begins.
+      combine: `(config, *arrays) -> array`, arrays in the order of the expanded sources: each
+        source with `{e}` gives its E experts in order before the next source begins.
     """
 
     target: str
@@ -55,13 +56,13 @@ def as_is(config: ModelConfig, array: np.ndarray) -> np.ndarray:
 
 
 def plus_one(config: ModelConfig, array: np.ndarray) -> np.ndarray:
-    """A norm scale that the file stores minus one, in float32 so that small weights keep their bits."""
+    """A norm scale stored minus one; in float32, so that small weights keep their bits."""
     del config
     return array.astype(np.float32) + np.float32(1)
 
 
 def join_qkv(config: ModelConfig, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """q `[N*H, ...]`, k and v `[K*H, ...]` as `[K, J, H, ...]`: weights with D behind, or biases."""
+    """q `[N*H, ...]`, k and v `[K*H, ...]` as `[K, J, H, ...]`: weights `[..., D]` or biases."""
     K, G, H, rest = config.num_kv_heads, config.group, config.head_dim, q.shape[1:]
     parts = [q.reshape(K, G, H, *rest), k.reshape(K, 1, H, *rest), v.reshape(K, 1, H, *rest)]
     return np.concatenate(parts, axis=1)
@@ -117,7 +118,12 @@ def _halves_first(config: ModelConfig, rows: np.ndarray) -> np.ndarray:
 
 
 def hf_base(config: ModelConfig, norm: Callable[..., np.ndarray] = as_is) -> list[Mapping]:
-    """The names of a Llama-like Hugging Face checkpoint, whatever optional parts the config has."""
+    """The names of a Llama-like Hugging Face checkpoint; `norm` undoes how scales are stored."""
+    return hf_attention(config, norm) + hf_ffn(config)
+
+
+def hf_attention(config: ModelConfig, norm: Callable[..., np.ndarray] = as_is) -> list[Mapping]:
+    """All but the ffn, with the optional parts that the config has."""
     attention, layer = "model.layers.{i}.self_attn.", "model.layers.{i}."
 
     def projections(kind: str) -> tuple[str, ...]:
@@ -141,7 +147,7 @@ def hf_base(config: ModelConfig, norm: Callable[..., np.ndarray] = as_is) -> lis
         ]
     if not config.tie_embeddings:
         maps.append(Mapping("head", ("lm_head.weight",), as_is))
-    return maps + hf_ffn(config)
+    return maps
 
 
 def hf_ffn(config: ModelConfig) -> list[Mapping]:

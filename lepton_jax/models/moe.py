@@ -1,7 +1,8 @@
-"""The mixture-of-experts ffn: each token visits its top experts, tokens sorted so that each expert's are together.
+"""The mixture-of-experts ffn: each token visits its top experts, tokens sorted by expert.
 
-Here: the routing and the sort. The grouped matrix product is `tensors.ragged_einsum`. Nothing is dropped: there is no
-capacity factor, every token gets all of its experts. The dense ffn is in `decoder.py`.
+Here: the routing and the sort. The grouped matrix product is `tensors.ragged_einsum`. Nothing is
+dropped: there is no capacity factor, every token gets all of its experts. The dense ffn is in
+`decoder.py`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Reading a foreign config so that no key is overlooked.
 
-A `KeyReader` hands out values one by one; `finish` raises if any key was neither read nor listed as ignored, because a
-key that nobody looked at may change what the model computes. Keys that never do are in the two lists below, each
-family adds its own. Read next: `families/llama.py` for the plainest use.
+A `KeyReader` hands out values one by one; `finish` raises if any key was neither read nor listed as
+ignored, because a key that nobody looked at may change what the model computes. Keys that never do
+are in the two lists below, each family adds its own. Read next: `families/llama.py` for the
+plainest use.
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ from typing import Any
 
 REQUIRED = object()
 
-# Hugging Face keys that say nothing about the forward pass: training, bookkeeping, generation defaults.
+# Hugging Face keys that say nothing about the forward pass: training, bookkeeping, generation
+# defaults.
 IGNORED_HF_KEYS = frozenset(
     """
-    _attn_implementation _attn_implementation_autoset _name_or_path architectures attention_dropout attn_implementation
-    auto_map bos_token_ids cache_implementation chunk_size_feed_forward do_sample dtype early_stopping embd_pdrop
-    finetuning_task id2label initializer_range is_decoder is_encoder_decoder is_llama_config label2id max_length
-    model_type num_return_sequences output_attentions output_hidden_states output_router_logits pad_token_id
-    prefix pretraining_tp problem_type resid_pdrop return_dict router_aux_loss_coef router_jitter_noise
-    task_specific_params temperature tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config
-    transformers_version unsloth_fixed unsloth_version use_bfloat16 use_cache
+    _attn_implementation _attn_implementation_autoset _name_or_path architectures attention_dropout
+    attn_implementation auto_map bos_token_ids cache_implementation chunk_size_feed_forward
+    do_sample dtype early_stopping embd_pdrop finetuning_task id2label initializer_range is_decoder
+    is_encoder_decoder is_llama_config label2id max_length model_type num_return_sequences
+    output_attentions output_hidden_states output_router_logits pad_token_id prefix pretraining_tp
+    problem_type resid_pdrop return_dict router_aux_loss_coef router_jitter_noise
+    task_specific_params temperature tokenizer_class top_k top_p torch_dtype torchscript
+    transformers.js_config transformers_version unsloth_fixed unsloth_version use_bfloat16 use_cache
     """.split()
 )
 
@@ -47,7 +50,7 @@ class KeyReader:
         self._seen = set(ignored)
 
     def get(self, key: str, default: Any = REQUIRED) -> Any:
-        """The value of a key; an absent or null one gives the default, or raises ValueError without one."""
+        """The value of a key; absent or null gives the default, or ValueError without one."""
         self._seen.add(key)
         value = self._values.get(key)
         if value is not None:
@@ -56,8 +59,13 @@ class KeyReader:
             raise ValueError(f"{self.source}: {self.family} needs {key!r}, which is missing")
         return default
 
+    def nullable(self, key: str, absent: Any) -> Any:
+        """The value of a key where null is not absence but a setting (a switched-off window)."""
+        self._seen.add(key)
+        return self._values.get(key, absent)
+
     def number(self, key: str, default: Any = REQUIRED) -> Any:
-        """Like `get`, for a positive whole number. Raises ValueError naming the key on anything else."""
+        """Like `get`, for a positive whole number; ValueError naming the key on anything else."""
         value = self.get(key, default)
         if isinstance(value, list | tuple) and len(set(value)) == 1:
             value = value[0]  # GGUF writes some sizes per layer
@@ -70,7 +78,7 @@ class KeyReader:
         return int(value)
 
     def choice(self, key: str, default: Any, allowed: dict[Any, Any]) -> Any:
-        """What `allowed` gives for the key's value. Raises ValueError naming the supported values."""
+        """What `allowed` gives for the value; ValueError naming the supported values."""
         value = self.get(key, default)
         if isinstance(value, list | dict) or value not in allowed:
             raise ValueError(
@@ -83,8 +91,9 @@ class KeyReader:
         """Raises ValueError if a key was neither read nor ignored."""
         left = sorted(set(self._values) - self._seen)
         if left:
+            found = ", ".join(f"{key} = {self._values[key]!r:.60}" for key in left)
             raise ValueError(
-                f"{self.source}: {self.family} has keys that nothing here handles: "
-                f"{', '.join(f'{key} = {self._values[key]!r:.60}' for key in left)}. Handle them in "
-                f"lepton_jax/models/families, or list them as ignored if they don't change the forward pass"
+                f"{self.source}: {self.family} has keys that nothing here handles: {found}. Handle "
+                "them in lepton_jax/models/families, or list them as ignored there if they don't "
+                "change the forward pass"
             )

@@ -1,31 +1,47 @@
-"""Which family a model belongs to: from config.json or GGUF metadata to a ModelConfig and a key map.
+"""Which family a model belongs to: config.json or GGUF metadata to ModelConfig and key map.
 
-A new family is one file in `families/` and one line in FAMILIES. Unknown architectures raise with the known ones;
-unhandled config keys raise with their list (`reader.py`).
+A new family is one file in `families/` and one line in FAMILIES. Unknown architectures raise with
+the known ones; unhandled config keys raise with their list (`reader.py`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable
 from typing import Any
 
 from lepton_jax.models.config import ModelConfig
-from lepton_jax.models.families import llama
+from lepton_jax.models.families import (
+    gemma2,
+    gemma3,
+    llama,
+    mistral,
+    mixtral,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+)
 from lepton_jax.models.family import Family
 from lepton_jax.models.keymap import Mapping
 from lepton_jax.models.reader import IGNORED_GGUF_KEYS, IGNORED_HF_KEYS, KeyReader
+from lepton_jax.models.rope_keys import stretched_length
 
-FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in (llama,)}
+FAMILIES: dict[str, Family] = {
+    module.FAMILY.name: module.FAMILY
+    for module in (gemma2, gemma3, llama, mistral, mixtral, phi3, qwen2, qwen3, qwen3_moe)
+}
 
-# Buffers that old checkpoints carry and the towers of multimodal ones, which a text model leaves out.
+# Buffers that old checkpoints carry and the towers of multimodal ones, which a text model leaves
+# out.
 _IGNORED_TENSORS = re.compile(
     r"(.*\.)?rotary_emb\.inv_freq|(model\.)?(vision_tower|multi_modal_projector)\..*"
 )
 
 
 def config_from_hf(values: dict[str, Any]) -> ModelConfig:
-    """The ModelConfig of a config.json. Raises ValueError on unknown architectures, keys and values."""
+    """The ModelConfig of a config.json; ValueError on unknown architectures, keys and values."""
     kind = values.get("model_type")
     family = next((f for f in FAMILIES.values() if kind in f.hf_types), None)
     known = sorted(name for f in FAMILIES.values() for name in f.hf_architectures)
@@ -39,7 +55,7 @@ def config_from_hf(values: dict[str, Any]) -> ModelConfig:
     keys = KeyReader(values, family.name, source="config.json", ignored=ignored)
     config = family.hf_config(keys)
     keys.finish()
-    return config
+    return _settled(config)
 
 
 def config_from_gguf(metadata: dict[str, Any], tensor_names: Iterable[str] = ()) -> ModelConfig:
@@ -47,8 +63,9 @@ def config_from_gguf(metadata: dict[str, Any], tensor_names: Iterable[str] = ())
 
     Args:
       metadata: all of the file's key-value pairs.
-      tensor_names: names of its tensors. GGUF tells by their presence whether the head is tied, whether there are
-        biases and whether RoPE has factors; without them a file that has such tensors is refused by the loader.
+      tensor_names: names of its tensors. GGUF tells by their presence whether the head is tied,
+        whether there are biases and whether RoPE has factors; without them a file that has such
+        tensors is refused by the loader.
 
     Raises ValueError on unknown architectures, keys below `<architecture>.`, and values.
     """
@@ -69,11 +86,11 @@ def config_from_gguf(metadata: dict[str, Any], tensor_names: Iterable[str] = ())
     keys = KeyReader(own, family.name, source=f"GGUF {prefix}*", ignored=IGNORED_GGUF_KEYS)
     config = family.gguf_config(keys, frozenset(tensor_names))
     keys.finish()
-    return config
+    return _settled(config)
 
 
 def key_map(config: ModelConfig, source: str) -> list[Mapping]:
-    """How the weights of a file become this model's parameters; `keymap.expand` spells layers and experts out.
+    """How a file's weights become parameters; `keymap.expand` spells layers and experts out.
 
     Args:
       config: from `config_from_hf` or `config_from_gguf`.
@@ -90,8 +107,8 @@ def key_map(config: ModelConfig, source: str) -> list[Mapping]:
 def canonical_name(config: ModelConfig, source: str, name: str) -> str | None:
     """A tensor's name as `key_map` spells it, or None for a tensor that the model leaves out.
 
-    Multimodal Hugging Face checkpoints keep the language model under another prefix, and some tied ones repeat the
-    embedding as a head.
+    Multimodal Hugging Face checkpoints keep the language model under another prefix, and some tied
+    ones repeat the embedding as a head.
     """
     if source != "hf":
         return name
@@ -100,3 +117,10 @@ def canonical_name(config: ModelConfig, source: str, name: str) -> str | None:
     name = re.sub(r"^(model\.language_model|language_model\.model)\.", "model.", name)
     name = name.removeprefix("language_model.")
     return None if config.tie_embeddings and name == "lm_head.weight" else name
+
+
+def _settled(config: ModelConfig) -> ModelConfig:
+    """What holds for every family: stretched contexts, and no windows that are never left."""
+    longest = stretched_length(config)
+    windows = tuple(0 if window >= longest else window for window in config.layer_windows)
+    return dataclasses.replace(config, max_position=longest, layer_windows=windows)

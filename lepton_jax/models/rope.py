@@ -1,10 +1,10 @@
 """Rotary position embeddings: every scaling kind, as cos and sin of given positions.
 
-Pairs are (i, i + dim/2): halves rotate, as in Hugging Face checkpoints; loaders undo other orders. All of it is
-float32. A token's rotation depends on its own position only, never on its neighbours in the batch, so cached keys stay
-valid however a text is chunked, shared or resumed.
-Sources: RoFormer (arXiv 2104.09864), YaRN (2309.00071), LongRoPE (2402.13753), Llama 3.1's release for "llama3".
-Read next: `decoder.py`, which computes the tables once per call.
+Pairs are (i, i + dim/2): halves rotate, as in Hugging Face checkpoints; loaders undo other orders.
+All of it is float32. A token's rotation depends on its own position only, never on its neighbours
+in the batch, so cached keys stay valid however a text is chunked, shared or resumed.
+Sources: RoFormer (arXiv 2104.09864), YaRN (2309.00071), LongRoPE (2402.13753), Llama 3.1's release
+for "llama3". Read next: `decoder.py`, which computes the tables once per call.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def rope_table(
     Args:
       rope: which embedding.
       positions: place of each token in its text; padding may be negative.
-      context_len: longest context that will be run; longrope chooses its factors by it (0 = the trained length).
+      context_len: longest context that will be run; longrope chooses its factors by it (0 = the
+        trained length).
       factors: float32 `[sets, dim/2]`, the divisors of kind "tensor".
     """
     place = positions.astype(jnp.float32)[:, None]
@@ -48,7 +49,7 @@ def rope_table(
 
 
 def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates the leading `dim` of H of x `[T, ..., H]`; the rest of a head passes through. Keeps x's dtype."""
+    """Rotates the leading `dim` of H of x `[T, ..., H]`, passes the rest; keeps x's dtype."""
     half = table[0].shape[-1]
     spread = (slice(None),) + (None,) * (x.ndim - 2)
     cos, sin = table[0][spread], table[1][spread]
@@ -61,7 +62,7 @@ def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def frequencies(rope: RopeConfig, context_len: int = 0) -> np.ndarray:
-    """Angle per position of each rotating pair, float32 `[dim/2]`, for the kinds that don't vary with position."""
+    """Angle per position of each pair, float32 `[dim/2]`, for kinds with fixed frequencies."""
     base = _base_frequencies(rope)
     if rope.kind == "default":
         return base
@@ -80,7 +81,7 @@ def frequencies(rope: RopeConfig, context_len: int = 0) -> np.ndarray:
 def yarn_attention_factor(
     factor: float, mscale: float | None = None, mscale_all_dim: float | None = None
 ) -> float:
-    """YaRN's default multiplier of cos and sin (equation 22 of the paper, as a factor on both q and k)."""
+    """YaRN's default multiplier of cos and sin (equation 22, as a factor on both q and k)."""
 
     def scale(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
@@ -106,7 +107,8 @@ def _base_frequencies(rope: RopeConfig) -> np.ndarray:
 def _dynamic_frequencies(rope: RopeConfig, place: jax.Array) -> jax.Array:
     """NTK-aware base that grows with the position beyond the trained length: float32 `[T, dim/2]`.
 
-    Equal to generating token by token with cached keys, where each key keeps the base of its own step.
+    Equal to generating token by token with cached keys, where each key keeps the base of its own
+    step.
     """
     length = jnp.maximum(place + 1.0, float(rope.trained_len))
     growth = rope.factor * length / rope.trained_len - (rope.factor - 1.0)
@@ -123,7 +125,7 @@ def _llama3_frequencies(rope: RopeConfig, base: np.ndarray) -> np.ndarray:
 
 
 def _yarn_frequencies(rope: RopeConfig, base: np.ndarray) -> np.ndarray:
-    """Between the dimensions that turn beta_fast and beta_slow times over the trained length, a linear ramp."""
+    """A linear ramp between the dimensions that turn beta_fast and beta_slow times."""
 
     def dimension(rotations: float) -> float:
         turns = rope.trained_len / (rotations * 2 * math.pi)

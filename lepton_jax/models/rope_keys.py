@@ -1,15 +1,15 @@
 """RoPE settings as Hugging Face and GGUF spell them, as `RopeConfig`.
 
-Hugging Face has had `rope_theta` with `rope_scaling` (its kind under `type` or `rope_type`) and, from version 5,
-`rope_parameters` with everything inside, possibly one such dict per kind of layer. Unknown kinds and unknown
-settings raise by name. The formulas are in `rope.py`.
+Hugging Face has had `rope_theta` with `rope_scaling` (its kind under `type` or `rope_type`) and,
+from version 5, `rope_parameters` with everything inside, possibly one such dict per kind of layer.
+Unknown kinds and unknown settings raise by name. The formulas are in `rope.py`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from lepton_jax.models.config import ROPE_KINDS, RopeConfig
+from lepton_jax.models.config import ROPE_KINDS, ModelConfig, RopeConfig
 from lepton_jax.models.reader import KeyReader
 from lepton_jax.models.rope import longrope_attention_factor, yarn_attention_factor
 
@@ -48,7 +48,7 @@ def rope_from_settings(
     family: str,
     renamed: dict[str, str] | None = None,
 ) -> RopeConfig:
-    """One `rope_parameters` dict as a RopeConfig. Raises ValueError on unknown kinds and settings."""
+    """One `rope_parameters` dict as a RopeConfig; ValueError on unknown kinds and settings."""
     # Of no effect: what `type` repeats, and two leftovers of early YaRN configs.
     ignored = {"type", "rope_type", "finetuned"}
     keys = KeyReader(settings, family, source="rope settings", ignored=ignored)
@@ -111,7 +111,8 @@ def _longrope(keys: KeyReader, trained_len: int, max_position: int) -> dict[str,
 def gguf_rope(keys: KeyReader, fields: dict[str, Any], tensors: frozenset[str]) -> dict[str, Any]:
     """ModelConfig's `ropes` (one entry) and `rope_factor_sets` from GGUF metadata and tensor names.
 
-    `rope_freqs.weight` holds llama3's divisors; `rope_factors_short.weight` and its long twin are longrope's.
+    `rope_freqs.weight` holds llama3's divisors; `rope_factors_short.weight` and its long twin are
+    longrope's.
     """
     theta = float(keys.get("rope.freq_base", 10_000.0))
     dim = keys.number("rope.dimension_count", fields["head_dim"])
@@ -140,3 +141,16 @@ def gguf_rope(keys: KeyReader, fields: dict[str, Any], tensors: frozenset[str]) 
         theta, dim, kind, factor=factor, trained_len=trained_len, attention_factor=attention
     )
     return {"ropes": (rope,), "rope_factor_sets": 0}
+
+
+def stretched_length(config: ModelConfig) -> int:
+    """The longest context in tokens: `max_position`, or what YaRN or dynamic scaling makes of it.
+
+    Their configs keep the trained length in `max_position_embeddings`; the other kinds' don't.
+    """
+    stretched = [
+        int(rope.trained_len * rope.factor)
+        for rope in config.ropes
+        if rope.kind in ("yarn", "dynamic")
+    ]
+    return max([config.max_position, *stretched])

@@ -1,7 +1,7 @@
 """Llama 1 to 3.x and what shares its code: SmolLM2, TinyLlama, SmolLM3 (layers without RoPE).
 
-GGUF's "llama" architecture also holds Mistral and Mixtral; its q and k rows are ordered for RoPE on neighbouring
-pairs, which the key map undoes. The plainest family: start here when you add one.
+GGUF's "llama" architecture also holds Mistral and Mixtral; its q and k rows are ordered for RoPE on
+neighbouring pairs, which the key map undoes. The plainest family: start here when you add one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SMOLLM3_THETA = 2_000_000.0
 def hf_config(keys: KeyReader) -> ModelConfig:
     """config.json of model_type "llama" and "smollm3"."""
     smollm3 = keys.get("model_type") == "smollm3"
-    fields = base_hf_fields(keys, tied=smollm3)
+    fields = base_hf_fields(keys, {"tie_word_embeddings": smollm3})
     bias = bool(keys.get("attention_bias", False))
     keys.choice("rope_interleaved", False, {False: False})
     rope = hf_rope(keys, fields, theta=SMOLLM3_THETA if smollm3 else 10_000.0)
