@@ -1,0 +1,8 @@
+"""The one error of this room: a checkpoint that can't be found, fetched, read or written.
+
+The message names the file, what is wrong with it, and what to do next.
+"""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged, of an unknown kind, or doesn't fit its model."""
