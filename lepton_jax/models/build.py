@@ -50,7 +50,7 @@ class Model:
             path: variable.replace(leaf)
             for (path, variable), leaf in zip(self._variables.items(), leaves, strict=True)
         }
-        return nnx.merge(self._graph, nnx.State.from_flat_path(bound))
+        return nnx.merge(self._graph, nnx.from_flat_state(bound.items()))
 
 
 def abstract_model(config: ModelConfig, dtype: Any, activation_dtype: Any) -> Model:

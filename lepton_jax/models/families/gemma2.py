@@ -1,6 +1,7 @@
 """Gemma 2: soft caps, norms before and after each block, every other layer windowed.
 
-Scores and logits are both capped; the attention scale is a key of its own. Hugging Face stores its norm scales minus one; GGUF stores them whole.
+Scores and logits are both capped; the attention scale is a key of its own. Hugging Face stores its
+norm scales minus one; GGUF stores them whole.
 """
 
 from __future__ import annotations

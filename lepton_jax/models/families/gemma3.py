@@ -1,6 +1,7 @@
 """Gemma 3, text only: local layers with a window and a RoPE of their own, and q/k norm.
 
-Every sixth layer is global unless the config lists the layers. Multimodal checkpoints hold the same model under `text_config`; their vision tower is left out.
+Every sixth layer is global unless the config lists the layers. Multimodal checkpoints hold the same
+model under `text_config`; their vision tower is left out.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def hf_config(keys: KeyReader) -> ModelConfig:
         qkv_bias=bias,
         out_bias=bias,
         qk_norm=True,
-        num_experts=keys.number("num_experts", 128),
+        num_experts=keys.number("num_experts", keys.number("num_local_experts", 128)),
         experts_per_token=keys.number("num_experts_per_tok", 8),
         norm_expert_weights=bool(keys.get("norm_topk_prob", False)),
         ropes=(hf_rope(keys, fields),),
