@@ -1,8 +1,8 @@
 """Attention in plain jnp: what every other backend is measured against.
 
-Here: the paged backend (`cache_shape`, `write`, `attend`) in its simplest form, and `causal_attend`,
-which needs no cache at all. Every query gathers all pages of its row, so memory grows as T * S: right
-for tests and for shapes that no kernel takes, wrong for a hot path.
+Here: the paged backend (`cache_shape`, `write`, `attend`) in its simplest form, and
+`causal_attend`, which needs no cache at all. Every query gathers all pages of its row, so memory
+grows as T * S: right for tests, wrong for a hot path.
 Not here: the choice between backends and the `PagedBatch` that describes a step (`attention.py`).
 Read next: `attention_tpu.py`.
 """
@@ -31,8 +31,8 @@ def cache_shape(num_pages: int, page_size: int, num_kv_heads: int, head_dim: int
 def slots(batch: PagedBatch, page_size: int) -> tuple[jax.Array, jax.Array]:
     """Where each token's key and value live: (page i32[T], place in the page i32[T]).
 
-    A token counts only if its position is in `[0, kv_len of its row)`; padding and the tokens of idle
-    rows go to the null page, page 0, which nobody reads.
+    A token counts only if its position is in `[0, kv_len of its row)`; padding and the tokens of
+    idle rows go to the null page, page 0.
     """
     position = jnp.maximum(batch.positions, 0)
     page = batch.page_table[batch.rows, position // page_size]
@@ -60,11 +60,11 @@ def attend(
     window: int = 0,
     soft_cap: float = 0.0,
 ) -> jax.Array:
-    """Attention of q [T, K, G, H] over the cache [P, Z, 2, K, H]; returns [T, K, G, H] in q's dtype.
+    """Attention of q [T, K, G, H] over the cache [P, Z, 2, K, H]; [T, K, G, H] in q's dtype.
 
-    A query at position p of its row sees the cached positions <= p, and with `window` > 0 only those
-    > p - window. `soft_cap` > 0 bounds the scaled scores to (-soft_cap, soft_cap) by tanh. Padding gives 0.
-    With `decode`, token t belongs to row t.
+    A query at position p of its row sees the cached positions <= p, and with `window` > 0 only
+    those > p - window. `soft_cap` > 0 bounds the scaled scores to (-soft_cap, soft_cap) by tanh.
+    Padding and idle rows give 0. With `decode`, token t belongs to row t.
     """
     rows = jnp.arange(q.shape[0]) if decode else batch.rows
     pages = cache[batch.page_table[rows]]  # [T, W, Z, 2, K, H]

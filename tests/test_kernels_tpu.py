@@ -1,0 +1,241 @@
+"""The TPU attention backend: equal to the reference when interpreted, lean when compiled."""
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from tpu_topology import compile_on, compiled_text, copies_of, donated_bytes, temp_bytes
+from tpu_topology import topology_mesh as mesh_of
+
+from lepton_jax.kernels import attention_reference as reference
+from lepton_jax.kernels import attention_tpu as tpu
+from lepton_jax.kernels.attention import PagedBatch, decode_batch
+
+PAGE = 16
+PAGES = 24
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Runs the kernel through Pallas' interpreter, which its jitted entry gives no way to ask for.
+
+    The interpreter forgets between grid steps what a kernel wrote to its scalars, and this kernel
+    keeps its place there, so these tests fit one grid step: one block of queries and of heads.
+    """
+    import jax._src.literals
+    from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel
+
+    call = functools.partial(pl.pallas_call, interpret=True)
+    monkeypatch.setattr(kernel, "pl", types.SimpleNamespace(**{**vars(pl), "pallas_call": call}))
+    # The interpreter asks a constant index for its shape; jax's literal integers have none.
+    monkeypatch.setattr(jax._src.literals.TypedInt, "shape", (), raising=False)
+    kernel.ragged_paged_attention.clear_cache()
+    yield
+    kernel.ragged_paged_attention.clear_cache()
+
+
+def prefill_batch(kv_lens, q_lens, *, tokens, width=4):
+    """Sequences whose last `q_lens` tokens are computed, one after another, then padding."""
+    rows = len(kv_lens)
+    positions, owners = np.full(tokens, -1), np.zeros(tokens, int)
+    starts = np.concatenate([[0], np.cumsum(q_lens)])
+    for row, (kv_len, q_len) in enumerate(zip(kv_lens, q_lens, strict=True)):
+        positions[starts[row] : starts[row + 1]] = np.arange(kv_len - q_len, kv_len)
+        owners[starts[row] : starts[row + 1]] = row
+    return PagedBatch(
+        positions=jnp.asarray(positions, jnp.int32),
+        rows=jnp.asarray(owners, jnp.int32),
+        page_table=page_table(rows, width),
+        kv_lens=jnp.asarray(kv_lens, jnp.int32),
+        cu_q_lens=jnp.asarray(starts, jnp.int32),
+        num_seqs=jnp.array([rows], jnp.int32),
+    )
+
+
+def page_table(rows, width):
+    pages = np.random.default_rng(7).permutation(np.arange(1, PAGES))
+    return jnp.asarray(pages[: rows * width].reshape(rows, width), jnp.int32)
+
+
+def normal(key, shape, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(key), shape, jnp.float32).astype(dtype)
+
+
+def run(backend, batch, heads, *, decode, dtype=jnp.float32, **options):
+    """Fills the rows' history, writes the batch's tokens, attends: the same for every backend."""
+    num_kv_heads, group, head_dim = heads
+    tokens = batch.positions.shape[0]
+    rows, width = batch.page_table.shape
+    history = prefill_batch(
+        [width * PAGE] * rows, [width * PAGE] * rows, tokens=rows * width * PAGE
+    )
+    past, new = (history.positions.shape[0], *heads[::2]), (tokens, *heads[::2])
+    q = normal(5, (tokens, num_kv_heads, group, head_dim), dtype)
+    options = {"scale": head_dim**-0.5, "window": 0, "soft_cap": 0.0} | options
+
+    @jax.jit
+    def program(history, batch):
+        cache = jnp.zeros(backend.cache_shape(PAGES, PAGE, num_kv_heads, head_dim), dtype)
+        cache = backend.write(cache, normal(1, past, dtype), normal(2, past, dtype), history)
+        cache = backend.write(cache, normal(3, new, dtype), normal(4, new, dtype), batch)
+        return backend.attend(q, cache, batch, decode=decode, **options)
+
+    return np.asarray(program(history, batch), np.float32)
+
+
+def assert_parity(batch, heads, *, atol, **options):
+    got, want = run(tpu, batch, heads, **options), run(reference, batch, heads, **options)
+    assert np.abs(want).max() > 0.1
+    np.testing.assert_allclose(got, want, atol=atol)
+
+
+@pytest.mark.parametrize("heads", [(2, 4, 128), (3, 3, 64), (1, 7, 96)], ids=str)
+def test_prefill_of_ragged_sequences_equals_the_reference(interpreted, heads):
+    batch = prefill_batch([37, 5, 64], [20, 5, 1], tokens=32)
+    assert_parity(batch, heads, decode=False, atol=1e-5)
+
+
+def test_prefill_in_bfloat16_with_five_heads_padded_to_eight(interpreted):
+    batch = prefill_batch([37, 5, 64], [20, 5, 1], tokens=32)
+    assert_parity(batch, (5, 1, 80), decode=False, dtype=jnp.bfloat16, atol=3e-2)
+
+
+@pytest.mark.parametrize("heads", [(2, 4, 128), (3, 3, 64)], ids=str)
+def test_decode_with_idle_rows_equals_the_reference(interpreted, heads):
+    lengths = jnp.array([0, 9, 40, 30, 63], jnp.int32)
+    active = jnp.array([False, True, False, True, True])
+    batch = decode_batch(lengths, active, page_table(5, 4))
+    assert_parity(batch, heads, decode=True, atol=1e-5)
+    out = run(tpu, batch, heads, decode=True)
+    assert not out[[0, 2]].any()
+
+
+@pytest.mark.parametrize(
+    "options", [{"window": 11}, {"soft_cap": 3.0}, {"window": 17, "soft_cap": 5.0}]
+)
+@pytest.mark.parametrize("decode", [False, True], ids=["prefill", "decode"])
+def test_window_and_soft_cap_equal_the_reference(interpreted, options, decode):
+    batch = prefill_batch([37, 50], [20, 9], tokens=32)
+    if decode:
+        lengths = jnp.array([36, 0, 51], jnp.int32)
+        batch = decode_batch(lengths, lengths > 0, page_table(3, 4))
+    assert_parity(batch, (2, 2, 64), decode=decode, scale=1.0, atol=2e-5, **options)
+
+
+@pytest.mark.parametrize("decode", [False, True], ids=["prefill", "decode"])
+def test_several_wide_heads_have_pages_of_their_own(interpreted, decode):
+    batch = prefill_batch([37, 50], [20, 9], tokens=32)
+    if decode:
+        lengths = jnp.array([36, 0, 51], jnp.int32)
+        batch = decode_batch(lengths, lengths > 0, page_table(3, 4))
+    assert tpu.cache_shape(PAGES, PAGE, 4, 256) == (4 * PAGES, PAGE, 2, 256)
+    options = {"window": 20, "decode": decode, "dtype": jnp.bfloat16}
+    assert_parity(batch, (4, 2, 256), atol=3e-2, **options)
+
+
+@pytest.mark.parametrize("heads", [(2, 1, 64), (3, 1, 256)], ids=str)
+def test_padding_and_idle_rows_write_only_to_the_null_page(heads):
+    num_kv_heads, _, head_dim = heads
+    table = page_table(3, 4)
+    shape = tpu.cache_shape(PAGES, PAGE, num_kv_heads, head_dim)
+    k = jnp.ones((3, num_kv_heads, head_dim), jnp.bfloat16)
+    batch = decode_batch(jnp.array([20, 33, 5], jnp.int32), jnp.array([False, True, False]), table)
+    # A row can also be idle by its length alone, with a position left from an earlier block.
+    batch = PagedBatch(**{**vars(batch), "positions": jnp.array([20, 33, -1], jnp.int32)})
+    written = np.asarray(tpu.write(jnp.zeros(shape, jnp.bfloat16), k, k, batch), np.float32)
+    by_page = written.reshape(-1, PAGES, PAGE, written.shape[2] * written.shape[3])
+    pages, places = np.nonzero(by_page.any(axis=(0, 3)))
+    kept = [
+        (page, place) for page, place in zip(pages.tolist(), places.tolist(), strict=True) if page
+    ]
+    assert kept == [(int(table[1, 2]), 1)]
+
+
+def test_a_cache_the_kernel_cannot_read_is_refused_by_name():
+    batch = prefill_batch([3], [3], tokens=3)
+    k = jnp.zeros((3, 4, 256))
+    with pytest.raises(ValueError, match=r"head_dim 256 \(kv_heads 4\).*bfloat16"):
+        tpu.write(jnp.zeros(tpu.cache_shape(PAGES, PAGE, 4, 256)), k, k, batch)
+    with pytest.raises(ValueError, match="not in int8: set engine.kv_dtype"):
+        tpu.write(jnp.zeros(tpu.cache_shape(PAGES, PAGE, 4, 128), jnp.int8), k, k, batch)
+
+
+LAYERS, STEPS, ROWS, WIDTH, TOKENS = 4, 8, 64, 16, 512
+LARGE = 2200  # pages: a layer's cache is beyond VMEM, into which XLA would move a small one whole
+
+
+def decode_block(caches, x, lengths, table):
+    """Several steps of several layers of attention, each layer's input its predecessor's output."""
+
+    def step(_, state):
+        caches, x, lengths = state
+        batch = decode_batch(lengths, lengths > 0, table)
+        new_caches = []
+        for cache in caches:
+            cache = tpu.write(cache, x[:, :, 0], x[:, :, -1] * 0.5, batch)
+            x = tpu.attend(x, cache, batch, decode=True, scale=0.1, window=0, soft_cap=0.0)
+            new_caches.append(cache)
+        return tuple(new_caches), x, lengths + 1
+
+    return jax.lax.fori_loop(0, STEPS, step, (caches, x, lengths))
+
+
+def prefill(caches, x, batch):
+    new_caches = []
+    for cache in caches:
+        cache = tpu.write(cache, x[:, :, 0], x[:, :, -1] * 0.5, batch)
+        x = tpu.attend(x, cache, batch, decode=False, scale=0.1, window=300, soft_cap=30.0)
+        new_caches.append(cache)
+    return tuple(new_caches), x
+
+
+def assert_lean(compiled, shape):
+    assert temp_bytes(compiled) < 16 * 2**20
+    assert donated_bytes(compiled) >= LAYERS * 2 * int(np.prod(shape))
+    assert copies_of(compiled_text(compiled), shape) == []
+
+
+CHIPS_AND_HEADS = [
+    ("v6e:1x1", (8, 4, 128)),
+    ("v5e:1x1", (8, 4, 128)),
+    ("v6e:1x1", (3, 3, 64)),
+    ("v6e:1x1", (1, 4, 256)),
+    ("v6e:1x1", (4, 2, 256)),
+    ("v5e:1x1", (16, 2, 256)),
+    ("v5e:1x1", (32, 1, 96)),
+]
+
+
+@pytest.mark.parametrize(("chip", "heads"), CHIPS_AND_HEADS, ids=str)
+def test_a_decode_block_compiles_without_copying_its_caches(chip, heads):
+    num_kv_heads, group, head_dim = heads
+    shape = tpu.cache_shape(LARGE, 64, num_kv_heads, head_dim)
+    compiled = compile_on(
+        mesh_of(chip),
+        decode_block,
+        (jax.ShapeDtypeStruct(shape, jnp.bfloat16),) * LAYERS,
+        jax.ShapeDtypeStruct((ROWS, num_kv_heads, group, head_dim), jnp.bfloat16),
+        jax.ShapeDtypeStruct((ROWS,), jnp.int32),
+        jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.int32),
+        donate_argnums=[0],
+    )
+    assert_lean(compiled, shape)
+
+
+@pytest.mark.parametrize(("chip", "heads"), CHIPS_AND_HEADS, ids=str)
+def test_prefill_compiles_without_copying_its_caches(chip, heads):
+    num_kv_heads, group, head_dim = heads
+    shape = tpu.cache_shape(LARGE, 64, num_kv_heads, head_dim)
+    compiled = compile_on(
+        mesh_of(chip),
+        prefill,
+        (jax.ShapeDtypeStruct(shape, jnp.bfloat16),) * LAYERS,
+        jax.ShapeDtypeStruct((TOKENS, num_kv_heads, group, head_dim), jnp.bfloat16),
+        prefill_batch([300, 700], [212, 200], tokens=TOKENS),
+        donate_argnums=[0],
+    )
+    assert_lean(compiled, shape)

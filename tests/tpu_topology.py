@@ -1,0 +1,74 @@
+"""Compiling for TPUs that aren't there: libtpu holds the real compilers and describes any chip.
+
+`topology_mesh("v6e:1x1")` gives a mesh of such devices, `abstract` describes arguments on it,
+`compile_on` runs XLA:TPU and Mosaic, and the rest read what came out: temporaries, and copies of an
+array of a given shape. Nothing runs. Used by the tests that guard the TPU programs' memory.
+"""
+
+import os
+import re
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# Without these libtpu asks the network which machine it is on, for minutes.
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v6e-4")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+# It also locks the machine's TPU; compiling needs none, and two test runs may compile at once.
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+
+def topology_mesh(name: str) -> Mesh:
+    """A mesh, axes ("data", "model") = (1, all chips), over a topology such as "v6e:2x2"."""
+    one_chip = name.split(":")[1] in ("1x1", "1x1x1")
+    options = {"chips_per_host_bounds": (1, 1, 1)} if one_chip else {}
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+    return Mesh(np.array(topology.devices).reshape(1, -1), ("data", "model"))
+
+
+def abstract(mesh: Mesh, tree: object) -> object:
+    """A tree of arrays or ShapeDtypeStructs as arguments that every device of the mesh holds."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), tree
+    )
+
+
+def compile_on(
+    mesh: Mesh, function: Callable, *args: object, donate_argnums: Sequence[int] = ()
+) -> jax.stages.Compiled:
+    """Compiles `function` for the mesh; `args` are trees of arrays or ShapeDtypeStructs."""
+    # Pallas asks the mesh in scope, not the arguments, which chip it compiles for.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        jitted = jax.jit(function, donate_argnums=tuple(donate_argnums))
+        return jitted.lower(*abstract(mesh, args)).compile()
+
+
+def compiled_text(compiled: jax.stages.Compiled) -> str:
+    """The scheduled module as XLA prints it."""
+    return compiled.as_text()
+
+
+def temp_bytes(compiled: jax.stages.Compiled) -> int:
+    """Bytes of temporaries in a device's memory, beyond arguments and outputs."""
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def donated_bytes(compiled: jax.stages.Compiled) -> int:
+    """Bytes of outputs that live in donated arguments."""
+    return compiled.memory_analysis().alias_size_in_bytes
+
+
+def copies_of(text: str, shape: Sequence[int]) -> list[str]:
+    """Lines of a module that copy an array of as many elements as this shape, or more."""
+    size = int(np.prod(shape))
+    copies = []
+    for line in text.splitlines():
+        found = re.search(r"= \(?\w+\[([\d,]+)\]\S*.*? (copy|copy-start)\(", line)
+        if found and int(np.prod([int(n) for n in found[1].split(",")])) >= size:
+            copies.append(line.strip())
+    return copies
