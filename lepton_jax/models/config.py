@@ -3,7 +3,7 @@
 `ModelConfig` is the only thing that `decoder.py` reads; every field is documented here and read
 somewhere (a test checks). How the fields follow from a Hugging Face config or GGUF metadata is in
 `families/`, one short file per family; `registry.py` picks the family. RoPE's formulas are in
-`rope.py`.
+`rope.py`. The tokens that open and end a text belong to `lepton_jax/text`.
 """
 
 from __future__ import annotations
@@ -106,8 +106,6 @@ class ModelConfig:
       num_experts: E; 0 = a dense ffn.
       experts_per_token: experts that each token visits.
       norm_expert_weights: the weights of a token's experts are divided by their sum.
-      eos_ids: tokens that end a text, as the model's own config says; may be empty.
-      bos_id: token that opens a text, -1 where the config says none.
     """
 
     family: str
@@ -139,8 +137,6 @@ class ModelConfig:
     num_experts: int = 0
     experts_per_token: int = 0
     norm_expert_weights: bool = True
-    eos_ids: tuple[int, ...] = ()
-    bos_id: int = -1
 
     def __post_init__(self):
         for name in (

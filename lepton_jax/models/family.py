@@ -88,8 +88,6 @@ def base_hf_fields(keys: KeyReader, defaults: dict[str, Any] | None = None) -> d
         "norm_eps": float(keys.get("rms_norm_eps", absent["rms_norm_eps"])),
         "tie_embeddings": bool(keys.get("tie_word_embeddings", absent["tie_word_embeddings"])),
         "attn_scale": head_dim**-0.5,
-        "eos_ids": _ids(keys.get("eos_token_id", ())),
-        "bos_id": next(iter(_ids(keys.get("bos_token_id", ()))), -1),
     }
 
 
@@ -117,7 +115,7 @@ def base_gguf_fields(keys: KeyReader, tensors: frozenset[str]) -> dict[str, Any]
     """The ModelConfig fields that every GGUF architecture of our families spells alike.
 
     Args:
-      keys: the metadata below `<architecture>.`; the registry adds vocab_size, eos_ids and bos_id.
+      keys: the metadata below `<architecture>.`; the registry adds vocab_size.
       tensors: names in the file; `output.weight` among them means an untied head.
     """
     heads, size = keys.number("attention.head_count"), keys.number("embedding_length")
@@ -140,10 +138,4 @@ def base_gguf_fields(keys: KeyReader, tensors: frozenset[str]) -> dict[str, Any]
         "norm_eps": float(keys.get("attention.layer_norm_rms_epsilon")),
         "tie_embeddings": "output.weight" not in tensors,
         "attn_scale": head_dim**-0.5,
-        "eos_ids": _ids(keys.get("eos_ids", ())),
-        "bos_id": next(iter(_ids(keys.get("bos_id", ()))), -1),
     }
-
-
-def _ids(value: Any) -> tuple[int, ...]:
-    return tuple(int(i) for i in value) if isinstance(value, list | tuple) else (int(value),)

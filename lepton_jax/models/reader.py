@@ -13,18 +13,18 @@ from typing import Any
 
 REQUIRED = object()
 
-# Hugging Face keys that say nothing about the forward pass: training, bookkeeping, generation
-# defaults.
+# Hugging Face keys that say nothing about the forward pass: training, bookkeeping, generation.
 IGNORED_HF_KEYS = frozenset(
     """
     _attn_implementation _attn_implementation_autoset _name_or_path architectures attention_dropout
-    attn_implementation auto_map bos_token_ids cache_implementation chunk_size_feed_forward
-    do_sample dtype early_stopping embd_pdrop finetuning_task id2label initializer_range is_decoder
-    is_encoder_decoder is_llama_config label2id max_length model_type num_return_sequences
-    output_attentions output_hidden_states output_router_logits pad_token_id prefix pretraining_tp
-    problem_type resid_pdrop return_dict router_aux_loss_coef router_jitter_noise
-    task_specific_params temperature tokenizer_class top_k top_p torch_dtype torchscript
-    transformers.js_config transformers_version unsloth_fixed unsloth_version use_bfloat16 use_cache
+    attn_implementation auto_map bos_token_id cache_implementation chunk_size_feed_forward
+    do_sample dtype early_stopping embd_pdrop eos_token_id finetuning_task id2label
+    initializer_range is_decoder is_encoder_decoder is_llama_config label2id max_length model_type
+    num_return_sequences output_attentions output_hidden_states output_router_logits pad_token_id
+    prefix pretraining_tp problem_type resid_pdrop return_dict router_aux_loss_coef
+    router_jitter_noise task_specific_params temperature tokenizer_class top_k top_p torch_dtype
+    torchscript transformers.js_config transformers_version unsloth_fixed unsloth_version
+    use_bfloat16 use_cache
     """.split()
 )
 

@@ -81,8 +81,6 @@ def config_from_gguf(metadata: dict[str, Any], tensor_names: Iterable[str] = ())
     tokens = metadata.get("tokenizer.ggml.tokens")
     if "vocab_size" not in own and tokens is not None:
         own["vocab_size"] = len(tokens)
-    own["eos_ids"] = metadata.get("tokenizer.ggml.eos_token_id")
-    own["bos_id"] = metadata.get("tokenizer.ggml.bos_token_id")
     keys = KeyReader(own, family.name, source=f"GGUF {prefix}*", ignored=IGNORED_GGUF_KEYS)
     config = family.gguf_config(keys, frozenset(tensor_names))
     keys.finish()

@@ -95,5 +95,5 @@ FAMILY = Family(
     gguf_config=gguf_config,
     hf_map=hf_map,
     gguf_map=gguf_base,
-    hf_ignored=("hidden_act",),  # Gemma reads hidden_activation
+    hf_ignored=("hidden_act", "sliding_window_size"),  # repeat hidden_activation, sliding_window
 )

@@ -43,11 +43,9 @@ def hf_config(keys: KeyReader) -> ModelConfig:
     if keys.get("model_type") == "gemma3_text":
         return _text_config(keys)
     inner = keys.get("text_config", {})
-    keys.get("tie_word_embeddings", True)
-    eos = keys.get("eos_token_id", inner.get("eos_token_id", 1))
-    bos = keys.get("bos_token_id", inner.get("bos_token_id", 2))
+    tied = keys.get("tie_word_embeddings", inner.get("tie_word_embeddings"))
     text = KeyReader(
-        {**inner, "eos_token_id": eos, "bos_token_id": bos},
+        inner | {"tie_word_embeddings": tied},
         keys.family,
         source=f"{keys.source} text_config",
         ignored=IGNORED_HF_KEYS | set(FAMILY.hf_ignored),
