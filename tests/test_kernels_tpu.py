@@ -11,11 +11,13 @@ from jax.experimental import pallas as pl
 from tpu_topology import compile_on, compiled_text, copies_of, donated_bytes, temp_bytes
 from tpu_topology import topology_mesh as mesh_of
 
+from lepton_jax import compat
 from lepton_jax.kernels import attention_reference as reference
 from lepton_jax.kernels import attention_tpu as tpu
 from lepton_jax.kernels.attention import PagedBatch, decode_batch
 
 PAGE = 16
+QUICK = {"xla_backend_optimization_level": 0}  # compiling an interpreted kernel outlasts running it
 PAGES = 24
 
 
@@ -77,7 +79,7 @@ def run(backend, batch, heads, *, decode, dtype=jnp.float32, **options):
     q = normal(5, (tokens, num_kv_heads, group, head_dim), dtype)
     options = {"scale": head_dim**-0.5, "window": 0, "soft_cap": 0.0} | options
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICK)
     def program(history, batch):
         cache = jnp.zeros(backend.cache_shape(PAGES, PAGE, num_kv_heads, head_dim), dtype)
         cache = backend.write(cache, normal(1, past, dtype), normal(2, past, dtype), history)
@@ -208,6 +210,22 @@ CHIPS_AND_HEADS = [
     ("v5e:1x1", (16, 2, 256)),
     ("v5e:1x1", (32, 1, 96)),
 ]
+
+
+def test_the_copies_of_a_cache_that_is_not_donated_are_seen():
+    shape = tpu.cache_shape(LARGE, 64, 8, 128)
+    caches = (jax.ShapeDtypeStruct(shape, jnp.bfloat16),) * LAYERS
+    x = jax.ShapeDtypeStruct((TOKENS, 8, 4, 128), jnp.bfloat16)
+    batch = prefill_batch([300, 700], [212, 200], tokens=TOKENS)
+    compiled = compile_on(mesh_of("v6e:1x1"), prefill, caches, x, batch)
+    assert donated_bytes(compiled) == 0
+    assert len(copies_of(compiled_text(compiled), shape)) >= LAYERS
+
+
+def test_an_old_jax_is_refused_with_the_way_out(monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 9, 1))
+    with pytest.raises(ImportError, match=r"needs 0\.10\.2 or newer: pip install"):
+        compat.ragged_paged_attention()
 
 
 @pytest.mark.parametrize(("chip", "heads"), CHIPS_AND_HEADS, ids=str)
