@@ -19,6 +19,16 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+# What a template's own code can raise, from raise_exception to adding a string to a list.
+_RENDER_ERRORS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 class ChatTemplateError(ValueError):
@@ -38,15 +48,16 @@ def render(
     `tools` are JSON schemas of functions; `variables` go to the template as they are (`bos_token`,
     `enable_thinking`, ...); `add_generation_prompt` is True by default. Raises `ChatTemplateError`.
     """
-    values = {"add_generation_prompt": True, "documents": None} | variables
     checked = _checked_messages(messages)
+    values = {"add_generation_prompt": True, "documents": None} | variables
+    values |= {"messages": checked, "tools": _plain(tools, "tools")}
     try:
-        return _compiled(template).render(messages=checked, tools=_plain(tools, "tools"), **values)
+        return _compiled(template).render(values)
     except jinja2.TemplateSyntaxError as error:
         raise ChatTemplateError(
             f"the chat template's line {error.lineno} is not valid jinja: {error}"
         ) from error
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, ArithmeticError) as error:
+    except _RENDER_ERRORS as error:
         roles = ", ".join(message["role"] for message in checked)
         raise ChatTemplateError(
             f"the chat template refuses the messages (roles: {roles}): {error}"

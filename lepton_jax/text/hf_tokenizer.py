@@ -29,6 +29,8 @@ def parts_from_json(path: Path) -> TokenizerParts:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises a bare Exception for whatever it can't read
         raise TokenizerError(f"{path} can't be read as a tokenizer.json: {error}") from error
+    tokenizer.no_truncation()  # some files carry the lengths of their training run
+    tokenizer.no_padding()
     config = _side_file(path, "tokenizer_config.json")
     added = tokenizer.get_added_tokens_decoder()
     control = frozenset(i for i, token in added.items() if token.special)
