@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lepton_jax.text import load
 from lepton_jax.text.pieces import TokenizerError
@@ -121,6 +123,11 @@ def test_ids_that_the_vocabulary_lacks_spell_nothing():
         (byte_level(tokens=[]), "tokens is empty"),
         (byte_level(tokens=["a", "a"], token_type=None), "holds 1 duplicates"),
         (byte_level(token_type=[1]), "token_type has 1 values"),
+        (byte_level(tokens=["a", 3]), "tokens.1. is 3; a str is needed"),
+        (byte_level(merges=[3]), "merges.0. is 3; a str is needed"),
+        (byte_level(tokens=["a"], token_type=[9]), "token_type.0. is 9; known types are 0 to 6"),
+        (byte_level(tokens=["a"], token_type="x"), "token_type is a str; a list is needed"),
+        (byte_level("") | {"tokenizer.ggml.pre": ["gpt-2"]}, r"pre is .'gpt-2'."),
         (byte_level(bos_token_id=10**6), "bos_token_id is 1000000; ids go from 0"),
         (byte_level(add_bos_token=True, bos_token_id=None), "add_bos_token is set, but"),
         (sentencepiece(scores=None), "scores is missing"),
@@ -131,6 +138,27 @@ def test_ids_that_the_vocabulary_lacks_spell_nothing():
 def test_bad_metadata_is_refused_by_name(metadata, message):
     with pytest.raises(TokenizerError, match=message):
         load(metadata)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_mutated_metadata_loads_or_is_refused(data):
+    metadata = data.draw(st.sampled_from([sentencepiece(), byte_level()]))
+    metadata = {key: list(v) if isinstance(v, list) else v for key, v in metadata.items()}
+    odd = st.sampled_from([None, -1, 0, 2**40, 0.5, float("nan"), "", "\x00", " ", "a", [], ["x"]])
+    for key in data.draw(st.lists(st.sampled_from(sorted(metadata)), min_size=1, max_size=3)):
+        value = metadata[key]
+        if isinstance(value, list) and value and data.draw(st.booleans()):
+            value[data.draw(st.integers(0, len(value) - 1))] = data.draw(odd)
+        else:
+            metadata[key] = data.draw(odd)
+    try:
+        tokenizer = load(metadata)
+    except TokenizerError:
+        return
+    ids = tokenizer.encode("Hello 12\u00e9")
+    assert all(0 <= i < tokenizer.vocab_size for i in ids)
+    assert "\ufffd" not in tokenizer.decode(ids)
 
 
 def test_text_that_is_no_text():
@@ -160,6 +188,6 @@ def test_real_models_special_tokens(smollm2_path, gemma3_path):
     assert (smollm2.bos_id, smollm2.eos_ids, smollm2.encode("")) == (1, (2, 0), [])
     assert (gemma3.bos_id, gemma3.eos_ids, gemma3.encode("")) == (2, (1, 106), [2])
     ids = smollm2.apply_chat([{"role": "user", "content": "Hi"}])
-    assert ids[0] == 1 and ids[-3:] == smollm2.encode("<|im_start|>assistant\n")
+    assert ids[0] == 1 and ids[-4:] == smollm2.encode("<|im_start|>assistant\n")
     with pytest.raises(ValueError, match="has no chat template"):
         gemma3.apply_chat([{"role": "user", "content": "Hi"}])

@@ -17,6 +17,7 @@ from tokenizers.models import BPE
 from lepton_jax.text.pieces import Pieces, SpecialTokens, TokenizerError, TokenizerParts
 from lepton_jax.text.pretokenizers import pre_tokenizer
 from lepton_jax.text.spm import (
+    BYTE,
     CONTROL,
     NORMAL,
     UNKNOWN,
@@ -61,7 +62,7 @@ def parts_from_metadata(metadata: Mapping[str, object]) -> TokenizerParts:
 def _byte_level_bpe(metadata: Mapping, tokens: list[str], types: list[int]) -> TokenizerParts:
     cut = pre_tokenizer(metadata.get(_PREFIX + "pre"))
     vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
-    merges = [_pair(merge, i) for i, merge in enumerate(_get(metadata, "merges", list))]
+    merges = [_pair(merge, i) for i, merge in enumerate(_list(metadata, "merges", str))]
     try:
         model = BPE(vocab=vocabulary, merges=merges, ignore_merges=cut.ignore_merges)
     except (
@@ -85,7 +86,7 @@ def _byte_level_bpe(metadata: Mapping, tokens: list[str], types: list[int]) -> T
 
 
 def _sentencepiece(metadata: Mapping, tokens: list[str], types: list[int]) -> TokenizerParts:
-    scores = _get(metadata, "scores", list)
+    scores = _list(metadata, "scores", (int, float))
     if len(scores) != len(tokens):
         raise TokenizerError(f"{_PREFIX}scores has {len(scores)} values for {len(tokens)} tokens")
     prefix = bool(metadata.get(_PREFIX + "add_space_prefix", True))
@@ -119,17 +120,22 @@ def _vocabulary(metadata: Mapping) -> tuple[list[str], list[int]]:
     """Tokens and their types; an empty token, which no text can produce, gets a unique
     placeholder.
     """
-    tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(_get(metadata, "tokens", list))]
+    tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(_list(metadata, "tokens", str))]
     if not tokens:
         raise TokenizerError(f"{_PREFIX}tokens is empty: the file holds no vocabulary")
     if len(set(tokens)) != len(tokens):
         raise TokenizerError(f"{_PREFIX}tokens holds {len(tokens) - len(set(tokens))} duplicates")
-    types = metadata.get(_PREFIX + "token_type")
-    if types is None:
-        types = [NORMAL] * len(tokens)
+    if metadata.get(_PREFIX + "token_type") is None:
+        return tokens, [NORMAL] * len(tokens)
+    types = [kind or NORMAL for kind in _list(metadata, "token_type", int)]  # 0: undefined
     if len(types) != len(tokens):
         raise TokenizerError(
             f"{_PREFIX}token_type has {len(types)} values for {len(tokens)} tokens"
+        )
+    odd = next((i for i, kind in enumerate(types) if not NORMAL <= kind <= BYTE), None)
+    if odd is not None:
+        raise TokenizerError(
+            f"{_PREFIX}token_type[{odd}] is {types[odd]}; known types are 0 to {BYTE}"
         )
     return tokens, types
 
@@ -188,6 +194,15 @@ def _get(metadata: Mapping, name: str, kind: type):
         found = "is missing" if value is None else f"is a {type(value).__name__}"
         raise TokenizerError(f"{_PREFIX}{name} {found}; a {kind.__name__} is needed")
     return value
+
+
+def _list(metadata: Mapping, name: str, kind: type | tuple[type, ...]) -> list:
+    values = _get(metadata, name, list)
+    odd = next((i for i, value in enumerate(values) if not isinstance(value, kind)), None)
+    if odd is not None:
+        needed = kind.__name__ if isinstance(kind, type) else "number"
+        raise TokenizerError(f"{_PREFIX}{name}[{odd}] is {values[odd]!r}; a {needed} is needed")
+    return values
 
 
 def _pair(merge: str, place: int) -> tuple[str, str]:

@@ -93,9 +93,9 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
 }
 
 
-def pre_tokenizer(name: str | None) -> PreTokenizer:
+def pre_tokenizer(name: object) -> PreTokenizer:
     """The cut called `name`; raises `TokenizerError` with the list of known names for any other."""
-    if name in PRE_TOKENIZERS:
+    if isinstance(name, str) and name in PRE_TOKENIZERS:
         return PRE_TOKENIZERS[name]
     known = ", ".join(sorted(PRE_TOKENIZERS))
     found = "is missing" if name is None else f"is {name!r}"
