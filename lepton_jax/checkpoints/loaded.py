@@ -1,0 +1,106 @@
+"""What loading gives: a model, its leaves on the device, and where its tokenizer is.
+
+Also the small rules that every way of loading shares: which dtype "auto" means and how a checkpoint
+gets its fingerprint. Loading itself is `load.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lepton_jax.checkpoints.errors import CheckpointError
+from lepton_jax.checkpoints.source import FLOAT_DTYPES, TensorFiles
+from lepton_jax.models.build import Model, abstract_model
+from lepton_jax.models.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to run.
+
+    Attributes:
+      config: its sizes and quirks.
+      model: specs of its parameters, and `bind`.
+      leaves: one per spec, in their order: jax arrays, or leaf types such as QTensor.
+      tokenizer_source: what `lepton_jax.text.tokenizer.load` takes.
+      fingerprint: 16 hex digits that change with the config, the tensor table or sampled values.
+      bytes: that the leaves take on the device.
+      dtype: of the uncompressed weights.
+      activation_dtype: of the residual stream.
+    """
+
+    config: ModelConfig
+    model: Model
+    leaves: tuple[Any, ...]
+    tokenizer_source: Path
+    fingerprint: str
+    bytes: int
+    dtype: str
+    activation_dtype: str
+
+
+def leaf_bytes(leaf: Any) -> int:
+    """Bytes of all arrays of a leaf."""
+    return sum(array.nbytes for array in jax.tree.leaves(leaf))
+
+
+def weight_dtype(asked: Any, own: np.dtype) -> np.dtype:
+    """The dtype to keep weights in.
+
+    Args:
+      asked: "auto", a name in FLOAT_DTYPES, or such a dtype.
+      own: what the checkpoint holds (bfloat16 for quantized blocks).
+
+    "auto" is float32 on a CPU, where a single row in bfloat16 is 20 times slower (2-core AVX-512,
+    2026-11), else `own`; a TPU has no float16 and gets bfloat16 for it.
+    """
+    if isinstance(asked, str) and asked == "auto":
+        platform = jax.default_backend()
+        if platform == "cpu":
+            return FLOAT_DTYPES["float32"]
+        halved = platform == "tpu" and own == np.float16
+        return FLOAT_DTYPES["bfloat16"] if halved else own
+    return float_dtype(asked, "dtype", ("auto", *FLOAT_DTYPES))
+
+
+def float_dtype(asked: Any, field: str, allowed: tuple[str, ...] = tuple(FLOAT_DTYPES)) -> np.dtype:
+    """A float dtype from its name or itself; CheckpointError naming `field` on anything else."""
+    name = asked if isinstance(asked, str) else np.dtype(asked).name
+    if name not in FLOAT_DTYPES:
+        raise CheckpointError(f"{field}={name!r} is unknown: allowed are {', '.join(allowed)}")
+    return FLOAT_DTYPES[name]
+
+
+def build_model(place: Path, config: ModelConfig, *, dtype: Any, activation_dtype: Any) -> Model:
+    """`abstract_model`, with CheckpointError for configs that only a damaged file can hold."""
+    try:
+        return abstract_model(config, dtype, activation_dtype)
+    except (ValueError, TypeError, ArithmeticError, LookupError) as error:
+        raise CheckpointError(
+            f"{place}: no model can be built from its config: {str(error)[:300]}"
+        ) from error
+
+
+def fingerprint(config: ModelConfig, files: TensorFiles) -> str:
+    """16 hex digits of the config, the tensor table, the file sizes and a few sampled bytes.
+
+    Two checkpoints of one architecture differ by the samples; the whole content isn't read.
+    """
+    table = [[name, list(t.shape), t.kind] for name, t in sorted(files.tensors.items())]
+    paths = sorted({tensor.path for tensor in files.tensors.values()})
+    sizes = [path.stat().st_size for path in paths]
+    return digest([dataclasses.asdict(config), table, sizes, files.sample()])
+
+
+def digest(value: Any) -> str:
+    """16 hex digits of a JSON value."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,82 @@
+"""From what a user writes as `model.path` to a file or directory on this machine.
+
+Demo models and hub models are fetched here; nothing is opened beyond what tells the kind. Read
+next: `load.py`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from lepton_jax.checkpoints.demo import DEMO_MODELS, demo_model
+from lepton_jax.checkpoints.errors import CheckpointError
+
+MANIFEST_NAME = "manifest.json"
+ACCEPTED = (
+    "a Hugging Face directory (config.json and .safetensors), a .gguf file, a directory that "
+    "lepton_jax saved (manifest.json), hf:org/name, "
+    + ", ".join(f"demo:{name}" for name in DEMO_MODELS)
+)
+_HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+
+
+def locate(path: str | os.PathLike) -> tuple[str, Path]:
+    """The kind ("hf", "gguf" or "store") and the place of a checkpoint, fetched if need be.
+
+    Raises CheckpointError: nothing is there, it is none of the accepted forms, or it can't be
+    fetched.
+    """
+    text = os.fspath(path)
+    if text.startswith("demo:"):
+        return "gguf", demo_model(text.removeprefix("demo:"))
+    if text.startswith("hf:"):
+        return "hf", _from_hub(text.removeprefix("hf:"))
+    place = Path(text).expanduser()
+    if not text or not place.exists():
+        raise CheckpointError(f"model path {text!r} doesn't exist; accepted are {ACCEPTED}")
+    if place.is_dir():
+        return _directory_kind(place), place
+    if place.suffix == ".gguf":
+        return "gguf", place
+    if place.suffix in (".safetensors", ".json"):
+        raise CheckpointError(
+            f"model path {text!r} is one file of a checkpoint: give its directory, {place.parent}"
+        )
+    raise CheckpointError(f"model path {text!r} is of no known kind; accepted are {ACCEPTED}")
+
+
+def _directory_kind(place: Path) -> str:
+    if (place / MANIFEST_NAME).is_file():
+        return "store"
+    if (place / "config.json").is_file():
+        return "hf"
+    files = sorted(place.glob("*.gguf"))
+    hint = f" Did you mean {files[0]}?" if files else ""
+    raise CheckpointError(
+        f"model path {str(place)!r} is a directory without config.json or {MANIFEST_NAME}; accepted "
+        f"are {ACCEPTED}.{hint}"
+    )
+
+
+def _from_hub(name: str) -> Path:
+    """The local snapshot of a hub repository."""
+    if name.count("/") != 1 or not all(name.split("/")):
+        raise CheckpointError(f"model path 'hf:{name}' must be hf:org/name")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise CheckpointError(
+            f"model path 'hf:{name}' needs huggingface_hub: pip install 'lepton_jax[hub]', or give a "
+            "directory that you fetched yourself"
+        ) from error
+    try:
+        # Some repositories repeat the weights in another layout under consolidated*.
+        return Path(
+            snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=["consolidated*"])
+        )
+    except Exception as error:  # the hub's client raises errors of several HTTP libraries
+        raise CheckpointError(
+            f"model path 'hf:{name}' can't be fetched: {type(error).__name__}: {str(error)[:300]}. "
+            "Check the name, the network, and for gated models the token (`hf auth login`)"
+        ) from error

@@ -1,0 +1,251 @@
+"""Our own checkpoints: a directory that restores to the same leaves, bit by bit.
+
+    manifest.json   format version, config, dtypes, fingerprint, and the table of leaves
+    leaves/         the arrays, by Orbax (readable with any PyTreeCheckpointer)
+    tokenizer/      the tokenizer's files as they were
+
+A directory is complete or absent: it is written under another name and renamed. What the manifest
+holds and how it is checked is `manifest.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from lepton_jax.checkpoints.errors import CheckpointError
+from lepton_jax.checkpoints.gguf_files import metadata_only
+from lepton_jax.checkpoints.loaded import Loaded, build_model, float_dtype, leaf_bytes
+from lepton_jax.checkpoints.locate import MANIFEST_NAME
+from lepton_jax.checkpoints.manifest import Manifest, leaf_row
+from lepton_jax.checkpoints.source import FLOAT_DTYPES
+from lepton_jax.checkpoints.stream import Compress, Progress
+from lepton_jax.models.build import Model
+from lepton_jax.tensors import QTensor
+
+_LEAVES, _TOKENIZER = "leaves", "tokenizer"
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
+    "vocab.json", "merges.txt",
+)  # fmt: skip
+
+
+def save(path: str | os.PathLike, loaded: Loaded) -> Path:
+    """Writes a loaded model with its tokenizer to a new directory.
+
+    Raises CheckpointError: the path exists, can't be written, or the disk is full; nothing is left
+    behind then.
+    """
+    target = Path(path).expanduser().absolute()
+    if target.exists():
+        raise CheckpointError(f"{target} exists: name a new directory or remove it first")
+    scratch = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        paths = tuple(loaded.model.specs)
+        tree = _nested(
+            {path: _arrays(leaf) for path, leaf in zip(paths, loaded.leaves, strict=True)}
+        )
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            checkpointer.save(scratch / _LEAVES, args=ocp.args.PyTreeSave(tree))
+        manifest = Manifest(
+            config=loaded.config,
+            dtype=loaded.dtype,
+            activation_dtype=loaded.activation_dtype,
+            fingerprint=loaded.fingerprint,
+            tokenizer=_copy_tokenizer(loaded.tokenizer_source, scratch / _TOKENIZER),
+            leaves={p: leaf_row(leaf) for p, leaf in zip(paths, loaded.leaves, strict=True)},
+        )
+        (scratch / MANIFEST_NAME).write_text(json.dumps(manifest.to_json(), indent=1) + "\n")
+        os.chmod(scratch, 0o755)  # mkdtemp's are private
+        os.replace(scratch, target)
+    except CheckpointError:
+        raise
+    except Exception as error:  # Orbax raises errors of several storage layers
+        raise CheckpointError(
+            f"{target} can't be written: {type(error).__name__}: {str(error)[:300]}. Check the space "
+            "and permissions of its disk"
+        ) from error
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def restore(
+    path: Path,
+    *,
+    dtype: Any = "auto",
+    activation_dtype: Any = None,
+    compress: Compress | None = None,
+    progress: Progress | None = None,
+) -> Loaded:
+    """Reads a directory that `save` wrote; arguments as those of `load.load`.
+
+    "auto" keeps the stored dtypes. Raises CheckpointError: an unknown format version, leaves that
+    are missing, left over or of another shape, or `compress` on leaves that are already compressed.
+    """
+    manifest = Manifest.read(path / MANIFEST_NAME)
+    if compress is not None and manifest.compressed():
+        raise CheckpointError(
+            f"{path} holds compressed leaves ({manifest.compressed()[0]} and others): load it with "
+            "compression.preset=none, or compress the original checkpoint"
+        )
+    model, weights, activations = model_of(path, manifest, dtype, activation_dtype)
+    abstract = manifest.abstract_leaves(model.specs)
+    total, done, leaves = sum(map(_abstract_bytes, abstract.values())), 0, []
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        _check_stored(path, checkpointer, abstract)
+        for group in _groups(abstract):
+            for name, leaf in _read(path, checkpointer, group).items():
+                done += leaf_bytes(leaf)
+                spec = model.specs[name]
+                if not isinstance(leaf, QTensor):
+                    leaf = leaf.astype(spec.dtype)
+                    leaf = leaf if compress is None else compress(name, spec, leaf)
+                leaves.append(jax.block_until_ready(leaf))
+                if progress is not None:
+                    progress(done, total, name)
+    return Loaded(
+        config=manifest.config,
+        model=model,
+        leaves=tuple(leaves),
+        tokenizer_source=path / manifest.tokenizer,
+        fingerprint=manifest.fingerprint,
+        bytes=sum(map(leaf_bytes, leaves)),
+        dtype=weights,
+        activation_dtype=activations,
+    )
+
+
+def model_of(
+    path: Path, manifest: Manifest, dtype: Any, activation_dtype: Any
+) -> tuple[Model, str, str]:
+    """The model that a manifest describes and the names of its two dtypes; "auto" = as stored."""
+    stored = isinstance(dtype, str) and dtype == "auto"
+    weights = float_dtype(manifest.dtype if stored else dtype, "dtype", ("auto", *FLOAT_DTYPES))
+    default = manifest.activation_dtype if stored else weights
+    activations = float_dtype(activation_dtype or default, "activation_dtype")
+    model = build_model(path, manifest.config, dtype=weights, activation_dtype=activations)
+    manifest.check_specs(path, model.specs)
+    return model, weights.name, activations.name
+
+
+def _arrays(leaf: Any) -> Any:
+    """A leaf in plain containers, so that the files can be read without our types."""
+    return {"values": leaf.values, "scale": leaf.scale} if isinstance(leaf, QTensor) else leaf
+
+
+def _nested(flat: dict[str, Any]) -> dict[str, Any]:
+    """`{"layers.0.qkv": x}` as `{"layers": {"0": {"qkv": x}}}`."""
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *folders, last = path.split(".")
+        node = tree
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[last] = value
+    return tree
+
+
+def _abstract_bytes(leaf: Any) -> int:
+    return sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(leaf))
+
+
+def _groups(abstract: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Neighbouring leaves that together are no larger than the largest: a call costs 20 ms."""
+    limit = max(map(_abstract_bytes, abstract.values()))
+    group, size = {}, 0
+    for name, leaf in abstract.items():
+        if group and size + _abstract_bytes(leaf) > limit:
+            yield group
+            group, size = {}, 0
+        group[name] = leaf
+        size += _abstract_bytes(leaf)
+    yield group
+
+
+def _check_stored(path: Path, checkpointer: ocp.Checkpointer, abstract: dict[str, Any]) -> None:
+    """The files hold exactly the arrays that the manifest lists."""
+    expected = _rows(_nested({name: _arrays(leaf) for name, leaf in abstract.items()}))
+    try:
+        stored = _rows(checkpointer.metadata(path / _LEAVES).item_metadata.tree)
+    except Exception as error:  # Orbax raises errors of several storage layers
+        raise CheckpointError(
+            f"{path / _LEAVES}: its table can't be read: {type(error).__name__}: {str(error)[:300]}; "
+            "the directory is damaged, save the model again"
+        ) from error
+    faults = [
+        f"{what} {sorted(names)[:8]}"
+        for what, names in (
+            ("missing", set(expected) - set(stored)),
+            ("left over", set(stored) - set(expected)),
+            ("different", {n for n in set(stored) & set(expected) if stored[n] != expected[n]}),
+        )
+        if names
+    ]
+    if faults:
+        raise CheckpointError(
+            f"{path / _LEAVES} doesn't fit {MANIFEST_NAME}: {'; '.join(faults)}; the directory is "
+            "damaged, save the model again"
+        )
+
+
+def _rows(tree: Any) -> dict[str, tuple]:
+    """Shape and dtype by the names on the way to each array."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+    return {
+        ".".join(str(key.key) for key in keys): (tuple(x.shape), str(jax.numpy.dtype(x.dtype)))
+        for keys, x in flat
+    }
+
+
+def _read(path: Path, checkpointer: ocp.Checkpointer, group: dict[str, Any]) -> dict[str, Any]:
+    """The leaves of one group, on the default device."""
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    item = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+        _nested({name: _arrays(leaf) for name, leaf in group.items()}),
+    )
+    restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+    args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
+    try:
+        tree = checkpointer.restore(path / _LEAVES, args=args)
+    except Exception as error:  # Orbax raises errors of several storage layers
+        raise CheckpointError(
+            f"{path / _LEAVES}: can't read {', '.join(group)}: {type(error).__name__}: "
+            f"{str(error)[:300]}; the directory is damaged, save the model again"
+        ) from error
+    leaves = {}
+    for name, abstract in group.items():
+        node = tree
+        for key in name.split("."):
+            node = node[key]
+        if isinstance(abstract, QTensor):
+            node = QTensor(node["values"], node["scale"], abstract.act_bits)
+        leaves[name] = node
+    return leaves
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> str:
+    """Copies the tokenizer; gives what to load it from, relative to the checkpoint."""
+    folder.mkdir()
+    source = Path(source)
+    if source.suffix == ".gguf":
+        metadata_only(source, folder / "tokenizer.gguf")
+        return f"{_TOKENIZER}/tokenizer.gguf"
+    base = source if source.is_dir() else source.parent
+    for name in {*_TOKENIZER_FILES, *([] if source.is_dir() else [source.name])}:
+        if (base / name).is_file():
+            shutil.copyfile(base / name, folder / name)
+    return _TOKENIZER if source.is_dir() else f"{_TOKENIZER}/{source.name}"

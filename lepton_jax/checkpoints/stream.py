@@ -1,0 +1,181 @@
+"""A foreign checkpoint (Hugging Face or GGUF) becomes leaves, one parameter at a time.
+
+`open_foreign` reads config and tensor table, `match` fits the file's names to ours before anything
+is read, `stream` does the work: read, combine in numpy, transfer, compress, forget. The host never
+holds more than the sources of one parameter and their combination.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lepton_jax.checkpoints.errors import CheckpointError
+from lepton_jax.checkpoints.gguf_files import open_gguf
+from lepton_jax.checkpoints.json_files import read_json
+from lepton_jax.checkpoints.safetensors_files import open_safetensors
+from lepton_jax.checkpoints.source import TensorFiles
+from lepton_jax.models.build import Model
+from lepton_jax.models.config import ModelConfig
+from lepton_jax.models.keymap import Mapping, expand
+from lepton_jax.models.registry import canonical_name, config_from_gguf, config_from_hf, key_map
+from lepton_jax.tensors import ParamSpec
+
+Compress = Callable[[str, ParamSpec, jax.Array], Any]
+Progress = Callable[[int, int, str], None]
+_COUNTS = ("num_hidden_layers", "num_local_experts", "num_experts", "block_count", "expert_count")
+
+
+def open_foreign(kind: str, place: Path) -> tuple[ModelConfig, TensorFiles]:
+    """Config and tensors of a Hugging Face directory ("hf") or a GGUF file ("gguf")."""
+    if kind == "gguf":
+        metadata, files = open_gguf(place)
+        values = {key.split(".", 1)[-1]: value for key, value in metadata.items()}
+        config_of = functools.partial(config_from_gguf, metadata, files.names)  # noqa: E731
+    else:
+        values, files = read_json(place / "config.json"), open_safetensors(place)
+        config_of = functools.partial(config_from_hf, values)  # noqa: E731
+    _check_counts(place, values, len(files.names))
+    try:
+        config = config_of()
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(f"{place}: {error}") from error
+    if kind == "hf" and (place / "generation_config.json").is_file():
+        config = _with_generation_eos(config, place / "generation_config.json")
+    return config, files
+
+
+def _check_counts(place: Path, values: dict[str, Any], tensors: int) -> None:
+    """Layers and experts are spelled out one by one: a damaged count must not fill the memory."""
+    nested = values.get("text_config")
+    for found in (values, nested if isinstance(nested, dict) else {}):
+        for key in _COUNTS:
+            count = found.get(key)
+            if isinstance(count, int) and count > max(tensors, 1024):
+                raise CheckpointError(
+                    f"{place}: {key} is {count}, more than its {tensors} tensors allow: it is damaged"
+                )
+
+
+def _with_generation_eos(config: ModelConfig, path: Path) -> ModelConfig:
+    """Instruction-tuned models often name their end-of-turn token only here."""
+    more = read_json(path).get("eos_token_id")
+    more = [] if more is None else more if isinstance(more, list) else [more]
+    if any(type(token) is not int for token in more):
+        raise CheckpointError(f"{path}: eos_token_id must be whole numbers, found {more!r:.80}")
+    return dataclasses.replace(config, eos_ids=tuple(dict.fromkeys([*config.eos_ids, *more])))
+
+
+def match(kind: str, model: Model, files: TensorFiles) -> dict[str, Mapping]:
+    """For each parameter its mapping, sources renamed to the file's names.
+
+    Raises one CheckpointError with all missing, duplicate, left-over and ill-fitting names.
+    """
+    config, known, faults = model.config, {}, []
+    twice = []
+    for name in files.names:
+        ours = canonical_name(config, kind, name)
+        if ours in known:
+            twice += [known[ours], name]
+        elif ours is not None:
+            known[ours] = name
+    mappings = {m.target: m for m in expand(key_map(config, kind), config)}
+    if set(mappings) != set(model.specs):
+        faults.append(_listed("parameters without a mapping", set(model.specs) ^ set(mappings)))
+    needed = {source for mapping in mappings.values() for source in mapping.sources}
+    faults.append(_listed("missing", needed - set(known)))
+    faults.append(_listed("duplicate", twice))
+    faults.append(_listed("left over", [known[name] for name in set(known) - needed]))
+    if not any(faults):
+        faults.append(_ill_fitting(model, files, mappings, known))
+    if any(faults):
+        raise CheckpointError(
+            f"{files.path}: its weights don't fit a {config.family} model of {config.num_layers} "
+            f"layers: {'; '.join(filter(None, faults))}. The config belongs to another checkpoint, "
+            f"or lepton_jax/models/families/{config.family}.py needs these names"
+        )
+    return {
+        target: dataclasses.replace(m, sources=tuple(known[source] for source in m.sources))
+        for target, m in mappings.items()
+    }
+
+
+def _listed(what: str, names: Iterable[str]) -> str:
+    """All names; where many differ only in numbers, these as `*` with their count."""
+    names = sorted(names)
+    if not names:
+        return ""
+    if len(names) > 12:
+        patterns: dict[str, list[str]] = {}
+        for name in names:
+            patterns.setdefault(re.sub(r"\d+", "*", name), []).append(name)
+        names = [
+            f"{pattern} ({len(same)} of them)" if len(same) > 1 else same[0]
+            for pattern, same in patterns.items()
+        ]
+    return f"{what}: {', '.join(names)}"
+
+
+def _ill_fitting(
+    model: Model, files: TensorFiles, mappings: dict[str, Mapping], known: dict[str, str]
+) -> str:
+    """Mappings only reorder: a parameter has as many values as its sources."""
+    wrong = []
+    for target, mapping in mappings.items():
+        sources = [known[source] for source in mapping.sources]
+        if sum(files.tensors[name].size for name in sources) != model.specs[target].size:
+            shapes = ", ".join(f"{name} {files.shape(name)}" for name in sources[:6])
+            wrong.append(f"{target} {model.specs[target].shape} from {shapes}")
+        for name in sources:
+            files.dtype(name)
+    return f"sizes that don't fit: {'; '.join(wrong[:8])}" if wrong else ""
+
+
+def stream(
+    model: Model,
+    files: TensorFiles,
+    mappings: dict[str, Mapping],
+    *,
+    compress: Compress | None,
+    progress: Progress | None,
+) -> tuple[Any, ...]:
+    """The leaves in the order of `model.specs`, each finished before the next is read."""
+    total = sum(files.tensors[name].nbytes for m in mappings.values() for name in m.sources)
+    leaves, done = [], 0
+    for path, spec in model.specs.items():
+        array = jax.device_put(_combined(model.config, files, mappings[path], spec))
+        leaf = array if compress is None else compress(path, spec, array)
+        del array
+        leaves.append(jax.block_until_ready(leaf))
+        done += sum(files.tensors[name].nbytes for name in mappings[path].sources)
+        if progress is not None:
+            progress(done, total, path)
+    return tuple(leaves)
+
+
+def _combined(
+    config: ModelConfig, files: TensorFiles, mapping: Mapping, spec: ParamSpec
+) -> np.ndarray:
+    """The parameter in its spec's shape and dtype; the sources are freed on return."""
+    arrays = [files.read(name, np.dtype(spec.dtype)) for name in mapping.sources]
+    shapes = ", ".join(
+        f"{name} {array.shape}" for name, array in zip(mapping.sources, arrays, strict=True)
+    )
+    try:
+        array = mapping.combine(config, *arrays)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{files.path}: {mapping.target} can't be made of {shapes}: {error}"
+        ) from error
+    if array.shape != spec.shape:
+        raise CheckpointError(
+            f"{files.path}: {mapping.target} became {array.shape} instead of {spec.shape} from {shapes}"
+        )
+    return array.astype(spec.dtype, copy=False)
