@@ -87,6 +87,18 @@ def test_another_number_of_leaves_raises():
         model.bind((1, 2, 3))
 
 
+def test_a_longer_context_takes_the_same_leaves_and_longropes_other_factors():
+    tiny = tiny_models.load("phi3_long")
+    short = dataclasses.replace(tiny.config, context_len=0)
+    model = abstract_model(short, jnp.float32, jnp.float32).with_context(40)
+    found = tiny_models.forward(
+        model, tiny_models.in_order(model, tiny.leaves), jnp.asarray(tiny.ids)
+    )
+    np.testing.assert_allclose(found, tiny.expected, atol=2e-4)
+    with pytest.raises(ValueError, match="129 must be 1..128"):
+        model.with_context(129)
+
+
 @pytest.mark.parametrize("case", ["llama", "mixtral"])
 def test_quantized_leaves_pass_through_inside_jit(case):
     tiny = tiny_models.load(case)

@@ -11,7 +11,12 @@ from published_configs import PUBLISHED
 
 import lepton_jax.models.config as config_module
 from lepton_jax.models.config import NO_ROPE, ModelConfig, RopeConfig
-from lepton_jax.models.registry import config_from_gguf, config_from_hf
+from lepton_jax.models.registry import (
+    canonical_name,
+    config_from_gguf,
+    config_from_hf,
+    key_map,
+)
 
 LOCAL_1024 = tuple(0 if (i + 1) % 6 == 0 else 1024 for i in range(34))
 EXPECTED = {
@@ -150,6 +155,28 @@ def test_unknown_architectures_raise_with_the_known_ones(change):
 def test_unknown_gguf_architectures_raise_with_the_known_ones():
     with pytest.raises(ValueError, match="'mamba' is not supported; supported: .*llama.*qwen3moe"):
         config_from_gguf({"general.architecture": "mamba"})
+
+
+@pytest.mark.parametrize(
+    ("case", "name", "canonical"),
+    [
+        ("llama", "lm_head.weight", "lm_head.weight"),
+        ("llama_bias", "lm_head.weight", None),  # tied: a copy of the embedding
+        ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq", None),
+        ("gemma3", "model.language_model.norm.weight", "model.norm.weight"),
+        ("gemma3", "language_model.model.norm.weight", "model.norm.weight"),
+        ("gemma3", "model.vision_tower.post_layernorm.weight", None),
+        ("gemma3", "multi_modal_projector.mm_soft_emb_norm.weight", None),
+        ("llama", "model.layers.0.novelty.weight", "model.layers.0.novelty.weight"),
+    ],
+)
+def test_names_of_tensors_in_hugging_face_files(case, name, canonical):
+    assert canonical_name(tiny_models.read_config(case), "hf", name) == canonical
+
+
+def test_unknown_sources_of_weights_raise():
+    with pytest.raises(ValueError, match="'onnx' is unknown; known: 'hf', 'gguf'"):
+        key_map(tiny_models.read_config("llama"), "onnx")
 
 
 def test_context_is_bounded_by_what_the_model_claims():

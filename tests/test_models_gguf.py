@@ -1,7 +1,8 @@
 """GGUF metadata and names give the same models as the Hugging Face files they were converted from.
 
 The tiny fixtures are converted here as llama.cpp's converter does it: names by the gguf package's
-own table, q and k rows reordered for the llama architecture, Gemma's norms plus one, experts stacked.
+own table, q and k rows reordered for the llama architecture, Gemma's norms plus one, experts
+stacked.
 """
 
 import dataclasses

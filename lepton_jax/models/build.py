@@ -24,10 +24,17 @@ class Model:
     Attributes:
       config: what the decoder is.
       specs: ParamSpec by path such as "layers.0.qkv", in the order in which `bind` takes leaves.
+      dtype: storage dtype of weights and biases.
+      activation_dtype: dtype of the residual stream and of q, k, v.
     """
 
-    def __init__(self, config: ModelConfig, graph: nnx.GraphDef, variables: dict[tuple, Any]):
-        self.config = config
+    def __init__(self, config: ModelConfig, dtype: Any, activation_dtype: Any):
+        decoder = nnx.eval_shape(lambda: Decoder(config, dtype, activation_dtype))
+        graph, state = nnx.split(decoder)
+        variables = dict(nnx.to_flat_state(state))
+        order = sorted(variables, key=lambda path: (path[0] != "embed", path[0] != "layers", path))
+        variables = {path: variables[path] for path in order}
+        self.config, self.dtype, self.activation_dtype = config, dtype, activation_dtype
         self._graph = graph
         self._variables = variables
         self.specs: dict[str, ParamSpec] = {
@@ -52,6 +59,15 @@ class Model:
         }
         return nnx.merge(self._graph, nnx.from_flat_state(bound.items()))
 
+    def with_context(self, length: int) -> Model:
+        """The same model for contexts of at most `length` tokens; takes the same leaves.
+
+        Only longrope models compute something else then. Raises ValueError where `length` is more
+        than the model claims.
+        """
+        config = self.config.with_context(length)
+        return Model(config, self.dtype, self.activation_dtype)
+
 
 def abstract_model(config: ModelConfig, dtype: Any, activation_dtype: Any) -> Model:
     """The model of a config, without values.
@@ -61,8 +77,4 @@ def abstract_model(config: ModelConfig, dtype: Any, activation_dtype: Any) -> Mo
       dtype: storage dtype of weights and biases; norm scales and RoPE factors are float32.
       activation_dtype: dtype of the residual stream and of q, k, v.
     """
-    decoder = nnx.eval_shape(lambda: Decoder(config, dtype, activation_dtype))
-    graph, state = nnx.split(decoder)
-    variables = dict(nnx.to_flat_state(state))
-    order = sorted(variables, key=lambda path: (path[0] != "embed", path[0] != "layers", path))
-    return Model(config, graph, {path: variables[path] for path in order})
+    return Model(config, dtype, activation_dtype)

@@ -79,10 +79,8 @@ class Layer(nnx.Module):
         self._make_ffn(dtype)
 
     def _make_ffn(self, dtype: Any):
-        c, (F, D, E) = (
-            self.config,
-            (self.config.ffn_size, self.config.hidden_size, self.config.num_experts),
-        )
+        c = self.config
+        F, D, E = c.ffn_size, c.hidden_size, c.num_experts
         if E:
             axes = ("experts", "gate_up", "ffn", "embed")
             self.router = param((E, D), ("experts", "embed"), dtype, inputs=1)
