@@ -85,10 +85,10 @@ EXPERTS = {"num_experts_per_tok": 2, "intermediate_size": 24, "num_hidden_layers
 GEMMA = {"sliding_window": 8, "query_pre_attn_scalar": 24, "hidden_activation": "gelu_pytorch_tanh"}
 
 
-def cases() -> dict[str, dict]:
-    """Case name to model class, config, and what the test must know: weights, context, tokens."""
+def families() -> dict[str, tuple]:
+    """Case name to model class, config class and what differs from BASE."""
     c = transformers
-    plain = {
+    return {
         "llama": (c.LlamaForCausalLM, c.LlamaConfig, {}),
         "llama_bias": (
             c.LlamaForCausalLM,
@@ -135,9 +135,14 @@ def cases() -> dict[str, dict]:
             },
         ),
     }
+
+
+def cases() -> dict[str, dict]:
+    """Case name to model, config, and where needed `weights`, `context`, `stepwise`."""
+    c = transformers
     result = {
         name: {"model": model, "config": config(**(BASE | extra))}
-        for name, (model, config, extra) in plain.items()
+        for name, (model, config, extra) in families().items()
     }
     result["gemma3_multimodal"] = {
         "model": c.Gemma3ForConditionalGeneration,

@@ -93,10 +93,14 @@ class Layer(nnx.Module):
             self.gate_up_bias = param((2, F), ("gate_up", "ffn"), dtype)
             self.down_bias = param((D,), ("embed",), dtype)
 
-    def __call__(self, x: jax.Array, table, cache, attend: Callable) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, x: jax.Array, table, *, cache: Any, attend: Callable
+    ) -> tuple[jax.Array, Any]:
         """x `[T, D]`; table: this layer's cos and sin, or None where it has no RoPE."""
         eps = self.config.norm_eps
-        attention, cache = self.attention(self._norm(x, "attn_norm"), table, cache, attend)
+        attention, cache = self.attention(
+            self._norm(x, "attn_norm"), table, cache=cache, attend=attend
+        )
         if self.config.post_norms:
             attention = rms_norm(attention, self.attn_post_norm.get_value(), eps)
         x = x + attention
@@ -105,7 +109,9 @@ class Layer(nnx.Module):
             ffn = rms_norm(ffn, self.ffn_post_norm.get_value(), eps)
         return x + ffn, cache
 
-    def attention(self, x: jax.Array, table, cache, attend: Callable) -> tuple[jax.Array, Any]:
+    def attention(
+        self, x: jax.Array, table, *, cache: Any, attend: Callable
+    ) -> tuple[jax.Array, Any]:
         """Projections, q/k norms, RoPE, the caller's attention: `[T, D]` and the new cache."""
         c, G = self.config, self.config.group
         qkv = einsum("TD,KJHD->TKJH", x, self.qkv.get_value())
@@ -189,7 +195,8 @@ class Decoder(nnx.Module):
         ]
         new_caches = []
         for layer, rope, cache in zip(self.layers, c.layer_ropes, caches, strict=True):
-            x, cache = layer(x, None if rope == NO_ROPE else tables[rope], cache, attend)
+            table = None if rope == NO_ROPE else tables[rope]
+            x, cache = layer(x, table, cache=cache, attend=attend)
             new_caches.append(cache)
         return rms_norm(x, self.final_norm.get_value(), c.norm_eps), tuple(new_caches)
 
