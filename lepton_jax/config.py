@@ -118,7 +118,7 @@ class SamplingParams:
         _check(self, "temperature", 0 <= self.temperature < math.inf, "0 or more")
         _check(self, "top_k", self.top_k >= 0, "0 (off) or more")
         _check(self, "top_p", 0 < self.top_p <= 1, "more than 0, at most 1")
-        _check(self, "min_p", 0 <= self.min_p < 1, "0 (off) to below 1")
+        _check(self, "min_p", 0 <= self.min_p <= 1, "0 (off) to 1")
         _check(self, "repetition_penalty", 0 < self.repetition_penalty < math.inf, "more than 0")
         for name in ("presence_penalty", "frequency_penalty"):
             _check(self, name, -2 <= getattr(self, name) <= 2, "-2 to 2")

@@ -14,8 +14,8 @@ K, G, H, Z, W, PAGES = 2, 3, 16, 8, 40, 90
 
 
 def filled_cache(rng, dtype):
-    shape = attention_xla.cache_shape(PAGES, Z, K, H)
-    return jnp.asarray(rng.normal(size=shape), dtype)
+    """Token-major, as the reference keeps it: [P, Z, 2, K, H]."""
+    return jnp.asarray(rng.normal(size=(PAGES, Z, 2, K, H)), dtype)
 
 
 def page_table(rng, rows):
@@ -58,7 +58,11 @@ def test_matches_reference(decode, window, soft_cap, dtype):
     new = [jnp.asarray(rng.normal(size=(tokens, K, H)), jnp.float32) for _ in range(2)]
 
     def run(backend):
-        cache = backend.write(filled_cache(np.random.default_rng(1), dtype), *new, batch)
+        cache = filled_cache(np.random.default_rng(1), dtype)
+        if backend is attention_xla:
+            cache = cache.transpose(0, 2, 3, 1, 4)
+        assert cache.shape == backend.cache_shape(PAGES, Z, K, H)
+        cache = backend.write(cache, *new, batch)
         call = functools.partial(
             backend.attend, decode=decode, scale=0.3, window=window, soft_cap=soft_cap
         )
@@ -70,7 +74,7 @@ def test_matches_reference(decode, window, soft_cap, dtype):
 
 def test_idle_rows_change_nothing_but_the_null_page():
     rng = np.random.default_rng(0)
-    cache = filled_cache(rng, jnp.float32)
+    cache = filled_cache(rng, jnp.float32).transpose(0, 2, 3, 1, 4)
     batch = decode_batch(
         jnp.asarray([9, 4], jnp.int32), jnp.asarray([False, False]), page_table(rng, 2)
     )

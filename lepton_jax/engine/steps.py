@@ -61,6 +61,16 @@ class RowState:
             state = dataclasses.replace(state, history=History.zeros(slots, vocab))
         return state
 
+    def filled_from(self, older: "RowState") -> "RowState":
+        """This state with what an older one holds, which may lack pieces or have fewer alternatives."""
+        copied = {}
+        for field in dataclasses.fields(self):
+            mine, theirs = getattr(self, field.name), getattr(older, field.name)
+            if field.name.startswith("top_") and theirs is not None:
+                theirs = mine.at[:, : theirs.shape[1]].set(theirs)
+            copied[field.name] = mine if theirs is None else theirs
+        return RowState(**copied)
+
     def at(self, slots: jax.Array) -> "RowState":
         """The lines of some slots; a slot beyond the last gives a finished row."""
         lines = jax.tree.map(lambda a: jnp.take(a, slots, axis=0, mode="clip"), self)
@@ -104,8 +114,11 @@ def prefill(
     model: Model,
     backend: ModuleType,
     shape: PrefillShape,
-) -> tuple[tuple, RowState]:
-    """Computes packed prompt chunks; rows whose prompt ends here get their next token in `state`."""
+) -> tuple[tuple, RowState, jax.Array]:
+    """Computes packed prompt chunks; rows whose prompt ends here get their next token in `state`.
+
+    The third result, the number of rows, is there to be waited for.
+    """
     inputs = packing.prefill_layout(shape).split(packed)
     decoder = model.bind(leaves)
     batch = PagedBatch(
@@ -129,7 +142,8 @@ def prefill(
     lines = dataclasses.replace(lines, lengths=inputs["kv_lens"], produced=inputs["produced"])
     lines = lines.sampled(new, running=final, limit=inputs["limit"])
     lines = _count_sampled(lines, counted=final)
-    return caches, state.put(jnp.where(final, slots, state.tokens.shape[0]), lines)
+    state = state.put(jnp.where(final, slots, state.tokens.shape[0]), lines)
+    return caches, state, inputs["num_seqs"] + 0 * state.tokens[0]
 
 
 def decode_block(

@@ -1,0 +1,177 @@
+"""THE LOOP: `Engine.step` is one beat of schedule, run, commit, and everything above the engine only calls it.
+
+The engine speaks token ids: `add_request`, `step`, `abort`, `has_work`. The host stays one beat ahead of the device:
+a plan is dispatched before the results of the one before are read. Text is `lepton_jax/text`, rows and files are
+`lepton_jax/jobs`. Read next: `scheduler.py` (what a beat does), `runner.py` (how it runs).
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import psutil
+
+from lepton_jax.config import EngineSection, SamplingParams
+from lepton_jax.engine.request import Request, StepOutput
+from lepton_jax.engine.row_params import SampleSpec
+from lepton_jax.engine.runner import InFlight, Runner, Sizes
+from lepton_jax.engine.scheduler import Scheduler
+from lepton_jax.kernels.attention import backend_for
+from lepton_jax.models.build import Model
+from lepton_jax.tensors import QTensor
+
+_DEFAULT_MAX_LEN = 4096
+_DEVICE_SHARE = 0.9  # of a device's memory, less what the weights took, goes to the cache
+_HOST_SHARE = 1 / 32  # of the machine's memory where the device is the host itself
+
+
+class Engine:
+    """Continuous batching of requests on one device."""
+
+    def __init__(
+        self,
+        model: Model,
+        leaves: tuple,
+        *,
+        section: EngineSection,
+        eos_ids: Sequence[int] = (),
+        workload: Sequence[tuple[int, SamplingParams]] = (),
+        strict: bool = False,
+    ):
+        """Plans memory; compiles nothing yet.
+
+        Args:
+          model: the abstract model; `leaves` its weights in the order of its specs.
+          section: sizes; 0 where the engine shall choose.
+          eos_ids: ids that end a text unless a row ignores them.
+          workload: (prompt tokens, params) of the coming requests, where they are known: it bounds the cache.
+          strict: a program that the warm-up did not compile is an error instead of a warning.
+        """
+        platform = jax.default_backend()
+        backend = backend_for(platform)
+        kv_dtype = _kv_dtype(section.kv_dtype, model, leaves)
+        sizes = _plan_sizes(section, model, backend=backend, kv_dtype=kv_dtype, workload=workload)
+        self.eos_ids = tuple(eos_ids)
+        self.max_len = sizes.max_len
+        self.runner = Runner(
+            model.with_context(sizes.max_len),
+            leaves,
+            sizes=sizes,
+            backend=backend,
+            kv_dtype=kv_dtype,
+            eos_ids=self.eos_ids,
+            strict=strict,
+        )
+        self.scheduler = Scheduler(
+            rows=sizes.rows,
+            page_size=sizes.page_size,
+            num_pages=sizes.num_pages,
+            prefill_chunk=sizes.prefill_chunk,
+            decode_block=sizes.decode_block,
+            max_len=sizes.max_len,
+            q_tile=backend.Q_TILE,
+            prefix_cache=section.prefix_cache,
+        )
+        self._in_flight: InFlight | None = None
+
+    def step(self) -> list[StepOutput]:
+        """One beat. Returns what the beat before produced."""
+        plan = self.scheduler.schedule()  # 1 schedule
+        flight = self.runner.dispatch(plan) if plan else None  # 2 run
+        done, self._in_flight = self._in_flight, flight
+        if done is None:
+            return []
+        result = self.runner.read(done)
+        return self.scheduler.commit(done.plan, result)  # 3 commit
+
+    @property
+    def has_work(self) -> bool:
+        """Whether another step can produce something."""
+        return self._in_flight is not None or self.scheduler.has_work
+
+    def add_request(
+        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams
+    ) -> None:
+        """Queues a request. Raises ValueError, saying why, on one that can never be served."""
+        vocab = self.runner.model.config.vocab_size
+        ids = [*prompt_ids, *params.stop_token_ids, *params.logit_bias]
+        bad = next((i for i in ids if not 0 <= i < vocab), None)
+        if bad is not None:
+            raise ValueError(f"token id {bad} is outside the model's vocabulary of {vocab}")
+        request = Request(request_id, tuple(prompt_ids), params, seed=_seed(request_id, params))
+        self.scheduler.add(request)
+        self.runner.require(SampleSpec.of(params, self.eos_ids))
+
+    def abort(self, request_id: str) -> None:
+        """Drops a request wherever it is; nothing more comes out for it."""
+        self.scheduler.abort(request_id)
+
+    def warm_up(self, workload: Sequence[tuple[int, SamplingParams]]) -> None:
+        """Compiles the programs that requests of (prompt tokens, params) can reach, and allocates the cache."""
+        for _, params in workload:
+            self.runner.require(SampleSpec.of(params, self.eos_ids))
+        tile = self.runner.backend.Q_TILE
+        tokens = sum(-(-count // tile) * tile for count, _ in workload)
+        self.runner.warm_up(self.runner.shapes_for(tokens, len(workload)))
+
+    def stats(self) -> dict:
+        """Counts and seconds since the engine was made."""
+        return vars(self.scheduler.counters) | vars(self.runner.timings)
+
+
+def _seed(request_id: str, params: SamplingParams) -> int:
+    """The row's own seed, or one drawn from its id: the same file gives the same samples."""
+    if params.seed is not None:
+        return params.seed
+    return int.from_bytes(hashlib.blake2b(request_id.encode(), digest_size=8).digest(), "little")
+
+
+def _kv_dtype(name: str, model: Model, leaves: tuple):
+    """The cache's dtype; "auto" is that of the weights, or bfloat16 where they are quantized."""
+    if name != "auto":
+        return jnp.dtype(name)
+    quantized = any(isinstance(leaf, QTensor) for leaf in leaves)
+    return jnp.dtype(jnp.bfloat16 if quantized else model.specs["embed"].dtype)
+
+
+def _plan_sizes(section: EngineSection, model: Model, *, backend, kv_dtype, workload) -> Sizes:
+    """Fills in what the config leaves to the engine: max_len and num_pages."""
+    config = model.config
+    max_len = section.max_len or min(config.max_position, _DEFAULT_MAX_LEN)
+    if max_len > config.max_position:
+        raise ValueError(
+            f"engine.max_len={max_len} is more than the model's {config.max_position} positions: lower it"
+        )
+    longest = sorted((min(max_len, count + p.max_tokens) for count, p in workload), reverse=True)
+    if longest and not section.max_len:
+        max_len = longest[0]
+    page = section.page_size
+    totals = longest[: section.rows] or [max_len] * section.rows
+    wanted = 1 + sum(-(-total // page) for total in totals) + section.rows
+    page_shape = backend.cache_shape(1, page, config.num_kv_heads, config.head_dim)
+    page_bytes = math.prod(page_shape) * kv_dtype.itemsize * config.num_layers
+    affordable = _cache_budget() // page_bytes
+    least = 1 + -(-max_len // page)
+    if not section.num_pages and affordable < least:
+        raise ValueError(
+            f"one request of engine.max_len={max_len} tokens needs {least * page_bytes >> 20} MiB of cache, "
+            f"but {_cache_budget() >> 20} MiB are free for it: lower engine.max_len or set engine.num_pages"
+        )
+    return Sizes(
+        rows=section.rows,
+        page_size=page,
+        num_pages=section.num_pages or min(wanted, affordable),
+        prefill_chunk=section.prefill_chunk,
+        decode_block=section.decode_block,
+        max_len=max_len,
+    )
+
+
+def _cache_budget() -> int:
+    """Bytes that the cache may take on this device."""
+    memory = jax.local_devices()[0].memory_stats()
+    if memory and "bytes_limit" in memory:
+        return int(_DEVICE_SHARE * memory["bytes_limit"] - memory.get("bytes_in_use", 0))
+    return int(_HOST_SHARE * psutil.virtual_memory().total)

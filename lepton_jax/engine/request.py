@@ -1,0 +1,126 @@
+"""What passes between the parts of the engine: requests, rows, plans, results.
+
+A `Request` is what a caller adds; a `Row` is the host's memory of it while it runs; a `Plan` is what one beat does;
+a `BlockResult` is what the device gave back for it; a `StepOutput` is what the caller gets. Plain data, no jax.
+Read next: `scheduler.py`.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from lepton_jax.config import SamplingParams
+
+FINISH_REASONS = {1: "stop", 2: "length"}  # by the device's finish code; 0 is still running
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """Token ids to continue. `seed` is the one in effect for the row's random draws."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    seed: int = 0
+
+
+@dataclasses.dataclass(eq=False)
+class Row:
+    """The host's memory of a request.
+
+    Attributes:
+      limit: most outputs, from max_tokens and the engine's max_len.
+      outputs: ids that came back from the device.
+      bound: outputs there can be at most once all that is dispatched has run.
+      computed: tokens whose keys and values are cached, or will be once all that is dispatched has run.
+      pages: the row's pages in order; `keys` the hashes of those full of known tokens.
+      slot: line of the device's row state; None while the row has none.
+      entering: its first token is sampled but not read.
+      finished: nothing more comes out for it.
+    """
+
+    request: Request
+    limit: int
+    outputs: list[int] = dataclasses.field(default_factory=list)
+    bound: int = 0
+    computed: int = 0
+    pages: list[int] = dataclasses.field(default_factory=list)
+    keys: list[bytes] = dataclasses.field(default_factory=list)
+    slot: int | None = None
+    entering: bool = False
+    finished: bool = False
+
+    @property
+    def tokens(self) -> list[int]:
+        """The known tokens: the prompt, then the outputs read so far."""
+        return [*self.request.prompt_ids, *self.outputs]
+
+    @property
+    def ready(self) -> bool:
+        """Whether the row can decode: all its known tokens are computed and the next is sampled."""
+        return self.slot is not None and self.bound > 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """A piece of a row's tokens to prefill; `final` samples the token after it."""
+
+    row: Row
+    slot: int
+    pages: tuple[int, ...]
+    start: int
+    tokens: tuple[int, ...]
+    final: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A row in a decode block. Slot and pages are copies: the row may give its own up as it enters."""
+
+    row: Row
+    slot: int
+    pages: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One beat: a packed prefill, then a decode block of at most `steps` steps; either may be empty."""
+
+    chunks: tuple[Chunk, ...] = ()
+    rows: tuple[Entry, ...] = ()
+    steps: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockResult:
+    """What a decode block gave, a line for each entry of the plan.
+
+    Attributes:
+      tokens: int32 `[B, 1 + k]`, place 0 is the token with which the row entered.
+      count: int32 `[B]`, how many of the tokens after place 0 are new.
+      finish: int32 `[B]`, 0 running, 1 a stop token came, 2 the limit is reached.
+      logprob, top_ids, top_logprobs: of those tokens, `[B, 1 + k]` and `[B, 1 + k, n]`; None where no row asks.
+    """
+
+    tokens: np.ndarray
+    count: np.ndarray
+    finish: np.ndarray
+    logprob: np.ndarray | None = None
+    top_ids: np.ndarray | None = None
+    top_logprobs: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOutput:
+    """New tokens of a request.
+
+    Attributes:
+      token_ids: the new ids, a stop token included.
+      logprobs: for each of them (log-probability, [(id, log-probability) of the likeliest]); None where not asked.
+      finish_reason: None while it runs, else "stop", "length", or "error" where the model gave no finite logits.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    logprobs: list[tuple[float, list[tuple[int, float]]]] | None = None
+    finish_reason: str | None = None

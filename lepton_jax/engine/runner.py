@@ -1,0 +1,327 @@
+"""The device side of a beat: programs, caches and state; a plan goes in, tokens come out one beat later.
+
+`dispatch` packs a plan into one buffer per program and enqueues them; `read` waits for what they produced. Programs
+are compiled ahead of time per shape (`compile`), called directly, and counted: a shape that was not warmed up is
+compiled late with a warning, or refused in strict mode. Which shapes exist is decided in `ladder`.
+Read next: `steps.py` (what the programs do), `packing.py` (their buffers), `loop.py` (who calls this).
+"""
+
+import dataclasses
+import functools
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lepton_jax.engine import packing, steps
+from lepton_jax.engine.packing import DecodeShape, PrefillShape
+from lepton_jax.engine.request import BlockResult, Plan
+from lepton_jax.engine.row_params import SampleSpec, pack
+from lepton_jax.models.build import Model
+
+log = logging.getLogger(__name__)
+
+_COMPILE_THREADS = 2
+_SMALLEST_PREFILL = 64
+
+
+class LateCompileError(RuntimeError):
+    """A strict runner met a program shape that its warm-up had not compiled."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What is fixed for the life of a runner, in rows, tokens and pages."""
+
+    rows: int
+    page_size: int
+    num_pages: int
+    prefill_chunk: int
+    decode_block: int
+    max_len: int
+
+    @property
+    def pages_per_row(self) -> int:
+        return -(-self.max_len // self.page_size)
+
+
+@dataclasses.dataclass
+class InFlight:
+    """A dispatched plan; `ran` and `result` are device arrays that will be ready when the programs are."""
+
+    plan: Plan
+    dispatched: float
+    ran: jax.Array | None = None
+    decode_shape: DecodeShape | None = None
+    result: jax.Array | None = None
+
+
+@dataclasses.dataclass
+class Timings:
+    """Seconds and counts since the runner was made."""
+
+    compile_seconds: float = 0.0
+    programs: int = 0
+    late_compiles: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    prefill_tokens: int = 0
+    prefill_padding: int = 0
+    decode_steps: int = 0
+    decode_tokens: int = 0
+    decode_padding: int = 0
+
+
+def ladder(top: int, factor: int, bottom: int) -> list[int]:
+    """Sizes top, top/factor, ... down to bottom, ascending: few programs, at most `factor` too large."""
+    sizes = [top]
+    while sizes[-1] > bottom:
+        sizes.append(max(bottom, -(-sizes[-1] // factor)))
+    return sizes[::-1]
+
+
+class Runner:
+    """Runs plans of the scheduler on one device."""
+
+    def __init__(
+        self,
+        model: Model,
+        leaves: tuple,
+        *,
+        sizes: Sizes,
+        backend: ModuleType,
+        kv_dtype: Any,
+        eos_ids: tuple[int, ...],
+        strict: bool = False,
+    ):
+        self.model, self.sizes, self.strict = model, sizes, strict
+        self.spec = SampleSpec()
+        self.timings = Timings()
+        self._leaves, self.backend, self._kv_dtype = tuple(leaves), backend, kv_dtype
+        self._eos_ids = eos_ids
+        self._programs: dict[PrefillShape | DecodeShape, Any] = {}
+        self._caches: tuple | None = None
+        self._state: steps.RowState | None = None
+        self._warm = False
+        self._last_done = 0.0
+        tile = backend.Q_TILE
+        chunk = -(-sizes.prefill_chunk // tile) * tile
+        self._prefill_sizes = ladder(chunk, 2, min(chunk, max(tile, _SMALLEST_PREFILL)))
+        self._decode_sizes = ladder(sizes.rows, 4, min(sizes.rows, 2))
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of all layers' caches."""
+        itemsize = jnp.dtype(self._kv_dtype).itemsize
+        return self.model.config.num_layers * int(np.prod(self._cache_shape())) * itemsize
+
+    def require(self, spec: SampleSpec) -> None:
+        """Makes the programs from now on serve rows of this spec too."""
+        self.spec = self.spec.union(spec)
+
+    def shapes_for(self, prompt_tokens: int, rows: int) -> list[PrefillShape | DecodeShape]:
+        """The programs that a job can reach.
+
+        Args:
+          prompt_tokens: tokens of all prompts, each rounded up to a tile.
+          rows: requests.
+        """
+        prefill = self._fit(self._prefill_sizes, prompt_tokens)
+        decode = self._fit(self._decode_sizes, rows)
+        return [
+            *(self._prefill_shape(size) for size in self._prefill_sizes if size <= prefill),
+            *(self._decode_shape(size) for size in self._decode_sizes if size <= decode),
+        ]
+
+    def warm_up(self, shapes: list[PrefillShape | DecodeShape]) -> None:
+        """Compiles these programs, several at a time, and allocates caches and state."""
+        started = time.perf_counter()
+        with ThreadPoolExecutor(_COMPILE_THREADS) as pool:
+            missing = [shape for shape in shapes if shape not in self._programs]
+            self._programs.update(zip(missing, pool.map(self._compile, missing), strict=True))
+        self.timings.programs = len(self._programs)
+        self.timings.compile_seconds += time.perf_counter() - started
+        self._allocate()
+        self._warm = True
+
+    def dispatch(self, plan: Plan) -> InFlight:
+        """Enqueues the plan's prefill, then its decode block; returns before they have run."""
+        self._allocate()
+        flight = InFlight(plan, time.perf_counter())
+        if plan.chunks:
+            tile = self.backend.Q_TILE
+            tiles = sum(-(-len(chunk.tokens) // tile) for chunk in plan.chunks)
+            shape = self._prefill_shape(self._fit(self._prefill_sizes, tiles * tile))
+            program = self._program(shape)
+            packed = self._pack_prefill(plan, shape)
+            self._caches, self._state, flight.ran = program(
+                self._leaves, self._caches, self._state, packed
+            )
+            real = sum(len(chunk.tokens) for chunk in plan.chunks)
+            self.timings.prefill_tokens += real
+            self.timings.prefill_padding += shape.tokens - real
+        if plan.rows:
+            shape = self._decode_shape(self._fit(self._decode_sizes, len(plan.rows)))
+            program = self._program(shape)
+            packed = self._pack_decode(plan, shape)
+            self._caches, self._state, flight.result = program(
+                self._leaves, self._caches, self._state, packed
+            )
+            flight.result.copy_to_host_async()
+            flight.decode_shape = shape
+        return flight
+
+    def read(self, flight: InFlight) -> BlockResult | None:
+        """Waits for a dispatched plan; the result of its decode block, or None where it had none."""
+        waiting = time.perf_counter()
+        if flight.ran is not None:
+            flight.ran.block_until_ready()
+            self.timings.prefill_seconds += self._lap(flight)
+        result = None
+        if flight.result is not None:
+            buffer = np.asarray(flight.result)
+            self.timings.decode_seconds += self._lap(flight)
+            pieces = packing.result_layout(flight.decode_shape).split(buffer)
+            self._count_block(flight.decode_shape, pieces)
+            result = _block_result(pieces, len(flight.plan.rows))
+        self.timings.wait_seconds += time.perf_counter() - waiting
+        return result
+
+    def _count_block(self, shape: DecodeShape, pieces: dict[str, np.ndarray]) -> None:
+        steps_run, tokens = int(pieces["steps"][0]), int(pieces["count"].sum())
+        self.timings.decode_steps += steps_run
+        self.timings.decode_tokens += tokens
+        self.timings.decode_padding += steps_run * shape.rows - tokens
+
+    def _lap(self, flight: InFlight) -> float:
+        """Seconds since the device finished the program before, or since this one was enqueued."""
+        now = time.perf_counter()
+        seconds = now - max(self._last_done, flight.dispatched)
+        self._last_done = now
+        return seconds
+
+    def _fit(self, sizes: list[int], need: int) -> int:
+        return next((size for size in sizes if size >= need), sizes[-1])
+
+    def _prefill_shape(self, tokens: int) -> PrefillShape:
+        rows = max(1, min(self.sizes.rows, tokens // self.backend.Q_TILE))
+        return PrefillShape(tokens, rows, self.sizes.pages_per_row, self.spec)
+
+    def _decode_shape(self, rows: int) -> DecodeShape:
+        return DecodeShape(rows, self.sizes.decode_block, self.sizes.pages_per_row, self.spec)
+
+    def _program(self, shape):
+        if shape not in self._programs:
+            if self._warm:
+                self.timings.late_compiles += 1
+                message = f"{shape} was not part of the warm-up"
+                if self.strict:
+                    raise LateCompileError(message)
+                log.warning("compiling while the job runs: %s", message)
+            started = time.perf_counter()
+            self._programs[shape] = self._compile(shape)
+            self.timings.compile_seconds += time.perf_counter() - started
+            self.timings.programs = len(self._programs)
+        return self._programs[shape]
+
+    def _compile(self, shape):
+        prefill = isinstance(shape, PrefillShape)
+        layout = (packing.prefill_layout if prefill else packing.decode_layout)(shape)
+        step = functools.partial(
+            steps.prefill if prefill else steps.decode_block,
+            model=self.model,
+            backend=self.backend,
+            shape=shape,
+        )
+        arguments = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype),
+            (self._leaves, self._abstract_caches(), self._abstract_state(shape.spec)),
+        )
+        packed = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
+        return jax.jit(step, donate_argnums=(1, 2)).lower(*arguments, packed).compile()
+
+    def _cache_shape(self) -> tuple[int, ...]:
+        c, s = self.model.config, self.sizes
+        return self.backend.cache_shape(s.num_pages, s.page_size, c.num_kv_heads, c.head_dim)
+
+    def _abstract_caches(self) -> tuple:
+        layer = jax.ShapeDtypeStruct(self._cache_shape(), self._kv_dtype)
+        return (layer,) * self.model.config.num_layers
+
+    def _abstract_state(self, spec: SampleSpec) -> steps.RowState:
+        return jax.eval_shape(
+            lambda: steps.RowState.zeros(self.sizes.rows, self.model.config.vocab_size, spec)
+        )
+
+    def _allocate(self) -> None:
+        """Caches once; state again whenever the spec has grown, keeping what it held."""
+        if self._caches is None:
+            self._caches = tuple(jnp.zeros(a.shape, a.dtype) for a in self._abstract_caches())
+        wanted = self._abstract_state(self.spec)
+        held = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), self._state)
+        if held == wanted:
+            return
+        fresh = steps.RowState.zeros(self.sizes.rows, self.model.config.vocab_size, self.spec)
+        self._state = fresh if self._state is None else fresh.filled_from(self._state)
+
+    def _pack_prefill(self, plan: Plan, shape: PrefillShape) -> np.ndarray:
+        tile = self.backend.Q_TILE
+        buffer, view = packing.prefill_layout(shape).zeros()
+        view["positions"][:] = -1
+        view["slots"][:] = self.sizes.rows
+        view["num_seqs"][:] = len(plan.chunks)
+        start = 0
+        for line, chunk in enumerate(plan.chunks):
+            row, count = chunk.row, len(chunk.tokens)
+            end, stop = start + count, chunk.start + count
+            view["tokens"][start:end] = chunk.tokens
+            view["positions"][start:end] = range(chunk.start, stop)
+            start_next = start + -(-count // tile) * tile
+            view["rows"][start:start_next] = line
+            view["cu_q_lens"][line + 1 :] = start_next
+            view["slots"][line] = chunk.slot
+            view["kv_lens"][line] = stop
+            view["last"][line] = end - 1
+            view["final"][line] = chunk.final
+            view["first"][line] = chunk.start == 0
+            view["outputs_from"][line] = len(row.request.prompt_ids)
+            view["produced"][line] = len(row.outputs)
+            view["limit"][line] = row.limit
+            view["page_table"][line, : len(chunk.pages)] = chunk.pages
+            start = start_next
+        self._pack_params(view, [chunk.row for chunk in plan.chunks], shape.spec)
+        return buffer
+
+    def _pack_decode(self, plan: Plan, shape: DecodeShape) -> np.ndarray:
+        buffer, view = packing.decode_layout(shape).zeros()
+        view["steps"][:] = plan.steps
+        view["slots"][:] = self.sizes.rows
+        for line, entry in enumerate(plan.rows):
+            view["slots"][line] = entry.slot
+            view["limit"][line] = entry.row.limit
+            view["page_table"][line, : len(entry.pages)] = entry.pages
+        self._pack_params(view, [entry.row for entry in plan.rows], shape.spec)
+        return buffer
+
+    def _pack_params(self, view: dict, rows: list, spec: SampleSpec) -> None:
+        idle = view["params"].shape[0] - len(rows)
+        params = [row.request.params for row in rows] + [None] * idle
+        seeds = [row.request.seed for row in rows] + [0] * idle
+        view["params"][:] = pack(params, spec, eos_ids=self._eos_ids, seeds=seeds)
+
+
+def _block_result(pieces: dict[str, np.ndarray], rows: int) -> BlockResult:
+    """The pieces of a result buffer for its first `rows` lines, floats as floats again."""
+    floats = {
+        name: pieces[name].view(np.float32)[:rows]
+        for name in ("logprob", "top_logprobs")
+        if name in pieces
+    }
+    ints = {name: pieces[name][:rows] for name in pieces if name not in ("steps", *floats)}
+    return BlockResult(**ints, **floats)
