@@ -64,11 +64,11 @@ def donated_bytes(compiled: jax.stages.Compiled) -> int:
 
 
 def copies_of(text: str, shape: Sequence[int]) -> list[str]:
-    """Lines of a module that copy an array of as many elements as this shape, or more."""
+    """Lines of a module that copy an array of as many elements as this shape has, in any shape."""
     size = int(np.prod(shape))
     copies = []
     for line in text.splitlines():
         found = re.search(r"= \(?\w+\[([\d,]+)\]\S*.*? (copy|copy-start)\(", line)
-        if found and int(np.prod([int(n) for n in found[1].split(",")])) >= size:
+        if found and int(np.prod([int(n) for n in found[1].split(",")])) == size:
             copies.append(line.strip())
     return copies
