@@ -1,0 +1,147 @@
+"""What a run costs: counts and seconds of the engine, peak memory, and what devices can do at best.
+
+`StepStats` is a stretch of engine time, from one beat to a whole job: the difference of two
+readings of `Engine.stats()`. Here are only numbers; who prints them is above (`jobs/summary.py`).
+Nothing in this module imports jax.
+"""
+
+import dataclasses
+import resource
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True)
+class StepStats:
+    """What the engine did in a stretch of time; tokens, steps and seconds.
+
+    Attributes:
+      prefill_tokens: prompt tokens computed; `prefill_padding` the idle places beside them.
+      decode_steps: steps of all decode blocks; `decode_tokens` the tokens that they gave.
+      decode_padding: places of idle or finished rows computed in those steps.
+      prefix_hit_tokens: prompt tokens found in the cache instead of computed.
+      generated_tokens: all new tokens, those sampled at the end of a prefill too.
+      preemptions: rows sent back to the queue because pages ran out.
+      compile_seconds: to compile `programs` programs, or fetch them from the compilation cache;
+        `late_compiles` of them were not part of the warm-up.
+    """
+
+    prefill_tokens: int = 0
+    prefill_padding: int = 0
+    prefill_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_padding: int = 0
+    decode_steps: int = 0
+    decode_seconds: float = 0.0
+    prefix_hit_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+    compile_seconds: float = 0.0
+    programs: int = 0
+    late_compiles: int = 0
+
+    @classmethod
+    def of(cls, counts: Mapping[str, float]) -> "StepStats":
+        """From a reading of `Engine.stats()`; counts that it holds beyond these are left out."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in counts.items() if name in names})
+
+    def __sub__(self, earlier: "StepStats") -> "StepStats":
+        mine, theirs = dataclasses.asdict(self), dataclasses.asdict(earlier)
+        return StepStats(**{name: mine[name] - theirs[name] for name in mine})
+
+    @property
+    def prefill_rate(self) -> float | None:
+        """Prompt tokens computed per second; None where none were."""
+        return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds else None
+
+    @property
+    def decode_rate(self) -> float | None:
+        """Tokens decoded per second; None where none were."""
+        return self.decode_tokens / self.decode_seconds if self.decode_seconds else None
+
+    @property
+    def padding_waste(self) -> float:
+        """Share of all computed places that held no token of a row, 0 to 1."""
+        idle = self.prefill_padding + self.decode_padding
+        places = idle + self.prefill_tokens + self.decode_tokens
+        return idle / places if places else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class DevicePeaks:
+    """What the maker states for one device: bytes/s of memory, dense FLOP/s in bf16 and int8."""
+
+    bandwidth: float
+    bf16: float
+    int8: float
+
+
+# The keys are `jax.Device.device_kind`. TPU: the "System architecture" pages of v4, v5e, v5p, v6e
+# and TPU7x in Google Cloud's documentation (docs.cloud.google.com/tpu/docs). v4 has no faster int8
+# and none is stated for TPU7x: their int8 column repeats bf16. A TPU7x chip shows as two devices,
+# each half of it. GPU: NVIDIA's data sheets of the A100, H100 and H200, without sparsity.
+_PEAKS = {
+    "TPU v4": DevicePeaks(1.228e12, 275e12, 275e12),
+    "TPU v5 lite": DevicePeaks(0.819e12, 197e12, 394e12),
+    "TPU v5e": DevicePeaks(0.819e12, 197e12, 394e12),
+    "TPU v5": DevicePeaks(2.765e12, 459e12, 918e12),
+    "TPU v5p": DevicePeaks(2.765e12, 459e12, 918e12),
+    "TPU v6 lite": DevicePeaks(1.638e12, 918e12, 1836e12),
+    "TPU v6e": DevicePeaks(1.638e12, 918e12, 1836e12),
+    "TPU7x": DevicePeaks(3.69e12, 1153.5e12, 1153.5e12),
+    "NVIDIA A100-SXM4-40GB": DevicePeaks(1.555e12, 312e12, 624e12),
+    "NVIDIA A100-SXM4-80GB": DevicePeaks(2.039e12, 312e12, 624e12),
+    "NVIDIA A100 80GB PCIe": DevicePeaks(1.935e12, 312e12, 624e12),
+    "NVIDIA H100 80GB HBM3": DevicePeaks(3.35e12, 989e12, 1979e12),
+    "NVIDIA H100 PCIe": DevicePeaks(2.0e12, 756e12, 1513e12),
+    "NVIDIA H200": DevicePeaks(4.8e12, 989e12, 1979e12),
+}
+
+
+def device_peaks(device_kind: str) -> DevicePeaks | None:
+    """The peaks of a device by its `device_kind`; None where they aren't known, as on a CPU."""
+    return _PEAKS.get(device_kind)
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """Shares, 0 to 1, of what the device could do at best; None where nothing ran."""
+
+    decode_bandwidth: float | None
+    prefill_flops: float | None
+
+
+def roofline(
+    stats: StepStats, peaks: DevicePeaks, *, weight_bytes: int, parameters: int, int8: bool
+) -> Roofline:
+    """How near a stretch came to its device's peaks.
+
+    Both are lower bounds: decode counts the weights once a step and no cache, prefill two
+    operations for each parameter and token and no attention.
+
+    Args:
+      weight_bytes: of the weights that a step reads.
+      parameters: that multiply each token.
+      int8: activations are int8 too, so that the int8 peak is the one to hold prefill against.
+    """
+    decode = prefill = None
+    if stats.decode_seconds:
+        moved = weight_bytes * stats.decode_steps
+        decode = moved / stats.decode_seconds / peaks.bandwidth
+    if stats.prefill_seconds:
+        done = 2 * parameters * stats.prefill_tokens
+        prefill = done / stats.prefill_seconds / (peaks.int8 if int8 else peaks.bf16)
+    return Roofline(decode, prefill)
+
+
+def peak_memory_bytes() -> int:
+    """Most bytes of memory that this process has held so far (VmHWM)."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
