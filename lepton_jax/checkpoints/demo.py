@@ -200,8 +200,8 @@ def _unpack(name: str, model: DemoModel, scratch: Path, whole: Path) -> None:
                     out.write(block)
     if digest.hexdigest() != model.sha256:
         raise CheckpointError(
-            f"demo model {name!r}: the unpacked {model.file_name} has SHA-256 {digest.hexdigest()}, "
-            f"not {model.sha256}: it was damaged on the way; try again"
+            f"demo model {name!r}: the unpacked {model.file_name} has SHA-256 "
+            f"{digest.hexdigest()}, not {model.sha256}: it was damaged on the way; try again"
         )
 
 

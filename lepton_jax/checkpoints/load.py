@@ -9,7 +9,6 @@ weights are streamed in `stream.py`, our own directories are restored by `orbax_
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 from lepton_jax.checkpoints import orbax_store
@@ -17,16 +16,13 @@ from lepton_jax.checkpoints.loaded import (
     Loaded,
     build_model,
     fingerprint,
-    float_dtype,
     leaf_bytes,
     weight_dtype,
 )
 from lepton_jax.checkpoints.locate import MANIFEST_NAME, locate
 from lepton_jax.checkpoints.manifest import Manifest
-from lepton_jax.checkpoints.source import TensorFiles
 from lepton_jax.checkpoints.stream import Compress, Progress, match, open_foreign, stream
 from lepton_jax.models.build import Model
-from lepton_jax.models.config import ModelConfig
 
 __all__ = ["Loaded", "describe", "load"]
 
@@ -64,7 +60,8 @@ def load(
             progress=progress,
         )
     config, files = open_foreign(kind, place)
-    model, weights, activations = _abstract(place, config, files, dtype, activation_dtype)
+    weights = weight_dtype(dtype, files.weights_dtype())
+    model = build_model(place, config, dtype=weights, activation_dtype=activation_dtype)
     mappings = match(kind, model, files)
     leaves = stream(model, files, mappings, compress=compress, progress=progress)
     return Loaded(
@@ -74,8 +71,6 @@ def load(
         tokenizer_source=place,
         fingerprint=fingerprint(config, files),
         bytes=sum(map(leaf_bytes, leaves)),
-        dtype=weights,
-        activation_dtype=activations,
     )
 
 
@@ -89,18 +84,9 @@ def describe(
     kind, place = locate(path)
     if kind == "store":
         manifest = Manifest.read(place / MANIFEST_NAME)
-        return orbax_store.model_of(place, manifest, dtype, activation_dtype)[0]
+        return orbax_store.model_of(place, manifest, dtype, activation_dtype)
     config, files = open_foreign(kind, place)
-    model, _, _ = _abstract(place, config, files, dtype, activation_dtype)
+    weights = weight_dtype(dtype, files.weights_dtype())
+    model = build_model(place, config, dtype=weights, activation_dtype=activation_dtype)
     match(kind, model, files)
     return model
-
-
-def _abstract(
-    place: Path, config: ModelConfig, files: TensorFiles, dtype: Any, activation_dtype: Any
-) -> tuple[Model, str, str]:
-    """The model and the names of its two dtypes."""
-    weights = weight_dtype(dtype, files.weights_dtype())
-    activations = float_dtype(activation_dtype or weights, "activation_dtype")
-    model = build_model(place, config, dtype=weights, activation_dtype=activations)
-    return model, weights.name, activations.name

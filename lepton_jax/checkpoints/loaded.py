@@ -33,8 +33,6 @@ class Loaded:
       tokenizer_source: what `lepton_jax.text.tokenizer.load` takes.
       fingerprint: 16 hex digits that change with the config, the tensor table or sampled values.
       bytes: that the leaves take on the device.
-      dtype: of the uncompressed weights.
-      activation_dtype: of the residual stream.
     """
 
     config: ModelConfig
@@ -43,8 +41,6 @@ class Loaded:
     tokenizer_source: Path
     fingerprint: str
     bytes: int
-    dtype: str
-    activation_dtype: str
 
 
 def leaf_bytes(leaf: Any) -> int:
@@ -79,10 +75,20 @@ def float_dtype(asked: Any, field: str, allowed: tuple[str, ...] = tuple(FLOAT_D
     return FLOAT_DTYPES[name]
 
 
-def build_model(place: Path, config: ModelConfig, *, dtype: Any, activation_dtype: Any) -> Model:
-    """`abstract_model`, with CheckpointError for configs that only a damaged file can hold."""
+def build_model(
+    place: Path, config: ModelConfig, *, dtype: np.dtype, activation_dtype: Any
+) -> Model:
+    """`abstract_model`, with CheckpointError for configs that only a damaged file can hold.
+
+    Args:
+      place: the checkpoint, for errors.
+      config: what it says.
+      dtype: of the weights.
+      activation_dtype: a name in FLOAT_DTYPES or such a dtype; None = that of the weights.
+    """
+    activations = float_dtype(activation_dtype or dtype, "activation_dtype")
     try:
-        return abstract_model(config, dtype, activation_dtype)
+        return abstract_model(config, dtype, activations)
     except (ValueError, TypeError, ArithmeticError, LookupError) as error:
         raise CheckpointError(
             f"{place}: no model can be built from its config: {str(error)[:300]}"

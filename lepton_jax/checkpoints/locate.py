@@ -54,8 +54,8 @@ def _directory_kind(place: Path) -> str:
     files = sorted(place.glob("*.gguf"))
     hint = f" Did you mean {files[0]}?" if files else ""
     raise CheckpointError(
-        f"model path {str(place)!r} is a directory without config.json or {MANIFEST_NAME}; accepted "
-        f"are {ACCEPTED}.{hint}"
+        f"model path {str(place)!r} is a directory without config.json or {MANIFEST_NAME}; "
+        f"accepted are {ACCEPTED}.{hint}"
     )
 
 
@@ -67,8 +67,8 @@ def _from_hub(name: str) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise CheckpointError(
-            f"model path 'hf:{name}' needs huggingface_hub: pip install 'lepton_jax[hub]', or give a "
-            "directory that you fetched yourself"
+            f"model path 'hf:{name}' needs huggingface_hub: pip install 'lepton_jax[hub]', or give "
+            "a directory that you fetched yourself"
         ) from error
     try:
         # Some repositories repeat the weights in another layout under consolidated*.

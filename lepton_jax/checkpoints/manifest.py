@@ -65,9 +65,9 @@ class Manifest:
         values = read_json(path)
         if values.get("format") != FORMAT or values.get("version") != VERSION:
             raise CheckpointError(
-                f"{path}: format {values.get('format')!r:.60} version {values.get('version')!r:.20} "
-                f"is unknown; this release reads {FORMAT!r} version {VERSION}. Save the model again, "
-                "or use the release that wrote it"
+                f"{path}: format {values.get('format')!r:.60} version "
+                f"{values.get('version')!r:.20} is unknown; this release reads {FORMAT!r} version "
+                f"{VERSION}. Save the model again, or use the release that wrote it"
             )
         found = set(values) - {"format", "version"}
         if found != set(_KEYS):
@@ -82,7 +82,8 @@ class Manifest:
         for key in ("dtype", "activation_dtype"):
             if values[key] not in FLOAT_DTYPES:
                 raise CheckpointError(
-                    f"{path}: {key} {values[key]!r} is unknown: allowed are {', '.join(FLOAT_DTYPES)}"
+                    f"{path}: {key} {values[key]!r} is unknown: allowed are "
+                    f"{', '.join(FLOAT_DTYPES)}"
                 )
         tokenizer = PurePosixPath(values["tokenizer"])
         if tokenizer.is_absolute() or ".." in tokenizer.parts:

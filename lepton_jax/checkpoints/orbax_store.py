@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from lepton_jax.checkpoints.errors import CheckpointError
@@ -60,8 +61,8 @@ def save(path: str | os.PathLike, loaded: Loaded) -> Path:
             checkpointer.save(scratch / _LEAVES, args=ocp.args.PyTreeSave(tree))
         manifest = Manifest(
             config=loaded.config,
-            dtype=loaded.dtype,
-            activation_dtype=loaded.activation_dtype,
+            dtype=np.dtype(loaded.model.dtype).name,
+            activation_dtype=np.dtype(loaded.model.activation_dtype).name,
             fingerprint=loaded.fingerprint,
             tokenizer=_copy_tokenizer(loaded.tokenizer_source, scratch / _TOKENIZER),
             leaves={p: leaf_row(leaf) for p, leaf in zip(paths, loaded.leaves, strict=True)},
@@ -73,8 +74,8 @@ def save(path: str | os.PathLike, loaded: Loaded) -> Path:
         raise
     except Exception as error:  # Orbax raises errors of several storage layers
         raise CheckpointError(
-            f"{target} can't be written: {type(error).__name__}: {str(error)[:300]}. Check the space "
-            "and permissions of its disk"
+            f"{target} can't be written: {type(error).__name__}: {str(error)[:300]}. Check the "
+            "space and permissions of its disk"
         ) from error
     finally:
         if scratch is not None:
@@ -101,7 +102,7 @@ def restore(
             f"{path} holds compressed leaves ({manifest.compressed()[0]} and others): load it with "
             "compression.preset=none, or compress the original checkpoint"
         )
-    model, weights, activations = model_of(path, manifest, dtype, activation_dtype)
+    model = model_of(path, manifest, dtype, activation_dtype)
     abstract = manifest.abstract_leaves(model.specs)
     total, done, leaves = sum(map(_abstract_bytes, abstract.values())), 0, []
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
@@ -123,22 +124,17 @@ def restore(
         tokenizer_source=path / manifest.tokenizer,
         fingerprint=manifest.fingerprint,
         bytes=sum(map(leaf_bytes, leaves)),
-        dtype=weights,
-        activation_dtype=activations,
     )
 
 
-def model_of(
-    path: Path, manifest: Manifest, dtype: Any, activation_dtype: Any
-) -> tuple[Model, str, str]:
-    """The model that a manifest describes and the names of its two dtypes; "auto" = as stored."""
+def model_of(path: Path, manifest: Manifest, dtype: Any, activation_dtype: Any) -> Model:
+    """The model that a manifest describes; dtype "auto" keeps both dtypes as stored."""
     stored = isinstance(dtype, str) and dtype == "auto"
     weights = float_dtype(manifest.dtype if stored else dtype, "dtype", ("auto", *FLOAT_DTYPES))
-    default = manifest.activation_dtype if stored else weights
-    activations = float_dtype(activation_dtype or default, "activation_dtype")
+    activations = activation_dtype or (manifest.activation_dtype if stored else weights)
     model = build_model(path, manifest.config, dtype=weights, activation_dtype=activations)
     manifest.check_specs(path, model.specs)
-    return model, weights.name, activations.name
+    return model
 
 
 def _arrays(leaf: Any) -> Any:
@@ -182,8 +178,8 @@ def _check_stored(path: Path, checkpointer: ocp.Checkpointer, abstract: dict[str
         stored = _rows(checkpointer.metadata(path / _LEAVES).item_metadata.tree)
     except Exception as error:  # Orbax raises errors of several storage layers
         raise CheckpointError(
-            f"{path / _LEAVES}: its table can't be read: {type(error).__name__}: {str(error)[:300]}; "
-            "the directory is damaged, save the model again"
+            f"{path / _LEAVES}: its table can't be read: {type(error).__name__}: "
+            f"{str(error)[:300]}; the directory is damaged, save the model again"
         ) from error
     faults = [
         f"{what} {sorted(names)[:8]}"

@@ -81,7 +81,9 @@ def _tensor(path: Path, name: str, entry: Any, start: int) -> StoredTensor:
     if not isinstance(kind, str) or kind not in _ITEM_BYTES:
         fail(f"dtype {kind!r:.40} is unknown, known are {', '.join(_ITEM_BYTES)}")
     for what, value in (("shape", shape), ("data_offsets", offsets)):
-        if not isinstance(value, list) or any(type(n) is not int or n < 0 for n in value):
+        if not isinstance(value, list) or any(
+            type(n) is not int or not 0 <= n < 1 << 63 for n in value
+        ):
             fail(f"{what} must be a list of whole numbers from 0, found {value!r:.80}")
     if len(shape) > 8:
         fail(f"it has {len(shape)} dimensions, at most 8 are allowed")

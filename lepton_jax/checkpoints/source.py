@@ -118,7 +118,7 @@ class TensorFiles:
                     raw = file.read(count * tensor.block_bytes)
                     if len(raw) < count * tensor.block_bytes:
                         raise CheckpointError(
-                            f"{tensor.path} ends within tensor {name!r}: it was cut while being read"
+                            f"{tensor.path} ends within tensor {name!r}: it was cut meanwhile"
                         )
                     values = _decode(tensor, raw)
                     flat[done : done + values.size] = _cast(values, dtype, tensor, name)

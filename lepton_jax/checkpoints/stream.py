@@ -38,17 +38,15 @@ def open_foreign(kind: str, place: Path) -> tuple[ModelConfig, TensorFiles]:
     if kind == "gguf":
         metadata, files = open_gguf(place)
         values = {key.split(".", 1)[-1]: value for key, value in metadata.items()}
-        config_of = functools.partial(config_from_gguf, metadata, files.names)  # noqa: E731
+        config_of = functools.partial(config_from_gguf, metadata, files.names)
     else:
         values, files = read_json(place / "config.json"), open_safetensors(place)
-        config_of = functools.partial(config_from_hf, values)  # noqa: E731
+        config_of = functools.partial(config_from_hf, values)
     _check_counts(place, values, len(files.names))
     try:
         config = config_of()
     except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{place}: {error}") from error
-    if kind == "hf" and (place / "generation_config.json").is_file():
-        config = _with_generation_eos(config, place / "generation_config.json")
     return config, files
 
 
@@ -60,17 +58,9 @@ def _check_counts(place: Path, values: dict[str, Any], tensors: int) -> None:
             count = found.get(key)
             if isinstance(count, int) and count > max(tensors, 1024):
                 raise CheckpointError(
-                    f"{place}: {key} is {count}, more than its {tensors} tensors allow: it is damaged"
+                    f"{place}: {key} is {count}, more than its {tensors} tensors allow: "
+                    "it is damaged"
                 )
-
-
-def _with_generation_eos(config: ModelConfig, path: Path) -> ModelConfig:
-    """Instruction-tuned models often name their end-of-turn token only here."""
-    more = read_json(path).get("eos_token_id")
-    more = [] if more is None else more if isinstance(more, list) else [more]
-    if any(type(token) is not int for token in more):
-        raise CheckpointError(f"{path}: eos_token_id must be whole numbers, found {more!r:.80}")
-    return dataclasses.replace(config, eos_ids=tuple(dict.fromkeys([*config.eos_ids, *more])))
 
 
 def match(kind: str, model: Model, files: TensorFiles) -> dict[str, Mapping]:
@@ -176,6 +166,7 @@ def _combined(
         ) from error
     if array.shape != spec.shape:
         raise CheckpointError(
-            f"{files.path}: {mapping.target} became {array.shape} instead of {spec.shape} from {shapes}"
+            f"{files.path}: {mapping.target} became {array.shape} instead of {spec.shape} "
+            f"from {shapes}"
         )
     return array.astype(spec.dtype, copy=False)
