@@ -33,9 +33,7 @@ def test_specs_follow_the_config():
         "down": ParamSpec((D, F), jnp.dtype("bfloat16"), ("embed", "ffn"), 1),
         "ffn_norm": ParamSpec((D,), jnp.dtype("float32"), ("embed",), 0),
         "gate_up": ParamSpec((2, F, D), jnp.dtype("bfloat16"), ("gate_up", "ffn", "embed"), 1),
-        "out": ParamSpec(
-            (D, K, G, H), jnp.dtype("bfloat16"), ("embed", "kv_heads", "group", "head_dim"), 3
-        ),
+        "out": ParamSpec((D, K * G * H), jnp.dtype("bfloat16"), ("embed", "heads"), 1),
         "qkv": ParamSpec(
             (K, G + 2, H, D), jnp.dtype("bfloat16"), ("kv_heads", "qkv", "head_dim", "embed"), 1
         ),

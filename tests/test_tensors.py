@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lepton_jax.tensors import ParamSpec, QTensor, einsum, ragged_einsum, take
+from lepton_jax.tensors import ParamSpec, QTensor, einsum, einsum_parts, ragged_einsum, take
 
 
 def quantized(w, n_in, act_bits):
@@ -58,6 +58,18 @@ def test_ragged_einsum_matches_float64(kind, tolerance):
         jnp.asarray(x, jnp.float32), leaf, jnp.asarray(sizes, jnp.int32)
     )
     assert np.abs(np.asarray(got) - exact).max() <= tolerance * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("act_bits", [0, 16])
+def test_einsum_parts_are_the_slices_of_einsum(act_bits):
+    rng = np.random.default_rng(3)
+    x, w = jnp.asarray(rng.normal(size=(5, 8)), jnp.float32), rng.normal(size=(2, 6, 8))
+    leaf = quantized(w, 1, act_bits) if act_bits else jnp.asarray(w, jnp.float32)
+    whole = einsum("TD,CFD->TCF", x, leaf)
+    for part, got in enumerate(einsum_parts("TD,CFD->CTF", x, leaf)):
+        np.testing.assert_array_equal(got, whole[:, part])
+    with pytest.raises(ValueError, match="same letter"):
+        einsum_parts("TD,CFD->ETF", x, leaf)
 
 
 def test_take_dequantizes_rows():

@@ -22,7 +22,7 @@ from flax import nnx
 from lepton_jax.models.config import NO_ROPE, ModelConfig
 from lepton_jax.models.moe import experts_ffn
 from lepton_jax.models.rope import rope_table, rotate
-from lepton_jax.tensors import einsum, take
+from lepton_jax.tensors import einsum, einsum_parts, take
 
 ACTIVATION_FUNCTIONS = {
     "silu": jax.nn.silu,
@@ -64,7 +64,7 @@ class Layer(nnx.Module):
         self.qkv = param(
             (K, G + 2, H, D), ("kv_heads", "qkv", "head_dim", "embed"), dtype, inputs=1
         )
-        self.out = param((D, K, G, H), ("embed", "kv_heads", "group", "head_dim"), dtype, inputs=3)
+        self.out = param((D, K * G * H), ("embed", "heads"), dtype, inputs=1)  # kv heads outermost
         self.ffn_norm = norm_param(D, "embed")
         if c.qkv_bias:
             self.qkv_bias = param((K, G + 2, H), ("kv_heads", "qkv", "head_dim"), dtype)
@@ -131,7 +131,8 @@ class Layer(nnx.Module):
             window=c.layer_windows[self.index],
             soft_cap=c.attn_soft_cap,
         )
-        y = einsum("TKGH,DKGH->TD", out.astype(x.dtype), self.out.get_value())
+        heads = out.astype(x.dtype).reshape(x.shape[0], -1)
+        y = einsum("TI,DI->TD", heads, self.out.get_value())
         return (y + self.out_bias.get_value().astype(y.dtype) if c.out_bias else y), cache
 
     def ffn(self, x: jax.Array) -> jax.Array:
@@ -141,10 +142,11 @@ class Layer(nnx.Module):
             leaves = (self.router, self.experts_gate_up, self.experts_down)
             leaves = tuple(leaf.get_value() for leaf in leaves)
             return experts_ffn(x, *leaves, config=c, activation=activation)
-        hidden = einsum("TD,CFD->TCF", x, self.gate_up.get_value())
+        gate, up = einsum_parts("TD,CFD->CTF", x, self.gate_up.get_value())
         if c.ffn_bias:
-            hidden = hidden + self.gate_up_bias.get_value().astype(hidden.dtype)
-        y = einsum("TF,DF->TD", activation(hidden[:, 0]) * hidden[:, 1], self.down.get_value())
+            gate_bias, up_bias = self.gate_up_bias.get_value().astype(x.dtype)
+            gate, up = gate + gate_bias, up + up_bias
+        y = einsum("TF,DF->TD", activation(gate) * up, self.down.get_value())
         return y + self.down_bias.get_value().astype(y.dtype) if c.ffn_bias else y
 
     def _norm(self, x: jax.Array, name: str) -> jax.Array:

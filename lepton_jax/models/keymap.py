@@ -81,11 +81,6 @@ def split_qkv(config: ModelConfig, qkv: np.ndarray) -> np.ndarray:
     return join_qkv(config, *np.split(qkv, [q_rows, q_rows + kv_rows]))
 
 
-def split_heads(config: ModelConfig, out: np.ndarray) -> np.ndarray:
-    """The attention output weight `[D, N*H]` as `[D, K, G, H]`."""
-    return out.reshape(-1, config.num_kv_heads, config.group, config.head_dim)
-
-
 def stack(config: ModelConfig, *arrays: np.ndarray) -> np.ndarray:
     """Arrays of one shape as a new leading axis: gate and up, or experts."""
     del config
@@ -133,7 +128,7 @@ def hf_attention(config: ModelConfig, norm: Callable[..., np.ndarray] = as_is) -
         Mapping("embed", ("model.embed_tokens.weight",), as_is),
         Mapping("layers.{i}.attn_norm", (layer + "input_layernorm.weight",), norm),
         Mapping("layers.{i}.qkv", projections("weight"), join_qkv),
-        Mapping("layers.{i}.out", (attention + "o_proj.weight",), split_heads),
+        Mapping("layers.{i}.out", (attention + "o_proj.weight",), as_is),
         Mapping("layers.{i}.ffn_norm", (layer + "post_attention_layernorm.weight",), norm),
         Mapping("final_norm", ("model.norm.weight",), norm),
     ]
@@ -189,7 +184,7 @@ def gguf_base(config: ModelConfig, qkv: Callable[..., np.ndarray] = join_qkv) ->
         Mapping("embed", ("token_embd.weight",), as_is),
         Mapping(path + "attn_norm", (block + "attn_norm.weight",), as_is),
         Mapping(path + "qkv", projections("weight"), qkv),
-        Mapping(path + "out", (block + "attn_output.weight",), split_heads),
+        Mapping(path + "out", (block + "attn_output.weight",), as_is),
         Mapping(path + "ffn_norm", (block + "ffn_norm.weight",), as_is),
         Mapping("final_norm", ("output_norm.weight",), as_is),
     ]

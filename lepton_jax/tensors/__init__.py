@@ -6,6 +6,6 @@ A model never asks what a weight is: it calls `einsum`, `ragged_einsum` or `take
 """
 
 from lepton_jax.tensors.leaves import ParamSpec, QTensor
-from lepton_jax.tensors.ops import einsum, ragged_einsum, take
+from lepton_jax.tensors.ops import einsum, einsum_parts, ragged_einsum, take
 
-__all__ = ["ParamSpec", "QTensor", "einsum", "ragged_einsum", "take"]
+__all__ = ["ParamSpec", "QTensor", "einsum", "einsum_parts", "ragged_einsum", "take"]

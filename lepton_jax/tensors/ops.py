@@ -27,6 +27,29 @@ def einsum(subscripts: str, x: jax.Array, w) -> jax.Array:
     return y.reshape(*x.shape[: len(lead)], *w.shape[: len(outs)])
 
 
+def einsum_parts(subscripts: str, x: jax.Array, w) -> tuple[jax.Array, ...]:
+    """One product cut along the weight's first axis: `einsum_parts("TD,CFD->CTF", x, w)` gives C results `[T, F]`.
+
+    The parts are slices of the flat product: as an axis of its own, C would cost a TPU a copy to another tiling.
+    """
+    operands, _, result = subscripts.partition("->")
+    x_axes, _, w_axes = operands.partition(",")
+    lead, outs, ins = _parse(f"{x_axes},{w_axes[1:]}->{result[1:]}")
+    if result[:1] != w_axes[:1] or x.ndim != len(lead) + len(ins):
+        raise ValueError(
+            f"einsum_parts {subscripts!r} does not fit shapes {x.shape} and {w.shape}, or weight and result do not "
+            "begin with the same letter"
+        )
+    parts, out_shape = w.shape[0], w.shape[1 : 1 + len(outs)]
+    width = math.prod(w.shape[1 + len(outs) :])
+    flat = matmul(x.reshape(-1, width), _flat(w, width))
+    columns = math.prod(out_shape)
+    return tuple(
+        flat[:, part * columns : (part + 1) * columns].reshape(*x.shape[: len(lead)], *out_shape)
+        for part in range(parts)
+    )
+
+
 def ragged_einsum(subscripts: str, x: jax.Array, w, group_sizes: jax.Array) -> jax.Array:
     """Each group of consecutive rows of x times its own weight, e.g. `ragged_einsum("TD,EFD->TF", x, w, sizes)`.
 
