@@ -1,19 +1,22 @@
 """What a run is configured by: frozen sections, each field with its documentation.
 
-The drivers turn a config file and flags into a `RunConfig` here and nowhere else; nothing below a driver reads flags or
-environment variables. `from_mapping` refuses an unknown name with the nearest known one. Values are checked where
-they are made (`__post_init__`), so a bad one is named before anything is loaded.
+The drivers turn a config file and flags into a `RunConfig` (`cli.py`); nothing below a driver reads
+flags or environment variables. An unknown name is refused with the nearest known one. Values are
+checked where they are made (`__post_init__`), so a bad one is named before anything is loaded.
 """
 
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+_MOST = 2**31 - 1  # counts travel to the device as int32
+_MOST_ANSWERS = 256
+_MOST_BIAS = 1e6
 
 
 def _doc(default: Any, text: str) -> Any:
@@ -25,30 +28,60 @@ def _doc(default: Any, text: str) -> Any:
 def _check(section: object, name: str, allowed: bool, expected: str) -> None:
     if not allowed:
         value = getattr(section, name)
-        raise ValueError(f"{type(section).__name__}: {name}={value!r} is not allowed: want {expected}")
+        raise ValueError(
+            f"{type(section).__name__}: {name}={value!r} is not allowed: want {expected}"
+        )
 
 
-def from_mapping(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
-    """An instance of a section from a mapping. Raises ValueError naming the nearest field on an unknown name."""
-    known = [field.name for field in dataclasses.fields(cls)]
-    for name in values:
+def _check_types(section: object) -> None:
+    """Each field against the type of its default; None passes where it is the default."""
+    for field in dataclasses.fields(section):
+        value, default = getattr(section, field.name), field.default
+        if isinstance(default, bool):
+            _check(section, field.name, isinstance(value, bool), "true or false")
+        elif isinstance(default, str):
+            _check(section, field.name, isinstance(value, str), "a text")
+        elif isinstance(default, float):
+            _check(section, field.name, _is_number(value, (int, float)), "a number")
+        elif isinstance(default, int) or default is None:
+            good = _is_number(value, int) or (value is None and default is None)
+            _check(section, field.name, good, "a whole number")
+
+
+def _is_number(value: object, types: type | tuple) -> bool:
+    return isinstance(value, types) and not isinstance(value, bool)
+
+
+def refuse_unknown(names: Iterable[str], known: Sequence[str], *, where: str) -> None:
+    """Raises ValueError for the first name that isn't known, with the nearest one that is."""
+    for name in names:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{where}: unknown field {name!r}{hint} (known: {', '.join(known)})")
+
+
+def from_mapping(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
+    """A section from a mapping. Raises ValueError on an unknown name or an impossible value."""
+    refuse_unknown(values, [field.name for field in dataclasses.fields(cls)], where=where)
     return cls(**values)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSection:
     path: str = _doc(
-        "",
-        "Hugging Face directory, .gguf file, our Orbax directory, hf:org/name, or demo:smollm2",
+        "", "Hugging Face directory, .gguf file, our Orbax directory, hf:org/name, or demo:smollm2"
     )
-    dtype: str = _doc("auto", "dtype of weights: auto (float32 on CPU, else the file's), float32, bfloat16")
-    tokenizer: str = _doc("", "directory or file to take the tokenizer from, where it isn't the model's")
+    dtype: str = _doc(
+        "auto",
+        "dtype of weights: auto (float32 on CPU, else the file's), float32, bfloat16, float16",
+    )
+    tokenizer: str = _doc(
+        "", "directory or file to take the tokenizer from, where it isn't the model's"
+    )
 
     def __post_init__(self):
+        _check_types(self)
         _check(self, "dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
 
 
@@ -58,6 +91,7 @@ class MeshSection:
     model: int = _doc(1, "devices that share one model; this release uses one")
 
     def __post_init__(self):
+        _check_types(self)
         for name in ("data", "model"):
             _check(self, name, getattr(self, name) == 1, "1 (this release runs on one device)")
 
@@ -69,21 +103,29 @@ class EngineSection:
     num_pages: int = _doc(0, "pages of the cache; 0: from the memory and the workload")
     prefill_chunk: int = _doc(512, "most prompt tokens computed in one program")
     decode_block: int = _doc(8, "most steps decoded on the device before the host looks")
-    max_len: int = _doc(0, "most tokens of prompt and output; 0: the model's maximum, but at most 4096")
-    kv_dtype: str = _doc("auto", "dtype of the cache: auto (that of the weights), float32, bfloat16")
+    max_len: int = _doc(
+        0, "most tokens of prompt and output; 0: the model's maximum, but at most 4096"
+    )
+    kv_dtype: str = _doc(
+        "auto", "dtype of the cache: auto (that of the weights), float32, bfloat16, float16"
+    )
     prefix_cache: bool = _doc(True, "reuse the cache of prompts that begin alike")
 
     def __post_init__(self):
+        _check_types(self)
         for name in ("rows", "page_size", "prefill_chunk", "decode_block"):
-            _check(self, name, getattr(self, name) >= 1, "1 or more")
+            _check(self, name, 1 <= getattr(self, name) <= _MOST, "1 or more")
         for name in ("num_pages", "max_len"):
-            _check(self, name, getattr(self, name) >= 0, "0 (chosen by the engine) or more")
+            _check(self, name, 0 <= getattr(self, name) <= _MOST, "0 (the engine chooses) or more")
         _check(self, "kv_dtype", self.kv_dtype in DTYPES, f"one of {', '.join(DTYPES)}")
 
 
 @dataclasses.dataclass(frozen=True)
 class CompressionSection:
     preset: str = _doc("none", "none, int8 (weights) or w8a8 (weights and activations)")
+
+    def __post_init__(self):
+        _check_types(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,56 +138,62 @@ class SamplingParams:
     top_k: int = _doc(0, "sample from the k likeliest tokens; 0: off")
     top_p: float = _doc(1.0, "sample from the likeliest tokens that add up to this mass; 1: off")
     min_p: float = _doc(0.0, "drop tokens less likely than this share of the likeliest; 0: off")
-    repetition_penalty: float = _doc(1.0, "divides (or multiplies) logits of tokens seen before; 1: off")
+    repetition_penalty: float = _doc(
+        1.0, "divides positive and multiplies negative logits of tokens seen before; 1: off"
+    )
     presence_penalty: float = _doc(0.0, "subtracted from logits of tokens generated before")
     frequency_penalty: float = _doc(0.0, "subtracted once for every time a token was generated")
     logit_bias: Mapping[int, float] = _doc({}, "token id to a number added to its logit")
     seed: int | None = _doc(None, "of the row's random draws; none: derived from the row's id")
-    n: int = _doc(1, "answers per row")
+    n: int = _doc(1, "answers per row; the i-th takes seed + i")
     stop: tuple[str, ...] = _doc((), "texts that end the row; they aren't part of the answer")
     stop_token_ids: tuple[int, ...] = _doc((), "ids that end the row")
     ignore_eos: bool = _doc(False, "go on after the model's end-of-text id")
-    logprobs: int | None = _doc(None, "log-probabilities: of each token and of this many alternatives (0-20)")
+    logprobs: int | None = _doc(
+        None, "log-probabilities: of each token and of this many alternatives (0-20)"
+    )
 
     def __post_init__(self):
-        object.__setattr__(self, "stop", self._texts())
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        bias = {int(i): float(b) for i, b in dict(self.logit_bias).items()}
-        object.__setattr__(self, "logit_bias", bias)
-        self._check_types()
-        _check(self, "max_tokens", self.max_tokens >= 1, "1 or more")
+        _check_types(self)
+        object.__setattr__(self, "stop", self._stop_texts())
+        object.__setattr__(self, "stop_token_ids", self._stop_ids())
+        object.__setattr__(self, "logit_bias", self._bias())
+        _check(self, "max_tokens", 1 <= self.max_tokens <= _MOST, f"1 to {_MOST}")
         _check(self, "min_tokens", 0 <= self.min_tokens <= self.max_tokens, "0 to max_tokens")
         _check(self, "temperature", 0 <= self.temperature < math.inf, "0 or more")
-        _check(self, "top_k", self.top_k >= 0, "0 (off) or more")
+        _check(self, "top_k", 0 <= self.top_k <= _MOST, f"0 (off) to {_MOST}")
         _check(self, "top_p", 0 < self.top_p <= 1, "more than 0, at most 1")
         _check(self, "min_p", 0 <= self.min_p <= 1, "0 (off) to 1")
         _check(self, "repetition_penalty", 0 < self.repetition_penalty < math.inf, "more than 0")
         for name in ("presence_penalty", "frequency_penalty"):
             _check(self, name, -2 <= getattr(self, name) <= 2, "-2 to 2")
-        finite = all(math.isfinite(b) for b in bias.values())
-        _check(self, "logit_bias", finite, "finite numbers by token id")
-        _check(self, "n", self.n >= 1, "1 or more")
-        _check(self, "logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "none or 0 to 20")
+        _check(self, "n", 1 <= self.n <= _MOST_ANSWERS, f"1 to {_MOST_ANSWERS}")
+        few = self.logprobs is None or 0 <= self.logprobs <= 20
+        _check(self, "logprobs", few, "none or 0 to 20")
 
-    def _texts(self) -> tuple[str, ...]:
-        texts = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        if not all(isinstance(text, str) and text for text in texts):
-            raise ValueError(f"SamplingParams: stop={self.stop!r} is not allowed: want non-empty texts")
-        return texts
+    def _stop_texts(self) -> tuple[str, ...]:
+        texts = [self.stop] if isinstance(self.stop, str) else self.stop
+        good = isinstance(texts, (list, tuple)) and all(isinstance(t, str) and t for t in texts)
+        _check(self, "stop", good, "a non-empty text or a list of them")
+        return tuple(texts)
 
-    def _check_types(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name in ("max_tokens", "min_tokens", "top_k", "n", "seed", "logprobs"):
-                good = isinstance(value, int) and not isinstance(value, bool)
-                good |= value is None and field.default is None
-                _check(self, field.name, good, "a whole number")
-            elif isinstance(field.default, float):
-                good = isinstance(value, (int, float)) and not isinstance(value, bool)
-                _check(self, field.name, good, "a number")
-        _check(self, "ignore_eos", isinstance(self.ignore_eos, bool), "true or false")
-        good = all(isinstance(i, int) and not isinstance(i, bool) for i in self.stop_token_ids)
+    def _stop_ids(self) -> tuple[int, ...]:
+        ids = self.stop_token_ids
+        good = isinstance(ids, (list, tuple)) and all(_is_number(i, int) for i in ids)
         _check(self, "stop_token_ids", good, "a list of token ids")
+        return tuple(ids)
+
+    def _bias(self) -> dict[int, float]:
+        """JSON has only text keys, so an id may be written as one."""
+        wanted = f"token ids with numbers from {-_MOST_BIAS:g} to {_MOST_BIAS:g}"
+        _check(self, "logit_bias", isinstance(self.logit_bias, Mapping), wanted)
+        bias = {}
+        for key, value in self.logit_bias.items():
+            an_id = _is_number(key, int) or (isinstance(key, str) and key.isdecimal())
+            good = an_id and _is_number(value, (int, float)) and abs(value) <= _MOST_BIAS
+            _check(self, "logit_bias", good, wanted)
+            bias[int(key)] = float(value)
+        return bias
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "SamplingParams":
@@ -160,6 +208,7 @@ class JobSection:
     output: str = _doc("", "JSONL file to write; <output>.summary.json goes beside it")
 
     def __post_init__(self):
+        _check_types(self)
         _check(self, "mode", self.mode == "generate", "generate")
 
 

@@ -1,0 +1,90 @@
+"""Every kind of bad row becomes an error row that says why; its neighbours are untouched."""
+
+import json
+
+import pytest
+
+from lepton_jax.config import SamplingParams
+from lepton_jax.jobs.rows import BadRow, PromptRow, read_rows
+
+GOOD = {"id": "good", "prompt": "hello"}
+
+
+def rows_of(tmp_path, *lines, defaults=None):
+    data = b"\n".join(
+        line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines
+    )
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(data)
+    return list(read_rows(path, defaults or SamplingParams()))
+
+
+def test_the_three_kinds_of_prompt(tmp_path):
+    chat = [{"role": "user", "content": "hi"}]
+    rows = rows_of(
+        tmp_path, GOOD, {"id": 7, "messages": chat}, b"", b"  \r", {"prompt_tokens": [1, 2]}
+    )
+    assert [row.id for row in rows] == ["good", 7, "5"]
+    assert [row.prompt for row in rows] == ["hello", chat, [1, 2]]
+
+
+def test_sampling_of_a_row_goes_over_the_defaults(tmp_path):
+    defaults = SamplingParams(max_tokens=9, temperature=0.5, stop=("x",))
+    row = GOOD | {"sampling": {"temperature": 1, "logit_bias": {"3": -1}}}
+    plain, own = rows_of(tmp_path, GOOD, row | {"id": "own"}, defaults=defaults)
+    assert plain.sampling == defaults
+    assert own.sampling == SamplingParams(
+        max_tokens=9, temperature=1, stop=("x",), logit_bias={3: -1.0}
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "kind", "says"),
+    [
+        (b'{"id": "a", "prompt": "x"', "invalid_json", "not valid JSON"),
+        (b'{"prompt": "\xff"}', "invalid_json", "utf-8"),
+        (b"[" * 100_000, "invalid_json", "not valid JSON"),
+        ([1], "invalid_row", "list"),
+        ({"id": "a", "promt": "x"}, "invalid_row", "did you mean 'prompt'"),
+        ({"id": "a"}, "invalid_row", "none of prompt, messages, prompt_tokens"),
+        ({"id": "a", "prompt": "x", "messages": []}, "invalid_row", "prompt and messages"),
+        ({"id": "a", "prompt": ""}, "invalid_row", "prompt is empty"),
+        ({"id": "a", "prompt": None}, "invalid_row", "prompt is None: want a text"),
+        ({"id": "a", "messages": ["hi"]}, "invalid_row", "objects"),
+        ({"id": "a", "messages": []}, "invalid_row", "messages is empty"),
+        ({"id": "a", "prompt_tokens": []}, "invalid_row", "prompt_tokens is empty"),
+        ({"id": "a", "prompt_tokens": [1, True]}, "invalid_row", "token ids"),
+        ({"id": "", "prompt": "x"}, "invalid_row", "id=''"),
+        ({"id": None, "prompt": "x"}, "invalid_row", "id=None"),
+        (b'{"id": "\\ud800", "prompt": "x"}', "invalid_row", "ud800"),
+        ({"id": "a", "prompt": "x", "sampling": 3}, "invalid_sampling", "want an object"),
+        (
+            {"id": "a", "prompt": "x", "sampling": {"temprature": 1}},
+            "invalid_sampling",
+            "did you mean 'temperature'",
+        ),
+        ({"id": "a", "prompt": "x", "sampling": {"top_p": 0}}, "invalid_sampling", "top_p=0"),
+        (b'{"prompt": "x", "sampling": {"temperature": NaN}}', "invalid_sampling", "nan"),
+        ({"id": "a", "prompt": "x", "sampling": {"stop": [1]}}, "invalid_sampling", "stop=[1]"),
+        ({"id": "a", "prompt": "x", "sampling": {"top_k": 2**40}}, "invalid_sampling", "top_k"),
+        (
+            {"id": "a", "prompt": "x", "sampling": {"logit_bias": {"the": 1}}},
+            "invalid_sampling",
+            "logit_bias",
+        ),
+        ({"id": "good", "prompt": "again"}, "duplicate_id", "'good' belongs to an earlier row"),
+    ],
+)
+def test_a_bad_row_is_named_and_its_neighbours_untouched(tmp_path, line, kind, says):
+    first, bad, last = rows_of(tmp_path, GOOD, line, {"id": "last", "prompt": "y"})
+    assert first == PromptRow("good", "hello", SamplingParams())
+    assert last == PromptRow("last", "y", SamplingParams())
+    assert isinstance(bad, BadRow)
+    assert bad.type == kind
+    assert says in bad.message
+    json.dumps(bad.as_json()).encode()
+
+
+def test_ids_of_error_rows(tmp_path):
+    lines = (b"{", {"id": "known", "prompt": ""}, {"id": 4, "promt": "x"}, {"promt": "x"})
+    assert [row.id for row in rows_of(tmp_path, *lines)] == ["1", "known", 4, "4"]
