@@ -129,6 +129,22 @@ def test_compress_and_progress(tmp_path):
     assert [done for done, _, _ in calls] == sorted(done for done, _, _ in calls)
 
 
+def test_out_of_memory_says_what_the_model_needs(tmp_path):
+    def fails_with(error):
+        def compress(path, spec, array):
+            raise error
+
+        return compress
+
+    folder = make.hf_folder(tmp_path)
+    full = r"out of memory at embed: uncompressed, the model takes 0.00 GiB in float32. Use model.d"
+    for error in (MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 1 byte")):
+        with pytest.raises(CheckpointError, match=full):
+            load(folder, compress=fails_with(error))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        load(folder, compress=fails_with(jax.errors.JaxRuntimeError("INTERNAL: other")))
+
+
 def test_describe_reads_no_weights(tmp_path, monkeypatch):
     folder = make.hf_folder(tmp_path)
     expected = load(folder).model.specs

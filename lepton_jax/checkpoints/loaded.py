@@ -102,8 +102,11 @@ def fingerprint(config: ModelConfig, files: TensorFiles) -> str:
     """
     table = [[name, list(t.shape), t.kind] for name, t in sorted(files.tensors.items())]
     paths = sorted({tensor.path for tensor in files.tensors.values()})
-    sizes = [path.stat().st_size for path in paths]
-    return digest([dataclasses.asdict(config), table, sizes, files.sample()])
+    try:
+        sizes, sample = [path.stat().st_size for path in paths], files.sample()
+    except OSError as error:
+        raise CheckpointError(f"{files.path}: can't be read: {error}") from error
+    return digest([dataclasses.asdict(config), table, sizes, sample])
 
 
 def digest(value: Any) -> str:

@@ -140,14 +140,39 @@ def stream(
     total = sum(files.tensors[name].nbytes for m in mappings.values() for name in m.sources)
     leaves, done = [], 0
     for path, spec in model.specs.items():
-        array = jax.device_put(_combined(model.config, files, mappings[path], spec))
-        leaf = array if compress is None else compress(path, spec, array)
-        del array
-        leaves.append(jax.block_until_ready(leaf))
+        try:
+            leaves.append(_leaf(model.config, files, mappings[path], spec, compress))
+        except (MemoryError, jax.errors.JaxRuntimeError) as error:
+            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+                raise _out_of_memory(model, files, path) from error
+            raise
         done += sum(files.tensors[name].nbytes for name in mappings[path].sources)
         if progress is not None:
             progress(done, total, path)
     return tuple(leaves)
+
+
+def _leaf(
+    config: ModelConfig,
+    files: TensorFiles,
+    mapping: Mapping,
+    spec: ParamSpec,
+    compress: Compress | None,
+) -> Any:
+    """One parameter, read, transferred and compressed; ready, so that its sources can go."""
+    array = jax.device_put(_combined(config, files, mapping, spec))
+    leaf = array if compress is None else compress(mapping.target, spec, array)
+    del array
+    return jax.block_until_ready(leaf)
+
+
+def _out_of_memory(model: Model, files: TensorFiles, path: str) -> CheckpointError:
+    gib = sum(spec.nbytes for spec in model.specs.values()) / 2**30
+    return CheckpointError(
+        f"{files.path}: out of memory at {path}: uncompressed, the model takes {gib:.2f} GiB in "
+        f"{np.dtype(model.dtype).name}. Use model.dtype=bfloat16, compression.preset=int8, or a "
+        "larger device"
+    )
 
 
 def _combined(
