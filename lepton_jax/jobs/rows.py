@@ -50,7 +50,9 @@ class BadRow:
         return {"id": self.id, "error": {"type": self.type, "message": self.message}}
 
 
-class _RowError(ValueError):
+class RowError(ValueError):
+    """Why one row can't be served; `kind` is the `BadRow.type` that it becomes."""
+
     def __init__(self, kind: str, message: str):
         super().__init__(message)
         self.kind = kind
@@ -80,13 +82,13 @@ def _row(
         values = _object(line)
         row_id = _id(values, row_id)
         if str(row_id) in seen:
-            raise _RowError(
+            raise RowError(
                 "duplicate_id", f"id {row_id!r} belongs to an earlier row: ids must differ"
             )
         seen.add(str(row_id))
         prompt = _prompt(values)
         return PromptRow(row_id, prompt, _sampling(values, defaults))
-    except _RowError as error:
+    except RowError as error:
         return BadRow(row_id, error.kind, str(error))
 
 
@@ -94,9 +96,9 @@ def _object(line: bytes) -> dict:
     try:
         values = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise _RowError("invalid_json", f"the line is not valid JSON: {error}") from error
+        raise RowError("invalid_json", f"the line is not valid JSON: {error}") from error
     if not isinstance(values, dict):
-        raise _RowError("invalid_row", f"the row is a {type(values).__name__}: want an object")
+        raise RowError("invalid_row", f"the row is a {type(values).__name__}: want an object")
     return values
 
 
@@ -104,7 +106,7 @@ def _id(values: dict, fallback: str) -> RowId:
     row_id = values.get("id", fallback)
     whole = isinstance(row_id, int) and not isinstance(row_id, bool)
     if not whole and not (isinstance(row_id, str) and row_id and _is_text(row_id)):
-        raise _RowError(
+        raise RowError(
             "invalid_row", f"id={row_id!a} is not allowed: want a text or a whole number"
         )
     return row_id
@@ -119,12 +121,12 @@ def _prompt(values: dict) -> Prompt:
     try:
         refuse_unknown(values, FIELDS, where="row")
     except ValueError as error:
-        raise _RowError("invalid_row", str(error)) from error
+        raise RowError("invalid_row", str(error)) from error
     given = [name for name in PROMPT_FIELDS if name in values]
     if len(given) != 1:
         found = " and ".join(given) or "none"
         wanted = ", ".join(PROMPT_FIELDS)
-        raise _RowError("invalid_row", f"the row has {found} of {wanted}: want exactly one")
+        raise RowError("invalid_row", f"the row has {found} of {wanted}: want exactly one")
     name, prompt = given[0], values[given[0]]
     if name == "prompt":
         good, wanted = isinstance(prompt, str), "a text"
@@ -135,9 +137,9 @@ def _prompt(values: dict) -> Prompt:
         good = isinstance(prompt, list) and all(type(i) is int for i in prompt)
         wanted = "a list of token ids"
     if not good:
-        raise _RowError("invalid_row", f"{name} is {_short(prompt)}: want {wanted}")
+        raise RowError("invalid_row", f"{name} is {_short(prompt)}: want {wanted}")
     if not prompt:
-        raise _RowError("invalid_row", f"{name} is empty: want {wanted}")
+        raise RowError("invalid_row", f"{name} is empty: want {wanted}")
     return prompt
 
 
@@ -149,13 +151,13 @@ def _short(value: object) -> str:
 def _sampling(values: dict, defaults: SamplingParams) -> SamplingParams:
     own = values.get("sampling", {})
     if not isinstance(own, dict):
-        raise _RowError("invalid_sampling", f"sampling is {_short(own)}: want an object")
+        raise RowError("invalid_sampling", f"sampling is {_short(own)}: want an object")
     known = [field.name for field in dataclasses.fields(SamplingParams)]
     try:
         refuse_unknown(own, known, where="sampling")
         return from_mapping(SamplingParams, _values(defaults) | own, where="sampling")
     except ValueError as error:
-        raise _RowError("invalid_sampling", str(error)) from error
+        raise RowError("invalid_sampling", str(error)) from error
 
 
 def _values(params: SamplingParams) -> dict:

@@ -1,0 +1,19 @@
+"""lepton_jax: batched inference of language models in JAX.
+
+    from lepton_jax import LeptonEngine, SamplingParams
+
+The way of a prompt: `jobs` -> `text` -> `engine` -> `models` on `kernels` and `tensors`. Drivers
+are `lepton_jax.run` and `lepton_jax.bench`. The package loads no jax until the engine is named.
+"""
+
+from lepton_jax.config import RunConfig, SamplingParams
+
+__all__ = ["LeptonEngine", "RunConfig", "SamplingParams"]
+
+
+def __getattr__(name: str):
+    if name == "LeptonEngine":
+        from lepton_jax.api import LeptonEngine
+
+        return LeptonEngine
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

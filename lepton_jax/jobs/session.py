@@ -1,0 +1,290 @@
+"""Prompts become answers: texts, messages or ids go in, an engine is driven, text comes out.
+
+The piece under `LeptonEngine.generate`, `LeptonEngine.stream` and every job. An engine is anything
+with `Engine`'s methods; it sees token ids only. A prompt with n > 1 is n requests.
+Read next: `text/detokenizer.py`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
+
+from lepton_jax.config import SamplingParams
+from lepton_jax.engine.request import StepOutput
+from lepton_jax.jobs.rows import Prompt, RowError
+from lepton_jax.text.detokenizer import Detokenizer
+from lepton_jax.text.tokenizer import Tokenizer
+
+TokenLogprob = tuple[float, list[tuple[int, float]]]
+
+
+class Engine(Protocol):
+    """What a session needs of an engine, or of a pool of them."""
+
+    max_len: int
+
+    def add_request(
+        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams
+    ) -> None: ...
+    def step(self) -> list[StepOutput]: ...
+    def abort(self, request_id: str) -> None: ...
+    @property
+    def has_work(self) -> bool: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One answer to a prompt.
+
+    Attributes:
+      text: without stop strings and without the token that ended it.
+      token_ids: the generated ids. An end-of-text or stop id is the last of them; after a stop
+        string they are cut to those that the text needs.
+      finish_reason: "stop", "length", or "error" where the model gave no finite logits.
+      logprobs: for each id (log-probability, [(id, log-probability) of the likeliest]); None where
+        not asked.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    logprobs: list[TokenLogprob] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """All answers to a prompt, `SamplingParams.n` of them; `text` and the like are the first's."""
+
+    choices: tuple[Choice, ...]
+    prompt_tokens: int
+
+    @property
+    def text(self) -> str:
+        return self.choices[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.choices[0].token_ids
+
+    @property
+    def finish_reason(self) -> str:
+        return self.choices[0].finish_reason
+
+    @property
+    def logprobs(self) -> list[TokenLogprob] | None:
+        return self.choices[0].logprobs
+
+
+@dataclasses.dataclass(frozen=True)
+class Delta:
+    """What a beat added to one choice of a prompt.
+
+    Attributes:
+      key: the prompt's, as given to `Session.add`; `choice` counts its answers from 0.
+      text: new text, in whole characters; what may begin a stop string is held back.
+      new_tokens: how many tokens came.
+      finish_reason: of the choice, on its last delta.
+      completion: of the prompt, on the last delta of its last choice.
+    """
+
+    key: str
+    choice: int
+    text: str
+    new_tokens: int
+    finish_reason: str | None = None
+    completion: Completion | None = None
+
+
+def encode(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    """Ids of a prompt: a text (with bos where the model wants it), messages, or ids as they are.
+
+    Raises RowError (invalid_prompt) where the tokenizer or its chat template refuses it.
+    """
+    try:
+        if isinstance(prompt, str):
+            return tokenizer.encode(prompt)
+        if prompt and isinstance(prompt[0], Mapping):
+            return tokenizer.apply_chat(prompt)
+        return list(prompt)
+    except ValueError as error:
+        raise RowError("invalid_prompt", str(error)) from error
+
+
+def expand(params: SamplingParams) -> list[SamplingParams]:
+    """The params of each of a prompt's `n` requests; a seed counts up from the first."""
+    if params.seed is None:
+        return [dataclasses.replace(params, n=1)] * params.n
+    return [dataclasses.replace(params, n=1, seed=params.seed + i) for i in range(params.n)]
+
+
+class Session:
+    """Prompts that are being answered by one engine. Nobody else may step the engine meanwhile."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer):
+        self._engine, self._tokenizer = engine, tokenizer
+        self._prompts: dict[str, _OpenPrompt] = {}
+
+    @property
+    def has_work(self) -> bool:
+        """Whether some prompt is not answered yet."""
+        return bool(self._prompts)
+
+    def __len__(self) -> int:
+        """Requests that are not finished."""
+        return sum(prompt.unfinished for prompt in self._prompts.values())
+
+    def add(self, key: str, prompt: Prompt, params: SamplingParams) -> None:
+        """Queues a prompt under a key of its own. Draws of rows without a seed depend on the key.
+
+        Raises RowError, and queues nothing: invalid_prompt, or refused by the engine.
+        """
+        if key in self._prompts:
+            raise RowError("duplicate_id", f"{key!r} is already being answered: keys must differ")
+        ids = encode(self._tokenizer, prompt)
+        added = []
+        try:
+            for i, single in enumerate(expand(params)):
+                # The number is always there, so that no key with a slash can meet another's.
+                self._engine.add_request(f"{key}/{i}", ids, single)
+                added.append(f"{key}/{i}")
+        except ValueError as error:
+            for request_id in added:
+                self._engine.abort(request_id)
+            raise RowError("refused", str(error)) from error
+        growing = [_GrowingChoice(self._tokenizer, params) for _ in added]
+        self._prompts[key] = _OpenPrompt(growing, len(ids))
+
+    def step(self) -> list[Delta]:
+        """One beat of the engine."""
+        if not self._engine.has_work:
+            raise RuntimeError(f"the engine is idle with {len(self)} requests unanswered")
+        return [self._take(output) for output in self._engine.step()]
+
+    def deltas(self) -> Iterator[Delta]:
+        """Steps until all prompts are answered."""
+        while self.has_work:
+            yield from self.step()
+
+    def close(self) -> None:
+        """Drops what is not answered yet."""
+        for key, prompt in self._prompts.items():
+            for i in range(len(prompt.choices)):
+                self._engine.abort(f"{key}/{i}")
+        self._prompts.clear()
+
+    def _take(self, output: StepOutput) -> Delta:
+        key, _, number = output.request_id.rpartition("/")
+        prompt, i = self._prompts[key], int(number)
+        choice = prompt.choices[i]
+        text = choice.take(output)
+        if choice.finish_reason and not output.finish_reason:
+            self._engine.abort(output.request_id)
+        completion = None
+        if not prompt.unfinished:
+            del self._prompts[key]
+            done = tuple(choice.done() for choice in prompt.choices)
+            completion = Completion(done, prompt.prompt_tokens)
+        return Delta(key, i, text, len(output.token_ids), choice.finish_reason, completion)
+
+
+@dataclasses.dataclass(frozen=True)
+class _OpenPrompt:
+    choices: list["_GrowingChoice"]
+    prompt_tokens: int
+
+    @property
+    def unfinished(self) -> int:
+        return sum(choice.finish_reason is None for choice in self.choices)
+
+
+class _GrowingChoice:
+    """Ids, log-probabilities and text of one request so far."""
+
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams):
+        self.finish_reason: str | None = None
+        self._ids: list[int] = []
+        self._logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
+        self._text = _StoppableText(tokenizer, params)
+
+    def take(self, output: StepOutput) -> str:
+        """Adds what came; returns the new text."""
+        self._ids += output.token_ids
+        if self._logprobs is not None:
+            self._logprobs += output.logprobs or []
+        ended_by_token = output.finish_reason == "stop"
+        delta = self._text.add(output.token_ids[:-1] if ended_by_token else output.token_ids)
+        self.finish_reason = output.finish_reason
+        if output.finish_reason and not self._text.stopped:
+            delta += self._text.finish()
+        if self._text.stopped:
+            self.finish_reason = "stop"
+            needed = self._text.needed_ids()
+            del self._ids[needed:]
+            if self._logprobs is not None:
+                del self._logprobs[needed:]
+        return delta
+
+    def done(self) -> Choice:
+        return Choice(self._text.text, self._ids, self.finish_reason, self._logprobs)
+
+
+class _Characters:
+    """Spells each code point as itself: with it a `Detokenizer` finds stop strings in text."""
+
+    control_ids: frozenset[int] = frozenset()
+    leading_space = False
+
+    def id_to_bytes(self, token_id: int) -> bytes:
+        return chr(token_id).encode()
+
+
+class _StoppableText:
+    """The text of growing ids, cut at the first stop string that begins after `min_tokens` ids.
+
+    Spelling and stop strings are two stages, because the first ids are spelled but not searched.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams):
+        self._spelled = Detokenizer(tokenizer)
+        self._searched = Detokenizer(_Characters(), params.stop)
+        self._unsearched_ids = params.min_tokens if params.stop else math.inf
+        self._pieces: list[str] = []
+        self._ends: list[int] = []  # characters spelled up to and with each id
+
+    @property
+    def text(self) -> str:
+        return "".join(self._pieces)
+
+    @property
+    def stopped(self) -> bool:
+        return self._searched.stopped
+
+    def add(self, ids: Sequence[int]) -> str:
+        """Takes ids up to the one that completes a stop string; returns the text now certain."""
+        first = len(self._pieces)
+        for token_id in ids:
+            if self.stopped:
+                break
+            spelled, _ = self._spelled.add([token_id])
+            self._ends.append(len(spelled) + (self._ends[-1] if self._ends else 0))
+            self._pieces.append(self._search(spelled))
+        return "".join(self._pieces[first:])
+
+    def finish(self) -> str:
+        """The rest, once no more ids come."""
+        rest = self._search(self._spelled.finish()) + self._searched.finish()
+        self._pieces.append(rest)
+        return rest
+
+    def needed_ids(self) -> int:
+        """The least number of ids that spell the text."""
+        length = len(self.text)
+        if not length:
+            return 0
+        return next((n for n, end in enumerate(self._ends, 1) if end >= length), len(self._ends))
+
+    def _search(self, spelled: str) -> str:
+        if len(self._ends) <= self._unsearched_ids:
+            return spelled
+        return self._searched.add(map(ord, spelled))[0]
