@@ -1,8 +1,9 @@
 """The pool of cache pages, with automatic reuse of pages that hold a known beginning of text.
 
-Page 0 is the null page and is never given out. A page is free, referenced (by one row, or by several that share its
-content), or cached: unreferenced but still holding registered tokens, the first to go when pages run out, least
-recently used first. A page's key hashes its tokens and all before them, so equal keys mean equal content.
+Page 0 is the null page and is never given out. A page is free, referenced (by one row, or by
+several that share its content), or cached: unreferenced but still holding registered tokens, the
+first to go when pages run out, least recently used first. A page's key hashes its tokens and all
+before them, so equal keys mean equal content. Who may share what is `scheduler.py`'s to decide.
 """
 
 import array
@@ -12,11 +13,17 @@ from collections.abc import Sequence
 
 
 class PagePool:
-    """Reference-counted pages. All methods are O(pages touched)."""
+    """Reference-counted pages. All methods are O(pages touched).
+
+    At any time every page but the null page is in exactly one of three states:
+    free + cached + referenced = num_pages - 1.
+    """
 
     def __init__(self, num_pages: int, page_size: int):
         if num_pages < 2:
-            raise ValueError(f"num_pages={num_pages}: want at least 2, the null page and one to use")
+            raise ValueError(f"num_pages={num_pages}: want 2 or more, the null page and one to use")
+        if page_size < 1:
+            raise ValueError(f"page_size={page_size}: want 1 or more tokens")
         self.page_size = page_size
         self.num_pages = num_pages
         self._free = list(range(num_pages - 1, 0, -1))
@@ -30,8 +37,16 @@ class PagePool:
         """Pages that `allocate` could give now."""
         return len(self._free) + len(self._cached)
 
+    def pages_for(self, tokens: int) -> int:
+        """Pages that hold this many tokens."""
+        return -(-tokens // self.page_size)
+
+    def references(self, page: int) -> int:
+        """How many rows hold a page."""
+        return self._references[page]
+
     def keys(self, tokens: Sequence[int], known: Sequence[bytes] = ()) -> list[bytes]:
-        """The keys of the full pages of tokens; `known` are those of its first pages, if there already."""
+        """The keys of the full pages of tokens; `known` are those of its first pages, if there."""
         size, keys = self.page_size, list(known)
         for start in range(len(keys) * size, len(tokens) - size + 1, size):
             digest = hashlib.blake2b(keys[-1] if keys else b"", digest_size=16)
@@ -52,7 +67,7 @@ class PagePool:
         return pages
 
     def allocate(self, count: int) -> list[int] | None:
-        """`count` pages with one reference each, or None (and nothing changed) where there aren't so many."""
+        """`count` pages, one reference each; None, with nothing changed, where there are fewer."""
         if count > self.available:
             return None
         pages = []
@@ -63,17 +78,20 @@ class PagePool:
         return pages
 
     def register(self, page: int, key: bytes) -> None:
-        """Says that a referenced page holds the content of a key (once everything dispatched has run)."""
+        """Says that a referenced page holds a key's content, once all that is dispatched has run.
+
+        Where another page has the key already, that one stays the page to share.
+        """
         if key not in self._page_of and page not in self._key_of:
             self._page_of[key], self._key_of[page] = page, key
 
     def release(self, pages: Sequence[int]) -> None:
         """Drops one reference of each. The last pages of a text go first when room is needed."""
         for page in reversed(pages):
-            self._references[page] -= 1
-            if self._references[page] < 0:
+            if not self._references[page]:
                 raise ValueError(f"page {page} was released more often than it was given out")
-            if self._references[page] == 0:
+            self._references[page] -= 1
+            if not self._references[page]:
                 if page in self._key_of:
                     self._cached[page] = None
                 else:

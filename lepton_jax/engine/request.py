@@ -1,8 +1,8 @@
 """What passes between the parts of the engine: requests, rows, plans, results.
 
-A `Request` is what a caller adds; a `Row` is the host's memory of it while it runs; a `Plan` is what one beat does;
-a `BlockResult` is what the device gave back for it; a `StepOutput` is what the caller gets. Plain data, no jax.
-Read next: `scheduler.py`.
+A `Request` is what a caller adds; a `Row` is the host's memory of it while it runs; a `Plan` is
+what one beat does; a `BlockResult` is what the device gave back for it; a `StepOutput` is what the
+caller gets. Plain data, no jax. Read next: `scheduler.py`.
 """
 
 import dataclasses
@@ -31,8 +31,9 @@ class Row:
     Attributes:
       limit: most outputs, from max_tokens and the engine's max_len.
       outputs: ids that came back from the device.
-      bound: outputs there can be at most once all that is dispatched has run.
-      computed: tokens whose keys and values are cached, or will be once all that is dispatched has run.
+      bound: outputs there can be at most once all that is dispatched has run; 0 until the chunk
+        that ends the row's known tokens is dispatched.
+      computed: tokens whose keys and values are cached, or will be once all dispatched has run.
       pages: the row's pages in order; `keys` the hashes of those full of known tokens.
       slot: line of the device's row state; None while the row has none.
       entering: its first token is sampled but not read.
@@ -63,7 +64,10 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """A piece of a row's tokens to prefill; `final` samples the token after it."""
+    """A piece of a row's tokens to prefill, from place `start`; `final` samples the token after it.
+
+    Slot and pages are copies: the row may give its own up in the beat of its final chunk.
+    """
 
     row: Row
     slot: int
@@ -75,7 +79,7 @@ class Chunk:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A row in a decode block. Slot and pages are copies: the row may give its own up as it enters."""
+    """A row in a decode block. Slot and pages are copies: the row may give its own up here."""
 
     row: Row
     slot: int
@@ -84,7 +88,10 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One beat: a packed prefill, then a decode block of at most `steps` steps; either may be empty."""
+    """One beat: a packed prefill, then a decode block of up to `steps` steps; either may be empty.
+
+    A block of 0 steps only reads the tokens with which its rows enter.
+    """
 
     chunks: tuple[Chunk, ...] = ()
     rows: tuple[Entry, ...] = ()
@@ -99,7 +106,8 @@ class BlockResult:
       tokens: int32 `[B, 1 + k]`, place 0 is the token with which the row entered.
       count: int32 `[B]`, how many of the tokens after place 0 are new.
       finish: int32 `[B]`, 0 running, 1 a stop token came, 2 the limit is reached.
-      logprob, top_ids, top_logprobs: of those tokens, `[B, 1 + k]` and `[B, 1 + k, n]`; None where no row asks.
+      logprob: float32 `[B, 1 + k]` of those tokens; None, like the next two, where no row asks.
+      top_ids, top_logprobs: `[B, 1 + k, n]`, the likeliest tokens in their places.
     """
 
     tokens: np.ndarray
@@ -116,8 +124,10 @@ class StepOutput:
 
     Attributes:
       token_ids: the new ids, a stop token included.
-      logprobs: for each of them (log-probability, [(id, log-probability) of the likeliest]); None where not asked.
-      finish_reason: None while it runs, else "stop", "length", or "error" where the model gave no finite logits.
+      logprobs: for each of them (log-probability, [(id, log-probability) of the likeliest]); None
+        where not asked.
+      finish_reason: None while it runs, else "stop", "length", or "error" where the model gave no
+        finite logits.
     """
 
     request_id: str

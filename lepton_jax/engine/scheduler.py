@@ -1,14 +1,16 @@
-"""What a beat does: which prompts to prefill, which rows to decode and for how many steps. Pure Python, no jax.
+"""What a beat does: which prompts to prefill, which rows to decode and for how many steps.
 
-The device runs programs in the order of dispatch, so the scheduler may plan on what is dispatched but not yet read:
-a row whose last chunk is in a plan decodes in the same plan; a page is shareable as soon as the chunk that fills it
-is planned; a row that is sure to end in a block gives slot and pages up when the block is planned.
-A row's end by a stop token is known one beat late. Read next: `request.py` (the data), `pages.py` (the memory).
+The device runs programs in the order of dispatch, so the scheduler may plan on what is dispatched
+but not yet read: a row whose last chunk is in a plan decodes in the same plan; a page is shareable
+as soon as the chunk that fills it is planned; a row that is sure to end in a block gives slot and
+pages up when the block is planned. A row's end by a stop token is known one beat late.
+Pure Python, no jax. Read next: `request.py` (the data), `pages.py` (the memory).
 """
 
 import dataclasses
 import heapq
 from collections import deque
+from collections.abc import Callable, Sequence
 
 from lepton_jax.engine.pages import PagePool
 from lepton_jax.engine.request import (
@@ -22,10 +24,14 @@ from lepton_jax.engine.request import (
     StepOutput,
 )
 
+_BEAT_COST = (
+    1  # steps that a beat's dispatch and prefill program cost: about one read of the weights
+)
+
 
 @dataclasses.dataclass
 class Counters:
-    """Since the scheduler was made."""
+    """Since the scheduler was made. Padding is the runner's to count: it knows the programs."""
 
     prompt_tokens: int = 0
     prefix_hit_tokens: int = 0
@@ -33,10 +39,45 @@ class Counters:
     preemptions: int = 0
 
 
+@dataclasses.dataclass(frozen=True)
+class Knobs:
+    """What may be set between beats, up to the values that the programs were compiled for.
+
+    Attributes:
+      decode_block: most steps of a block.
+      prefill_chunk: most prompt tokens of a beat, padding to tiles included.
+      live_rows: most rows that hold a slot; rows beyond a lowered value stay until they end.
+    """
+
+    decode_block: int
+    prefill_chunk: int
+    live_rows: int
+
+
+def first_come(waiting: Sequence[Row]) -> int:
+    """The admission policy by default: index of the row to admit next. Preempted rows are first."""
+    return 0
+
+
+def best_steps(remaining: Sequence[int], most: int) -> int:
+    """Steps of a block while requests wait for the slots of rows with `remaining` steps to go.
+
+    The number that gives the most tokens for its time, a beat costing _BEAT_COST steps besides; the
+    larger of equals. Rows that end early in a longer block idle until its end; a shorter block
+    pays for another beat. So one row never cuts a large batch's block, and all rows together do.
+    """
+
+    def rate(steps: int) -> float:
+        return sum(min(steps, left) for left in remaining) / (steps + _BEAT_COST)
+
+    return max(range(min(most, max(remaining)), 0, -1), key=rate, default=0)
+
+
 class Scheduler:
     """Continuous batching over a fixed number of slots and pages.
 
-    `decode_block` and `prefill_chunk` may be set between beats, up to the values it was made with.
+    `schedule` and `commit` alternate; one plan may be in flight (scheduled, not committed), and the
+    plans are committed in order. `policy` may be replaced by another function of the waiting rows.
     """
 
     def __init__(
@@ -51,8 +92,10 @@ class Scheduler:
         q_tile: int = 1,
         prefix_cache: bool = True,
     ):
-        self.decode_block, self.prefill_chunk = decode_block, prefill_chunk
+        chunk = -(-prefill_chunk // q_tile) * q_tile
         self.counters = Counters()
+        self.policy: Callable[[Sequence[Row]], int] = first_come
+        self._knobs = self._most = Knobs(decode_block, chunk, rows)
         self._max_len, self._tile, self._prefix_cache = max_len, q_tile, prefix_cache
         self._pool = PagePool(num_pages, page_size)
         self._slots = list(range(rows))
@@ -63,12 +106,25 @@ class Scheduler:
         self._starved = False  # a waiting row found too few pages in this beat
 
     @property
+    def knobs(self) -> Knobs:
+        return self._knobs
+
+    @knobs.setter
+    def knobs(self, knobs: Knobs) -> None:
+        least = Knobs(decode_block=1, prefill_chunk=self._tile, live_rows=1)
+        for field in dataclasses.fields(Knobs):
+            value, low, high = (getattr(k, field.name) for k in (knobs, least, self._most))
+            if not low <= value <= high:
+                raise ValueError(f"knob {field.name}={value}: want {low} to {high}")
+        self._knobs = knobs
+
+    @property
     def has_work(self) -> bool:
         """Whether some request is not finished."""
         return bool(self._rows)
 
     def add(self, request: Request) -> None:
-        """Queues a request. Raises ValueError, with the numbers, on one that can never be served."""
+        """Queues a request. Raises ValueError, with the numbers, on one that can never run."""
         count, pool = len(request.prompt_ids), self._pool
         if request.id in self._rows:
             raise ValueError(f"request id {request.id!r} is already running: ids must differ")
@@ -76,161 +132,194 @@ class Scheduler:
             raise ValueError("the prompt has no tokens: want at least one")
         if count >= self._max_len:
             raise ValueError(
-                f"the prompt has {count} tokens, but engine.max_len={self._max_len} leaves room for "
-                f"{self._max_len - 1}: shorten it or raise engine.max_len"
+                f"the prompt has {count} tokens, but engine.max_len={self._max_len} leaves room for"
+                f" {self._max_len - 1}: shorten it or raise engine.max_len"
             )
         limit = min(request.params.max_tokens, self._max_len - count)
-        pages = -(-(count + limit - 1) // pool.page_size)
+        pages = pool.pages_for(count + limit - 1)
         if pages > pool.num_pages - 1:
             raise ValueError(
-                f"prompt and outputs need {pages} pages of {pool.page_size} tokens, but there are "
-                f"{pool.num_pages - 1}: raise engine.num_pages or lower max_tokens"
+                f"a prompt of {count} tokens and {limit} outputs need {pages} pages of"
+                f" {pool.page_size} tokens, but there are {pool.num_pages - 1}: raise"
+                f" engine.num_pages or lower max_tokens"
             )
         self._rows[request.id] = row = Row(request, limit)
         self._waiting.append(row)
         self.counters.prompt_tokens += count
 
     def abort(self, request_id: str) -> None:
-        """Drops a request; unknown and finished ids are ignored, because their end may just not be read yet."""
+        """Drops a request. Ids not running are ignored: their end may just not be known above."""
         row = self._rows.get(request_id)
         if row is not None:
-            if row.slot is None and row in self._waiting:
+            if row in self._waiting:
                 self._waiting.remove(row)
             self._finish(row)
 
     def schedule(self) -> Plan | None:
-        """The next beat, or None where nothing can be planned before the plan in flight is committed."""
+        """The next beat; None where nothing can be planned before what is in flight is committed.
+
+        New rows go first, because a decode step costs nearly the same for few rows as for many:
+        while more requests could still be admitted, a beat only prefills. A prompt so long that it
+        fills a beat alone is the exception, lest the ready rows starve behind it.
+        """
+        if not self._make_room():
+            return None
         chunks = self._prefill()
-        more_to_admit = chunks and self._waiting and self._slots and not self._starved
-        rows, steps = ((), 0) if more_to_admit else self._decode()
+        long_alone = len(chunks) == 1 and not chunks[0].final
+        prefill_only = chunks and self._may_admit() and not self._starved and not long_alone
+        rows, steps = ((), 0) if prefill_only else self._decode()
         if not chunks and not rows:
             return None
         self._unread += 1
         return Plan(tuple(chunks), rows, steps)
 
     def commit(self, plan: Plan, result: BlockResult | None) -> list[StepOutput]:
-        """Takes in what a plan produced; what was planned for rows that have ended meanwhile is dropped."""
+        """Takes in what a plan produced, less what it produced for rows that ended meanwhile."""
         self._unread -= 1
-        outputs = []
-        for line, entry in enumerate(plan.rows):
-            if not entry.row.finished:
-                outputs.append(self._take(entry.row, result, line))
+        live = [(n, entry.row) for n, entry in enumerate(plan.rows) if not entry.row.finished]
+        outputs = [self._take(row, result, line=line, steps=plan.steps) for line, row in live]
         return [output for output in outputs if output.token_ids or output.finish_reason]
+
+    # Room
+
+    def _make_room(self) -> bool:
+        """Preempts the youngest rows until the others' next blocks have pages.
+
+        False where something in flight must be committed first: it may end rows, and outputs that
+        weren't read couldn't be prefilled again. The oldest row alone always fits (see `add`).
+        """
+        while self._growth() > self._pool.available:
+            if self._unread:
+                return False
+            self._preempt(self._running[-1])
+        return True
+
+    def _growth(self) -> int:
+        """Pages that the running rows need besides their own for a whole next block of each."""
+        return sum(self._pages_short(row) for row in self._running)
+
+    def _pages_short(self, row: Row, steps: int | None = None) -> int:
+        """Pages that a row lacks for a block, by whose end all outputs but the last are cached."""
+        steps = self._knobs.decode_block if steps is None else steps
+        outputs = min(row.limit, (row.bound or len(row.outputs) + 1) + steps)
+        needed = self._pool.pages_for(len(row.request.prompt_ids) + outputs - 1)
+        return max(0, needed - len(row.pages))
+
+    def _preempt(self, row: Row) -> None:
+        """Sends a row back to the front of the queue; its tokens will be prefilled again."""
+        row.keys = self._pool.keys(row.tokens, row.keys)
+        self._register(row)
+        self._release(row)
+        row.bound, row.computed, row.entering = 0, 0, False
+        self._waiting.appendleft(row)
+        self.counters.preemptions += 1
+
+    def _register(self, row: Row) -> None:
+        """Lets later rows share the row's computed pages of known tokens."""
+        if self._prefix_cache:
+            full = row.keys[: row.computed // self._pool.page_size]
+            for page, key in zip(row.pages, full, strict=False):
+                self._pool.register(page, key)
 
     # Prefill
 
     def _prefill(self) -> list[Chunk]:
         """Chunks of rows that are being prefilled, then of waiting rows while there is room."""
+        budget, chunks = self._knobs.prefill_chunk // self._tile, []  # in tiles
         self._starved = False
-        budget, chunks = self.prefill_chunk, []
         for row in self._running:
-            if not row.ready and budget >= self._tile:
-                chunks.append(self._chunk(row, budget))
-                budget -= self._padded(chunks[-1])
-        while self._waiting and self._slots and budget >= self._tile:
-            row = self._waiting[0]
+            if not row.ready and budget:
+                chunks.append(self._chunk(row, budget * self._tile))
+                budget -= self._tiles(chunks[-1])
+        while budget and self._may_admit():
+            index = self.policy(self._waiting)
+            row = self._waiting[index]
             if not self._admit(row):
                 self._starved = True
                 break
-            self._waiting.popleft()
-            chunks.append(self._chunk(row, budget))
-            budget -= self._padded(chunks[-1])
+            del self._waiting[index]
+            chunks.append(self._chunk(row, budget * self._tile))
+            budget -= self._tiles(chunks[-1])
         return chunks
 
-    def _padded(self, chunk: Chunk) -> int:
-        return -(-len(chunk.tokens) // self._tile) * self._tile
+    def _tiles(self, chunk: Chunk) -> int:
+        return -(-len(chunk.tokens) // self._tile)
+
+    def _may_admit(self) -> bool:
+        return bool(self._waiting) and len(self._running) < self._knobs.live_rows
 
     def _admit(self, row: Row) -> bool:
-        """Gives a waiting row a slot and the pages of its known tokens; False where there aren't enough.
+        """Gives a waiting row a slot and the pages of its known tokens; False if there are too few.
 
-        One page is kept back for each running row, which will soon need it.
+        The pages for the next blocks, its own and those of the running rows, must be left over.
         """
         tokens, pool = row.tokens, self._pool
         row.keys = pool.keys(tokens, row.keys)
-        shared = pool.match(row.keys[: (len(tokens) - 1) // pool.page_size]) if self._shares(row) else []
-        needed = -(-len(tokens) // pool.page_size) - len(shared)
-        if needed + len(self._running) > pool.available:
-            pool.release(shared)
+        usable = row.keys[: (len(tokens) - 1) // pool.page_size]  # the last token must be computed
+        row.pages = pool.match(usable) if self._shares(row) else []
+        hits = len(row.pages)
+        if self._pages_short(row) + self._growth() > pool.available:
+            pool.release(row.pages)
+            row.pages = []
             return False
-        row.pages = shared + pool.allocate(needed)
-        row.computed = len(shared) * pool.page_size
+        row.pages += pool.allocate(pool.pages_for(len(tokens)) - hits)
+        row.computed = hits * pool.page_size
         row.slot = heapq.heappop(self._slots)
         self._running.append(row)
         self.counters.prefix_hit_tokens += row.computed
         return True
 
     def _shares(self, row: Row) -> bool:
-        """Rows with penalties compute their whole prompt: the device counts its tokens as they pass."""
+        """Rows with penalties compute their whole prompt: the device counts the tokens it sees."""
         p = row.request.params
         penalties = (p.repetition_penalty, p.presence_penalty, p.frequency_penalty)
         return self._prefix_cache and penalties == (1, 0, 0)
 
-    def _chunk(self, row: Row, budget: int) -> Chunk:
+    def _chunk(self, row: Row, most: int) -> Chunk:
+        """The row's next chunk, of at most so many tokens."""
         tokens, start = row.tokens, row.computed
-        stop = min(len(tokens), start + budget // self._tile * self._tile)
-        row.computed = stop
-        if stop == len(tokens):
+        row.computed = stop = min(len(tokens), start + most)
+        final = stop == len(tokens)
+        if final:
             row.bound = len(row.outputs) + 1
             row.entering = True
-        if self._prefix_cache:
-            for page, key in zip(row.pages, row.keys[: stop // self._pool.page_size], strict=False):
-                self._pool.register(page, key)
-        return Chunk(
-            row, row.slot, tuple(row.pages), start, tuple(tokens[start:stop]), stop == len(tokens)
-        )
+        self._register(row)
+        pages = tuple(row.pages)
+        return Chunk(row, row.slot, pages, start, tuple(tokens[start:stop]), final)
 
     # Decode
 
     def _decode(self) -> tuple[tuple[Entry, ...], int]:
         """The ready rows and the steps of their block; rows that are sure to end in it leave."""
-        while ready := [row for row in self._running if row.ready]:
-            steps = min(self.decode_block, max(row.limit - row.bound for row in ready))
-            bounds = [min(row.limit, row.bound + steps) for row in ready]
-            needs = [self._pages_short(*pair) for pair in zip(ready, bounds, strict=True)]
-            if sum(needs) <= self._pool.available:
-                break
-            if self._unread:
-                return (), 0
-            self._preempt(self._running[-1])
-        else:
-            return (), 0
-        entries = []
-        for row, bound, need in zip(ready, bounds, needs, strict=True):
-            row.pages += self._pool.allocate(need)
-            row.computed += bound - row.bound
-            row.bound = bound
-            entries.append(Entry(row, row.slot, tuple(row.pages)))
-        for row in ready:
-            if row.bound >= row.limit:
+        ready = [row for row in self._running if row.ready]
+        remaining = [row.limit - row.bound for row in ready]
+        most = self._knobs.decode_block
+        steps = min(most, max(remaining, default=0))
+        if steps and self._waiting:
+            steps = best_steps(remaining, most)
+        entries = tuple(self._enter(row, steps) for row in ready)
+        for row in ready:  # not sooner: within a block nothing is free for another row
+            if row.bound == row.limit:
                 self._release(row)
-        return tuple(entries), steps
+        return entries, steps
 
-    def _pages_short(self, row: Row, bound: int) -> int:
-        """Pages to add so that all but the last of `bound` outputs can be cached."""
-        cached = len(row.request.prompt_ids) + bound - 1
-        return max(0, -(-cached // self._pool.page_size) - len(row.pages))
-
-    def _preempt(self, row: Row) -> None:
-        """Sends a row back to the front of the queue; its tokens so far will be prefilled again."""
-        if self._prefix_cache:
-            row.keys = self._pool.keys(row.tokens, row.keys)
-            full = row.computed // self._pool.page_size
-            for page, key in zip(row.pages, row.keys[:full], strict=False):
-                self._pool.register(page, key)
-        self._release(row)
-        row.bound, row.computed, row.entering = 0, 0, False
-        self._waiting.appendleft(row)
-        self.counters.preemptions += 1
+    def _enter(self, row: Row, steps: int) -> Entry:
+        row.pages += self._pool.allocate(self._pages_short(row, steps))
+        bound = min(row.limit, row.bound + steps)
+        row.computed += bound - row.bound
+        row.bound = bound
+        return Entry(row, row.slot, tuple(row.pages))
 
     # Endings
 
-    def _take(self, row: Row, result: BlockResult, line: int) -> StepOutput:
-        first = 0 if row.entering else 1
-        places = range(first, 1 + int(result.count[line]))
+    def _take(self, row: Row, result: BlockResult, *, line: int, steps: int) -> StepOutput:
+        """The row's new tokens from its line of a result."""
+        count = int(result.count[line])
+        places = range(0 if row.entering else 1, 1 + count)
         ids = [int(result.tokens[line, place]) for place in places]
         reason = FINISH_REASONS.get(int(result.finish[line]))
         wanted = row.request.params.logprobs
-        logprobs = None if wanted is None else _logprobs(result, line, places, wanted)
+        logprobs = None if wanted is None else _logprobs(result, line, places=places, wanted=wanted)
         if ids and ids[-1] < 0:  # the sampler's mark of a row without finite logits
             ids.pop()
             logprobs = logprobs and logprobs[:-1]
@@ -240,15 +329,20 @@ class Scheduler:
         self.counters.generated_tokens += len(ids)
         if reason:
             self._finish(row)
+        elif count != steps or len(row.outputs) >= row.limit:
+            raise RuntimeError(
+                f"request {row.request.id!r} runs on after {count} of a block's {steps} steps and"
+                f" {len(row.outputs)} of {row.limit} tokens: runner and scheduler disagree"
+            )
         return StepOutput(row.request.id, ids, logprobs, reason)
 
     def _finish(self, row: Row) -> None:
         row.finished = True
         self._release(row)
-        self._rows.pop(row.request.id, None)
+        self._rows.pop(row.request.id)
 
     def _release(self, row: Row) -> None:
-        """Takes slot and pages back; what is already dispatched for the row runs before they are used again."""
+        """Takes slot and pages back: all dispatched for the row runs before they are used again."""
         if row.slot is None:
             return
         self._pool.release(row.pages)
@@ -258,19 +352,13 @@ class Scheduler:
 
 
 def _logprobs(
-    result: BlockResult, line: int, places: range, wanted: int
+    result: BlockResult, line: int, *, places: range, wanted: int
 ) -> list[tuple[float, list[tuple[int, float]]]]:
+    ids, values = result.top_ids[line, :, :wanted], result.top_logprobs[line, :, :wanted]
     return [
         (
             float(result.logprob[line, place]),
-            [
-                (int(i), float(p))
-                for i, p in zip(
-                    result.top_ids[line, place, :wanted],
-                    result.top_logprobs[line, place, :wanted],
-                    strict=True,
-                )
-            ],
+            list(zip(ids[place].tolist(), values[place].tolist(), strict=True)),
         )
         for place in places
     ]

@@ -1,0 +1,169 @@
+"""A device of plain Python for the scheduler: it runs plans on pages whose cells hold tokens.
+
+The next token is a hash of all the tokens that it finds in the row's pages, so one wrong page, slot
+or order of programs gives tokens that `expected_tokens`, which knows no pages, doesn't give. The
+`FakeEngine` is the engine's loop: a plan is run before the result of the one before is committed.
+"""
+
+import dataclasses
+import zlib
+
+import numpy as np
+
+from lepton_jax.config import SamplingParams
+from lepton_jax.engine.request import BlockResult, Chunk, Plan, Request
+from lepton_jax.engine.scheduler import Scheduler
+
+STOP = 0
+RUNNING, STOPPED, LENGTH = 0, 1, 2
+_TOPS = 2  # alternatives that the device reports
+
+
+def request(name: str, prompt, vocab: int = 50, **params) -> Request:
+    """A request that ends at token 0; `vocab` is the seed: tokens are below it."""
+    params = SamplingParams(**{"stop_token_ids": (STOP,), **params})
+    return Request(name, tuple(prompt), params, seed=vocab)
+
+
+def next_token(tokens: list[int], index: int, vocab: int) -> int:
+    return zlib.crc32(repr((tokens, index)).encode()) % vocab
+
+
+def expected_tokens(r: Request, max_len: int) -> tuple[list[int], str]:
+    """The outputs of a request that has a machine to itself, and why they end."""
+    outputs: list[int] = []
+    limit = min(r.params.max_tokens, max_len - len(r.prompt_ids))
+    while len(outputs) < limit:
+        outputs.append(next_token([*r.prompt_ids, *outputs], len(outputs), r.seed))
+        if outputs[-1] in r.params.stop_token_ids:
+            return outputs, "stop"
+    return outputs, "length"
+
+
+@dataclasses.dataclass
+class Line:
+    """State of a slot: the last token, tokens cached before it, outputs so far, finish code."""
+
+    token: int
+    length: int
+    produced: int
+    finish: int
+
+
+class FakeDevice:
+    def __init__(self, *, page_size: int, tile: int = 1):
+        self.page_size, self.tile = page_size, tile
+        self.cells: dict[tuple[int, int], tuple[int, int]] = {}  # (page, offset): (place, token)
+        self.lines: dict[int, Line] = {}
+        self.plans: list[Plan] = []
+
+    def run(self, plan: Plan) -> BlockResult | None:
+        self.plans.append(plan)
+        self._prefill(plan.chunks)
+        return self._decode(plan) if plan.rows else None
+
+    def _prefill(self, chunks: tuple[Chunk, ...]) -> None:
+        assert len({chunk.slot for chunk in chunks}) == len(chunks)
+        writers: dict[int, Chunk] = {}
+        for chunk in chunks:
+            for place, token in enumerate(chunk.tokens, chunk.start):
+                page = self._write(chunk.pages, place, token)
+                assert writers.setdefault(page, chunk) is chunk, f"two chunks write page {page}"
+        for chunk in chunks:
+            if chunk.final:
+                produced = len(chunk.row.outputs)
+                length = chunk.start + len(chunk.tokens)
+                line = self.lines[chunk.slot] = Line(-1, length, produced, RUNNING)
+                self._sample(line, chunk)
+
+    def _decode(self, plan: Plan) -> BlockResult:
+        lines = [self.lines[entry.slot] for entry in plan.rows]
+        assert len({entry.slot for entry in plan.rows}) == len(lines)
+        tokens = np.full((len(lines), 1 + plan.steps), -7, np.int32)
+        tokens[:, 0] = [line.token for line in lines]
+        before = [line.produced for line in lines]
+        for step in range(plan.steps):
+            writers: set[int] = set()
+            for number, (line, entry) in enumerate(zip(lines, plan.rows, strict=True)):
+                if line.finish == RUNNING:
+                    page = self._write(entry.pages, line.length, line.token)
+                    assert page not in writers, f"two rows write page {page}"
+                    writers.add(page)
+                    line.length += 1
+                    self._sample(line, entry)
+                    tokens[number, 1 + step] = line.token
+        return BlockResult(
+            tokens=tokens,
+            count=np.array([n.produced - b for n, b in zip(lines, before, strict=True)]),
+            finish=np.array([line.finish for line in lines]),
+            logprob=-tokens.astype(np.float32),
+            top_ids=np.stack([tokens + n for n in range(_TOPS)], -1),
+            top_logprobs=np.stack([-tokens - float(n) for n in range(_TOPS)], -1),
+        )
+
+    def _write(self, pages: tuple[int, ...], place: int, token: int) -> int:
+        page = pages[place // self.page_size]
+        assert page != 0, "the null page is no row's"
+        self.cells[page, place % self.page_size] = place, token
+        return page
+
+    def _sample(self, line: Line, where) -> None:
+        """The next token after those in the pages; `where` is the chunk or entry with the row."""
+        row, tokens = where.row, []
+        for place in range(line.length):
+            cell = where.pages[place // self.page_size], place % self.page_size
+            found, token = self.cells[cell]
+            assert found == place, f"cell {cell} holds place {found}, want {place}"
+            tokens.append(token)
+        line.token = next_token(tokens, line.produced, row.request.seed)
+        line.produced += 1
+        if line.token in row.request.params.stop_token_ids:
+            line.finish = STOPPED
+        elif line.produced >= row.limit:
+            line.finish = LENGTH
+
+
+class FakeEngine:
+    """The loop over a scheduler and the fake device. Sizes as of `Scheduler`."""
+
+    def __init__(self, *, q_tile: int = 1, **sizes):
+        self.max_len, self.tile = sizes["max_len"], q_tile
+        self.scheduler = Scheduler(q_tile=q_tile, **sizes)
+        self.device = FakeDevice(page_size=sizes["page_size"], tile=q_tile)
+        self.outputs: dict[str, list[int]] = {}
+        self.reasons: dict[str, str] = {}
+        self._in_flight: tuple[Plan, BlockResult | None] | None = None
+
+    def add(self, *requests: Request) -> None:
+        for r in requests:
+            self.scheduler.add(r)
+            self.outputs[r.id] = []
+
+    def beat(self) -> Plan | None:
+        """One beat; its plan. What the beat before produced is in `outputs` and `reasons`."""
+        chunk = self.scheduler.knobs.prefill_chunk
+        plan = self.scheduler.schedule()
+        if plan:
+            padded = sum(-(-len(c.tokens) // self.tile) * self.tile for c in plan.chunks)
+            assert padded <= chunk, f"{padded} padded tokens in a program of {chunk}"
+            assert all(c.tokens for c in plan.chunks)
+        flight = (plan, self.device.run(plan)) if plan else None
+        done, self._in_flight = self._in_flight, flight
+        for output in self.scheduler.commit(*done) if done else ():
+            assert output.request_id not in self.reasons, "output after the end"
+            self.outputs[output.request_id] += output.token_ids
+            if output.finish_reason:
+                self.reasons[output.request_id] = output.finish_reason
+        return plan
+
+    @property
+    def has_work(self) -> bool:
+        return self._in_flight is not None or self.scheduler.has_work
+
+    def run(self, most: int = 10_000) -> None:
+        """Beats until all is done."""
+        for _ in range(most):
+            if not self.has_work:
+                return
+            self.beat()
+        raise AssertionError(f"not done after {most} beats")

@@ -1,0 +1,134 @@
+"""The scheduler under random requests, ends, aborts, knobs and too few pages.
+
+Every request must end once with the tokens that it gets alone; pages must be conserved; no page
+that a row may write is another's; the oldest request must never wait long.
+"""
+
+import math
+from collections import Counter
+
+from fake_device import FakeEngine, expected_tokens, request
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from lepton_jax.engine.scheduler import Knobs
+
+PROMPTS = st.builds(
+    lambda shared, own: [1, 2, 3, 1, 2, 3, 1, 2, 3][:shared] + own,
+    st.integers(0, 9),
+    st.lists(st.integers(1, 3), max_size=6),
+)
+
+
+class Runs(RuleBasedStateMachine):
+    @initialize(
+        rows=st.integers(1, 4),
+        page_size=st.integers(1, 4),
+        num_pages=st.integers(4, 20),
+        tiles=st.integers(1, 4),
+        q_tile=st.integers(1, 4),
+        decode_block=st.integers(1, 5),
+        max_len=st.integers(8, 24),
+        prefix_cache=st.booleans(),
+    )
+    def start(self, tiles, **sizes):
+        self.most = Knobs(sizes["decode_block"], tiles * sizes["q_tile"], sizes["rows"])
+        self.engine = FakeEngine(prefill_chunk=self.most.prefill_chunk, **sizes)
+        self.requests, self.aborted, self.idle = {}, set(), Counter()
+        self.patience = 3 + sizes["rows"] * math.ceil(sizes["max_len"] / sizes["q_tile"])
+
+    @rule(
+        prompt=PROMPTS,
+        max_tokens=st.integers(1, 16),
+        vocab=st.sampled_from([4, 12, 1000]),
+        penalty=st.sampled_from([0.0, 0.0, 0.5]),
+    )
+    def add(self, prompt, max_tokens, vocab, penalty):
+        e = self.engine
+        params = dict(max_tokens=max_tokens, presence_penalty=penalty)
+        r = request(f"r{len(self.requests)}", prompt, vocab=vocab, **params)
+        pool = e.scheduler._pool
+        total = len(prompt) + min(max_tokens, e.max_len - len(prompt)) - 1
+        fits = pool.pages_for(total) <= pool.num_pages - 1
+        good = 0 < len(prompt) < e.max_len and fits
+        try:
+            e.add(r)
+        except ValueError:
+            assert not good
+        else:
+            assert good
+            self.requests[r.id] = r
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def abort(self, data):
+        name = data.draw(st.sampled_from(sorted(self.requests)))
+        if name not in self.engine.reasons:
+            self.aborted.add(name)
+        self.engine.scheduler.abort(name)
+        self.idle.clear()
+
+    @rule(data=st.data())
+    def turn_knobs(self, data):
+        m = self.most
+        chunk = data.draw(st.integers(1, m.prefill_chunk // self.engine.tile)) * self.engine.tile
+        block, live = (data.draw(st.integers(1, n)) for n in (m.decode_block, m.live_rows))
+        self.engine.scheduler.knobs = Knobs(block, chunk, live)
+
+    @rule(beats=st.integers(1, 4))
+    def run_on(self, beats):
+        for _ in range(beats):
+            self.beat()
+
+    def beat(self):
+        """A beat; the oldest request that isn't planned to its end must come to its turn soon."""
+        e = self.engine
+        left = [r for r in e.scheduler._rows.values() if not 0 < r.limit <= r.bound]
+        plan = e.beat()
+        for row in left[:1]:
+            lines = [*plan.chunks, *plan.rows] if plan else []
+            self.idle[row] = 0 if row in [line.row for line in lines] else self.idle[row] + 1
+            assert self.idle[row] <= self.patience, f"{row.request.id} starves"
+
+    @invariant()
+    def pages_and_slots_are_conserved(self):
+        if not hasattr(self, "engine"):
+            return
+        s = self.engine.scheduler
+        pool, running = s._pool, s._running
+        counts = Counter(page for row in running for page in row.pages)
+        assert sorted([*pool._free, *pool._cached, *counts]) == list(range(1, pool.num_pages))
+        assert all(pool.references(page) == count for page, count in counts.items())
+        for row in running:
+            writable = row.pages[row.computed // pool.page_size :]
+            assert all(counts[page] == 1 and page not in pool._key_of for page in writable)
+        assert sorted([*s._slots, *(row.slot for row in running)]) == list(
+            range(self.most.live_rows)
+        )
+
+    @invariant()
+    def outputs_are_a_beginning_of_the_expected(self):
+        for name, r in getattr(self, "requests", {}).items():
+            got = self.engine.outputs[name]
+            assert got == expected_tokens(r, self.engine.max_len)[0][: len(got)]
+
+    def teardown(self):
+        if not hasattr(self, "engine"):
+            return
+        e = self.engine
+        for _ in range(20 + len(self.requests) * self.patience * 40):
+            if e.has_work:
+                self.beat()
+        assert not e.has_work
+        for name, r in self.requests.items():
+            if name not in self.aborted:
+                assert (e.outputs[name], e.reasons[name]) == expected_tokens(r, e.max_len)
+        assert not self.aborted & set(e.reasons)
+        assert e.scheduler._pool.available == e.scheduler._pool.num_pages - 1
+        generated = sum(len(tokens) for tokens in e.outputs.values())
+        assert e.scheduler.counters.generated_tokens == generated
+
+
+TestRuns = Runs.TestCase
+TestRuns.settings = settings(max_examples=200, stateful_step_count=30, deadline=None)

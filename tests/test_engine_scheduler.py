@@ -1,0 +1,352 @@
+"""What a beat does, by arithmetic done by hand over a fake device. Random runs: the file beside."""
+
+import ast
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_device import FakeEngine, expected_tokens, request
+
+import lepton_jax.engine.scheduler as scheduler_module
+from lepton_jax.engine.request import BlockResult, Plan
+from lepton_jax.engine.scheduler import Knobs, Scheduler, best_steps
+
+NEVER = dict(stop_token_ids=())  # such a row runs to its limit
+
+
+def engine(**sizes) -> FakeEngine:
+    plain = dict(rows=2, page_size=4, num_pages=33, prefill_chunk=8, decode_block=4, max_len=64)
+    return FakeEngine(**plain | sizes)
+
+
+def names(plan: Plan) -> tuple[str, str]:
+    """Ids in the prefill and in the block."""
+    chunks = "".join(chunk.row.request.id for chunk in plan.chunks)
+    return chunks, "".join(entry.row.request.id for entry in plan.rows)
+
+
+def finished_as_alone(e: FakeEngine, *requests) -> None:
+    for r in requests:
+        assert (e.outputs[r.id], e.reasons[r.id]) == expected_tokens(r, e.max_len), r.id
+
+
+def test_new_rows_go_first_and_decode_together():
+    e = engine()
+    a, b, c = (request(n, [i] * 8, max_tokens=5, **NEVER) for i, n in enumerate("abc", 1))
+    e.add(a, b, c)
+    plan = e.beat()
+    assert names(plan) == ("a", "") and plan.steps == 0  # a fills the program; a slot is free yet
+    plan = e.beat()
+    assert names(plan) == ("b", "ab") and plan.steps == 4  # 1 by the prefill + 4 = max_tokens
+    plan = e.beat()  # a and b have left, unread
+    assert names(plan) == ("c", "c") and plan.chunks[0].slot == 0
+    assert e.outputs == {"a": e.outputs["a"], "b": e.outputs["b"], "c": []}
+    assert [len(e.outputs[n]) for n in "ab"] == [5, 5]
+    e.run()
+    finished_as_alone(e, a, b, c)
+    assert e.scheduler.counters.generated_tokens == 15
+    assert e.scheduler.counters.prompt_tokens == 24
+
+
+def test_outputs_come_one_beat_late_and_the_entry_token_once():
+    e = engine(rows=1)
+    a = request("a", [1], max_tokens=9, **NEVER)
+    e.add(a)
+    seen = []
+    while e.has_work:
+        e.beat()
+        seen.append(len(e.outputs["a"]))
+    assert seen == [0, 5, 9]  # entry + 4, then 4
+    finished_as_alone(e, a)
+
+
+@pytest.mark.parametrize(("count", "steps"), [(1, 0), (2, 1), (5, 4), (6, 4)])
+def test_a_block_is_no_longer_than_its_rows_can_use(count, steps):
+    e = engine()
+    e.add(request("a", [1, 2], max_tokens=count, **NEVER))
+    plan = e.beat()
+    assert names(plan) == ("a", "a") and plan.steps == steps
+    e.run()
+    assert len(e.outputs["a"]) == count
+
+
+def test_max_len_limits_the_outputs():
+    e = engine(max_len=10)
+    a = request("a", [3] * 7, max_tokens=100, **NEVER)
+    e.add(a)
+    e.run()
+    assert len(e.outputs["a"]) == 3 and e.reasons["a"] == "length"
+
+
+def test_a_row_gets_pages_for_all_that_a_block_may_cache():
+    e = engine(decode_block=4)
+    e.add(request("a", [1, 2, 3], max_tokens=20, **NEVER))
+    assert len(e.beat().rows[0].pages) == 2  # 3 + 1 + 4 tokens, the last not cached: 7
+    assert len(e.beat().rows[0].pages) == 3  # 11
+    e = engine(decode_block=4)
+    e.add(request("a", [1, 2, 3], max_tokens=2, **NEVER))
+    assert len(e.beat().rows[0].pages) == 1  # 3 + 2 - 1
+
+
+def test_chunks_are_packed_in_tiles():
+    e = engine(rows=3, prefill_chunk=8, q_tile=4)
+    a, b, c = request("a", [1] * 3), request("b", [2] * 9), request("c", [3] * 2)
+    e.add(a, b, c)
+    plans = [e.beat(), e.beat(), e.beat()]
+    sizes = [[(c.start, len(c.tokens), c.final) for c in plan.chunks] for plan in plans]
+    assert sizes[0] == [(0, 3, True), (0, 4, False)]  # one tile each
+    assert sizes[1] == [(4, 5, True)]  # two tiles
+    assert sizes[2] == [(0, 2, True)]
+    assert [names(plan)[1] for plan in plans] == ["", "", "abc"]
+    e.run()
+    finished_as_alone(e, a, b, c)
+
+
+def test_a_program_is_never_smaller_than_a_tile():
+    e = engine(prefill_chunk=3, q_tile=4)
+    a = request("a", [1] * 6)
+    e.add(a)
+    e.run(40)
+    finished_as_alone(e, a)
+
+
+def test_ready_rows_decode_while_a_long_prompt_takes_its_beats():
+    e = engine(rows=3, prefill_chunk=8)
+    a, b, c = request("a", [1] * 8, **NEVER), request("b", [2] * 20), request("c", [3] * 8)
+    e.add(a)
+    e.beat()
+    e.add(b, c)
+    assert [names(e.beat()) for _ in range(2)] == [("b", "a"), ("b", "a")]
+    assert names(e.beat()) == ("bc", "ab")  # no waiting request is left
+    e.run()
+    finished_as_alone(e, a, b, c)
+
+
+def test_a_shared_beginning_is_computed_once_even_within_one_program():
+    e = engine(prefill_chunk=16)
+    a, b = request("a", [1, 2, 3, 4, 5, 6]), request("b", [1, 2, 3, 4, 9])
+    e.add(a, b)
+    plan = e.beat()
+    assert [(c.start, len(c.tokens)) for c in plan.chunks] == [(0, 6), (4, 1)]
+    assert plan.chunks[0].pages[0] == plan.chunks[1].pages[0]
+    assert plan.chunks[0].pages[1] != plan.chunks[1].pages[1]
+    e.run()
+    finished_as_alone(e, a, b)
+    assert e.scheduler.counters.prefix_hit_tokens == 4
+
+
+def test_the_last_token_is_always_computed():
+    e = engine(prefill_chunk=16)
+    e.add(request("a", range(1, 9)), request("b", range(1, 9)))
+    assert [c.start for c in e.beat().chunks] == [0, 4]  # not 8
+
+
+def test_no_sharing_without_prefix_cache_or_with_penalties():
+    for sizes, params in [
+        (dict(prefix_cache=False), {}),
+        ({}, dict(repetition_penalty=1.2)),
+        ({}, dict(presence_penalty=0.5)),
+        ({}, dict(frequency_penalty=0.5)),
+    ]:
+        e = engine(prefill_chunk=16, **sizes)
+        e.add(request("a", range(1, 9)), request("b", range(1, 9), **params))
+        assert [c.start for c in e.beat().chunks] == [0, 0]
+        e.run()
+
+
+def test_best_steps_weighs_idle_rows_against_another_beat():
+    assert best_steps([8] * 4, 8) == 8  # nobody ends: 32/9 tokens per step's time, 28/8 at 7
+    assert best_steps([3] * 4, 8) == 3  # all end together
+    assert best_steps([1] + [8] * 31, 8) == 8  # 249/9 = 27.7 against 32/2 = 16
+    assert best_steps([1] * 20 + [8] * 12, 8) == 1  # 32/2 = 16 against 116/9 = 12.9
+    assert best_steps([2, 8, 8, 8], 8) == 8  # 26/9 = 2.89 against 8/3 = 2.67
+    assert best_steps([0, 0, 5], 8) == 5  # rows that only enter have no say
+    assert best_steps([0, 0], 8) == 0
+
+
+def test_a_block_is_cut_only_while_requests_wait():
+    for waiting, steps in [([], 4), ([request("d", [4])], 1)]:
+        e = engine(rows=3)
+        e.add(*(request(n, [1], max_tokens=m, **NEVER) for n, m in [("a", 2), ("b", 2), ("c", 9)]))
+        e.add(*waiting)
+        assert e.beat().steps == steps  # 3/2 tokens per step's time at 1, 6/5 at 4
+
+
+def test_requests_that_can_never_run_are_refused_with_the_numbers():
+    scheduler = engine(num_pages=4, max_len=16).scheduler
+    with pytest.raises(ValueError, match="no tokens"):
+        scheduler.add(request("a", []))
+    with pytest.raises(ValueError, match=r"16 tokens.*max_len=16 leaves room for 15"):
+        scheduler.add(request("a", [1] * 16))
+    with pytest.raises(ValueError, match=r"10 tokens and 4 outputs need 4 pages of 4.*are 3:"):
+        scheduler.add(request("a", [1] * 10, max_tokens=4))
+    assert not scheduler.has_work
+    scheduler.add(request("a", [1] * 10, max_tokens=3))
+    with pytest.raises(ValueError, match="'a' is already running"):
+        scheduler.add(request("a", [1]))
+
+
+def test_the_youngest_row_is_preempted_and_goes_on_where_it_was():
+    e = engine(num_pages=6, prefill_chunk=16)  # 5 pages of 4
+    a = request("a", [1, 2, 3], max_tokens=14, **NEVER)
+    b = request("b", [4, 5, 6], max_tokens=10, **NEVER)
+    e.add(a, b)
+    plan = e.beat()
+    assert names(plan) == ("ab", "ab") and [len(r.pages) for r in plan.rows] == [2, 2]  # 7 tokens
+    assert e.beat() is None  # 3 pages each: 6 > 5. First see whether somebody ended
+    assert len(e.outputs["a"]) == len(e.outputs["b"]) == 5
+    plan = e.beat()
+    assert names(plan) == ("", "a") and e.scheduler.counters.preemptions == 1
+    while not plan.chunks:
+        plan = e.beat() or plan
+    (chunk,) = plan.chunks
+    assert chunk.row.request == b and chunk.start + len(chunk.tokens) == 8  # 3 + 5 outputs
+    assert chunk.tokens == (*b.prompt_ids, *e.outputs["b"])[chunk.start :]
+    e.run()
+    finished_as_alone(e, a, b)
+
+
+def test_a_preempted_row_finds_its_pages_where_nobody_needed_them():
+    e = engine(num_pages=8, prefill_chunk=16)  # 7 pages of 4
+    a = request("a", [1] * 8, max_tokens=9, **NEVER)
+    b = request("b", [2] * 8, max_tokens=13, **NEVER)
+    e.add(a, b)
+    assert [len(r.pages) for r in e.beat().rows] == [3, 3]  # 8 + 1 + 4 tokens, the last not cached
+    assert e.beat() is None  # 4 pages each: 8 > 7
+    assert names(e.beat()) == ("", "a")  # the free page is enough for it
+    (chunk,) = e.beat().chunks
+    assert (chunk.start, len(chunk.tokens), chunk.final) == (12, 1, True)  # of 8 + 5 known tokens
+    e.run()
+    finished_as_alone(e, a, b)
+    assert e.scheduler.counters.preemptions == 1
+
+
+def test_a_stopped_row_frees_its_slot_and_later_results_are_dropped():
+    e = engine(rows=1, decode_block=2)
+    prompts = ([n] for n in range(1, 50))
+    candidates = [request("a", prompt, vocab=6, max_tokens=40) for prompt in prompts]
+    a = next(r for r in candidates if 4 <= len(expected_tokens(r, 64)[0]) < 10)
+    b = request("b", [7])
+    e.add(a, b)
+    e.run()
+    finished_as_alone(e, a, b)
+    assert e.reasons["a"] == "stop"
+    listed = [names(plan)[1] for plan in e.device.plans]
+    length = len(e.outputs["a"])
+    assert listed.count("a") == -(-(length - 1) // 2) + 1  # one block in vain, known a beat late
+
+
+def test_abort_frees_at_once_and_silences():
+    e = engine(rows=1)
+    a, b = request("a", [1], max_tokens=60, **NEVER), request("b", [2])
+    e.add(a, b)
+    e.beat()
+    e.scheduler.abort("a")
+    plan = e.beat()
+    assert names(plan) == ("b", "b") and plan.chunks[0].slot == 0
+    assert e.outputs["a"] == []
+    e.scheduler.abort("a")  # again, and ids that never were: ignored
+    e.scheduler.abort("x")
+    e.add(request("a", [3], max_tokens=4))  # the id is free again
+    e.run()
+    finished_as_alone(e, b)
+    assert len(e.outputs["a"]) <= 4 and set(e.reasons) == {"a", "b"}
+
+
+def test_abort_of_a_waiting_row_and_of_one_that_left_unread():
+    e = engine(rows=1)
+    e.add(request("a", [1], max_tokens=3, **NEVER), request("b", [2]))
+    e.scheduler.abort("b")
+    plan = e.beat()
+    assert plan.steps == 2  # a has left by now
+    e.scheduler.abort("a")
+    e.run()
+    assert e.outputs == {"a": [], "b": []} and e.reasons == {}
+    assert e.scheduler._pool.available == 32
+
+
+def test_logprobs_are_those_of_the_new_tokens_and_as_many_as_asked():
+    for wanted in (None, 0, 1, 2):
+        e = engine()
+        e.add(request("a", [1], max_tokens=3, logprobs=wanted, **NEVER))
+        plan = e.scheduler.schedule()
+        (output,) = e.scheduler.commit(plan, e.device.run(plan))
+        if wanted is None:
+            assert output.logprobs is None
+        else:
+            ids = output.token_ids
+            tops = [[(i + n, -i - n) for n in range(wanted)] for i in ids]
+            assert len(ids) == 3
+            assert output.logprobs == [(-i, top) for i, top in zip(ids, tops, strict=True)]
+
+
+def block(tokens: list[list[int]], count: list[int], finish: list[int]) -> BlockResult:
+    arrays = [np.array(values, np.int32) for values in (tokens, count, finish)]
+    return BlockResult(*arrays)
+
+
+def test_a_row_without_finite_logits_ends_as_an_error():
+    scheduler = engine().scheduler
+    scheduler.add(request("a", [1], max_tokens=5))
+    plan = scheduler.schedule()
+    (output,) = scheduler.commit(plan, block([[7, 8, -1, 0, 0]], [2], [1]))
+    assert (output.token_ids, output.finish_reason) == ([7, 8], "error")
+    assert not scheduler.has_work
+
+
+def test_a_runner_that_ran_fewer_steps_than_planned_is_found_out():
+    scheduler = engine().scheduler
+    scheduler.add(request("a", [1], max_tokens=50))
+    plan = scheduler.schedule()
+    with pytest.raises(RuntimeError, match="runs on after 3 of a block's 4 steps"):
+        scheduler.commit(plan, block([[7, 8, 9, 1, 0]], [3], [0]))
+
+
+def test_knobs_take_effect_in_the_next_beat():
+    e = engine(rows=2)
+    a, b = request("a", [1] * 8, **NEVER), request("b", [2] * 8, **NEVER)
+    e.add(a, b)
+    e.scheduler.knobs = Knobs(decode_block=2, prefill_chunk=4, live_rows=1)
+    assert names(e.beat()) == ("a", "")
+    plan = e.beat()
+    assert names(plan) == ("a", "a") and len(plan.chunks[0].tokens) == 4 and plan.steps == 2
+    assert names(e.beat()) == ("", "a")
+    e.scheduler.knobs = Knobs(decode_block=4, prefill_chunk=8, live_rows=2)
+    assert names(e.beat()) == ("b", "ab")
+    e.run()
+    finished_as_alone(e, a, b)
+
+
+@pytest.mark.parametrize("name", ["decode_block", "prefill_chunk", "live_rows"])
+def test_knobs_beyond_what_was_compiled_are_refused(name):
+    scheduler = engine(q_tile=4).scheduler
+    good = dict(decode_block=4, prefill_chunk=8, live_rows=2)
+    for value in (0, good[name] + 1):
+        with pytest.raises(ValueError, match=rf"knob {name}={value}: want \d to {good[name]}"):
+            scheduler.knobs = Knobs(**good | {name: value})
+    assert scheduler.knobs == Knobs(**good)
+
+
+def test_the_admission_policy_may_be_another():
+    e = engine(rows=1)
+    e.add(*(request(n, [1] * len(n), max_tokens=2) for n in ("aaa", "b", "cc")))
+    e.scheduler.policy = lambda waiting: min(
+        range(len(waiting)), key=lambda i: len(waiting[i].request.prompt_ids)
+    )
+    e.run()
+    order = [c.row.request.id for plan in e.device.plans for c in plan.chunks]
+    assert order == ["b", "cc", "aaa"]
+
+
+def test_the_scheduler_imports_no_jax():
+    folder = Path(scheduler_module.__file__).parent
+    for name in ("scheduler.py", "pages.py", "request.py"):
+        tree = ast.parse((folder / name).read_text())
+        imports = [n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom)]
+        modules = {getattr(n, "module", None) or n.names[0].name for n in imports}
+        assert not [m for m in modules if m.split(".")[0] in ("jax", "flax")], name
+
+
+def test_a_new_scheduler_has_nothing_to_do():
+    assert Scheduler.schedule(engine().scheduler) is None
+    assert not engine().has_work
