@@ -1,11 +1,12 @@
 """The house rules that a machine can check: imports, sizes, signatures, names, the file map.
 
-Everything is read from source with `ast`; nothing is imported. A new room or driver gets its place
-in ROOMS and a line in README's file map, and these tests say so when one is missing.
+Modules are read with `ast`, not imported. A new room or driver gets its place in ROOMS and a line in
+README's file map, and these tests say so when one is missing.
 """
 
 import ast
 import re
+import runpy
 import statistics
 from pathlib import Path
 
@@ -230,6 +231,12 @@ def test_file_map_is_whole():
     }
     left_out = sorted(rooms - named - {"__init__.py"})
     assert not left_out, f"README's file map lacks: {left_out}"
+
+
+def test_config_table_is_todays():
+    text = (CHECKOUT / "README.md").read_text(encoding="utf-8")
+    script = runpy.run_path(str(CHECKOUT / "scripts" / "readme_config.py"))
+    assert script["with_table"](text) == text, "run scripts/readme_config.py"
 
 
 @pytest.mark.parametrize(
