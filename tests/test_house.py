@@ -1,16 +1,19 @@
 """The house rules that a machine can check: imports, sizes, signatures, names, the file map.
 
-Modules are read with `ast`, not imported. A new room or driver gets its place in ROOMS and a line in
-README's file map, and these tests say so when one is missing.
+Modules are read with `ast`, not imported. A new room or driver gets its place in ROOMS and a line
+in README's file map, and these tests say so when one is missing.
 """
 
 import ast
 import re
 import runpy
 import statistics
+import tomllib
 from pathlib import Path
 
 import pytest
+
+from lepton_jax.compat import OLDEST_JAX
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 PACKAGE = CHECKOUT / "lepton_jax"
@@ -237,6 +240,17 @@ def test_config_table_is_todays():
     text = (CHECKOUT / "README.md").read_text(encoding="utf-8")
     script = runpy.run_path(str(CHECKOUT / "scripts" / "readme_config.py"))
     assert script["with_table"](text) == text, "run scripts/readme_config.py"
+
+
+def test_dependencies_are_ranges_and_jax_is_the_oldest_supported():
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    pinned = [
+        need for group in groups for need in group if re.search(r"[=~]=|<", need.split(";")[0])
+    ]
+    assert not pinned, f"installing must leave a user's packages alone: {pinned}"
+    oldest = ".".join(map(str, OLDEST_JAX))
+    assert f"jax>={oldest}" in project["dependencies"], f"compat.py has OLDEST_JAX {oldest}"
 
 
 @pytest.mark.parametrize(
