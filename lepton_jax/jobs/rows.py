@@ -153,6 +153,8 @@ def _sampling(values: dict, defaults: SamplingParams) -> SamplingParams:
     if not isinstance(own, dict):
         raise RowError("invalid_sampling", f"sampling is {_short(own)}: want an object")
     known = [field.name for field in dataclasses.fields(SamplingParams)]
+    if not own:
+        return defaults
     try:
         refuse_unknown(own, known, where="sampling")
         return from_mapping(SamplingParams, _values(defaults) | own, where="sampling")

@@ -1,0 +1,232 @@
+"""The generate job on a fake engine: order, error rows, resuming after a kill, impossible files."""
+
+import json
+import os
+
+import pytest
+from jobs_fakes import ByteTokenizer, FakeEngine
+
+from lepton_jax.config import EngineSection, JobSection, RunConfig, SamplingParams
+from lepton_jax.jobs.generate import GenerateJob
+from lepton_jax.jobs.output import JobError
+
+
+class Killed(BaseException):
+    """Stands for the end of the process between two beats."""
+
+
+class MortalEngine(FakeEngine):
+    def __init__(self, beats, **sizes):
+        super().__init__(**sizes)
+        self._beats = beats
+
+    def step(self):
+        if self.steps >= self._beats:
+            raise Killed
+        return super().step()
+
+
+def config_for(tmp_path, *, rows=2, output="out/rows.jsonl", **sampling):
+    return RunConfig(
+        engine=EngineSection(rows=rows),
+        sampling=SamplingParams(**sampling),
+        job=JobSection(input=str(tmp_path / "in.jsonl"), output=str(tmp_path / output)),
+    )
+
+
+def write_rows(tmp_path, rows):
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def run(config, engine=None, fingerprint="model"):
+    job = GenerateJob(config)
+    job.resume(fingerprint)
+    tokenizer = ByteTokenizer()
+    job.workload(tokenizer)
+    tally = job.run(engine or FakeEngine(), tokenizer)
+    return job, tally
+
+
+def rows_in(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+PROMPTS = [{"id": f"r{i}", "prompt": "abc" * (7 - i % 7)} for i in range(20)]
+
+
+def test_answers_come_in_input_order_whatever_their_lengths(tmp_path):
+    write_rows(tmp_path, PROMPTS)
+    job, tally = run(config_for(tmp_path))
+    rows = rows_in(job.output.path)
+    assert [row["id"] for row in rows] == [row["id"] for row in PROMPTS]
+    assert [row["text"] for row in rows] == [row["prompt"] for row in PROMPTS]
+    first = {"id": "r0", "text": "abc" * 7, "token_ids": [*b"abc" * 7, 256]}
+    counts = {"finish_reason": "stop", "prompt_tokens": 21, "completion_tokens": 22}
+    assert rows[0] == first | counts
+    assert (tally.rows, tally.errors, tally.resumed) == (20, 0, 0)
+    assert tally.generated_tokens == tally.prompt_tokens + 20
+    assert sorted(os.listdir(tmp_path / "out")) == ["rows.jsonl"]
+
+
+def test_bad_rows_become_error_rows_and_the_others_are_untouched(tmp_path):
+    bad = [
+        "{",
+        {"id": "empty", "prompt": ""},
+        {"id": "long", "prompt": "x" * 100},
+        {"id": "chat", "messages": [{"role": "bad", "content": "x"}]},
+        {"id": "r0", "prompt": "again"},
+        {"id": "nan", "prompt": "x"},
+    ]
+    write_rows(tmp_path, [PROMPTS[0], *bad, PROMPTS[1]])
+    engine = FakeEngine()
+    engine.fails = {"nan/0"}
+    job, tally = run(config_for(tmp_path), engine)
+    rows = rows_in(job.output.path)
+    kinds = [row["error"]["type"] if "error" in row else row["text"] for row in rows]
+    assert kinds == [
+        "abc" * 7,
+        "invalid_json",
+        "invalid_row",
+        "refused",
+        "invalid_prompt",
+        "duplicate_id",
+        "not_finite",
+        "abc" * 6,
+    ]
+    assert [row["id"] for row in rows] == ["r0", "2", "empty", "long", "chat", "r0", "nan", "r1"]
+    assert (tally.rows, tally.errors) == (8, 6)
+
+
+def test_several_choices_and_logprobs(tmp_path):
+    sampling = {"n": 2, "logprobs": 1, "seed": 1}
+    write_rows(tmp_path, [{"id": 7, "prompt": "ab", "sampling": sampling}])
+    job, tally = run(config_for(tmp_path))
+    choice = {"text": "ab", "token_ids": [97, 98, 256], "finish_reason": "stop"}
+    logprobs = [{"logprob": -float(t), "top": []} for t in choice["token_ids"]]
+    choices = [choice | {"logprobs": logprobs}] * 2
+    assert rows_in(job.output.path) == [
+        {"id": 7, "choices": choices, "prompt_tokens": 2, "completion_tokens": 6}
+    ]
+    assert tally.generated_tokens == 6
+
+
+def test_the_workload_is_the_lengths_of_the_rows_that_can_be_served(tmp_path):
+    own = {"id": "own", "prompt": "abcd", "sampling": {"n": 2, "seed": 3}}
+    write_rows(tmp_path, [{"prompt": "ab"}, "{", own])
+    config = config_for(tmp_path, max_tokens=9)
+    job = GenerateJob(config)
+    job.resume("model")
+    workload = job.workload(ByteTokenizer())
+    assert [count for count, _ in workload] == [2, 4, 4]
+    assert [params.seed for _, params in workload] == [None, 3, 4]
+    assert {params.max_tokens for _, params in workload} == {9}
+
+
+@pytest.mark.parametrize("beats", [0, 1, 7, 25])
+def test_a_killed_run_goes_on_where_it_was_and_gives_the_same_file(tmp_path, beats):
+    write_rows(tmp_path, [*PROMPTS[:5], "{", *PROMPTS[5:]])
+    whole, _ = run(config_for(tmp_path, output="whole.jsonl"))
+    config = config_for(tmp_path)
+    with pytest.raises(Killed):
+        run(config, MortalEngine(beats))
+    done = len(rows_in(tmp_path / "out/rows.jsonl.partial"))
+    assert not (tmp_path / "out/rows.jsonl").exists()
+    engine = FakeEngine()
+    job, tally = run(config, engine)
+    assert job.output.path.read_bytes() == whole.output.path.read_bytes()
+    assert (tally.rows, tally.errors, tally.resumed) == (21, 1, done)
+    assert len(engine.added) == 20 - done + (done > 5)
+    assert sorted(os.listdir(tmp_path / "out")) == ["rows.jsonl"]
+
+
+def test_half_a_line_at_the_end_of_the_partial_file_is_written_again(tmp_path):
+    write_rows(tmp_path, PROMPTS)
+    config = config_for(tmp_path)
+    with pytest.raises(Killed):
+        run(config, MortalEngine(20))
+    partial = tmp_path / "out/rows.jsonl.partial"
+    whole = partial.read_bytes()
+    partial.write_bytes(whole + b'{"id": "r9", "te')
+    job, tally = run(config)
+    assert tally.resumed == whole.count(b"\n") > 0
+    assert [row["id"] for row in rows_in(job.output.path)] == [row["id"] for row in PROMPTS]
+
+
+@pytest.mark.parametrize("change", ["input", "model", "sampling", "ids"])
+def test_another_input_model_or_config_starts_over_with_a_notice(tmp_path, change, caplog):
+    write_rows(tmp_path, PROMPTS)
+    config, fingerprint = config_for(tmp_path), "model"
+    with pytest.raises(Killed):
+        run(config, MortalEngine(20))
+    if change == "input":
+        write_rows(tmp_path, [*PROMPTS[:-1], {"id": "new", "prompt": "x"}])
+    elif change == "model":
+        fingerprint = "another"
+    elif change == "sampling":
+        config = config_for(tmp_path, max_tokens=50)
+    else:
+        partial = tmp_path / "out/rows.jsonl.partial"
+        partial.write_bytes(partial.read_bytes().replace(b'"r1"', b'"x1"'))
+    _, tally = run(config, fingerprint=fingerprint)
+    assert (tally.resumed, tally.rows) == (0, 20)
+    assert "starting over" in caplog.text
+
+
+def test_other_sizes_of_the_engine_may_go_on(tmp_path):
+    write_rows(tmp_path, PROMPTS)
+    with pytest.raises(Killed):
+        run(config_for(tmp_path), MortalEngine(20))
+    _, tally = run(config_for(tmp_path, rows=1))
+    assert tally.resumed > 0
+
+
+def test_look_ahead_is_bounded(tmp_path):
+    write_rows(tmp_path, [{"prompt": "abcdef"}] * 50)
+    engine = MortalEngine(1)
+    with pytest.raises(Killed):
+        run(config_for(tmp_path, rows=2), engine)
+    assert len(engine.added) == 8
+
+
+def test_an_interrupted_run_leaves_no_request_in_the_engine(tmp_path):
+    write_rows(tmp_path, PROMPTS)
+    engine = MortalEngine(3)
+    with pytest.raises(Killed):
+        run(config_for(tmp_path), engine)
+    assert not engine.has_work
+
+
+def test_files_that_cannot_be_are_named_before_anything_else(tmp_path):
+    with pytest.raises(JobError, match=r"job.input is empty"):
+        GenerateJob(RunConfig())
+    config = config_for(tmp_path)
+    with pytest.raises(JobError, match=r"in.jsonl' can't be read: No such file"):
+        GenerateJob(config)
+    write_rows(tmp_path, PROMPTS)
+    (tmp_path / "file").write_text("")
+    for output, says in [
+        ("", "is a directory"),
+        ("file/rows.jsonl", "can't be written"),
+        ("in.jsonl", "is the input"),
+    ]:
+        with pytest.raises(JobError, match=says):
+            GenerateJob(config_for(tmp_path, output=output))
+    assert sorted(os.listdir(tmp_path)) == ["file", "in.jsonl"]
+
+
+def test_a_full_disk_ends_the_job_with_what_to_do(tmp_path):
+    write_rows(tmp_path, PROMPTS)
+    job = GenerateJob(config_for(tmp_path))
+    job.resume("model")
+    job.output.open("key", 0)
+    job.output.close()
+    job.output._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
+    with pytest.raises(JobError, match="No space left.*make room and run the same command again"):
+        job.output.write({"id": 1})
+
+
+def test_an_empty_input_gives_an_empty_output(tmp_path):
+    write_rows(tmp_path, [""])
+    job, tally = run(config_for(tmp_path))
+    assert (job.output.path.read_bytes(), tally.rows) == (b"", 0)
