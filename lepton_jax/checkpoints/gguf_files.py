@@ -70,7 +70,7 @@ class _TensorHeader(_Header):
         (count,) = struct.unpack_from("<Q", self.data, 8)
         if count * 32 > self.size:
             self.fail(f"{count} tensors, more than the file holds: it is cut or damaged")
-        rows: dict[str, tuple] = {}
+        rows: dict[str, dict[str, Any]] = {}
         for _ in range(count):
             name = self.string("a tensor's name")
             if name in rows:
@@ -79,11 +79,15 @@ class _TensorHeader(_Header):
             if not 1 <= dims <= _MAX_DIMS:
                 self.fail(f"tensor {name!r} has {dims} dimensions; 1 to {_MAX_DIMS} are allowed")
             shape = tuple(reversed([self._u64(name) for _ in range(dims)]))
-            rows[name] = (shape, self.u32(f"the type of {name!r}"), self._u64(name))
+            type_id, offset = self.u32(f"the type of {name!r}"), self._u64(name)
+            rows[name] = {"shape": shape, "type_id": type_id, "offset": offset}
         if not rows:
             self.fail("holds no tensors: give the model's own GGUF, not a vocabulary")
         start = self._data_start(metadata)
-        tensors = {name: self._tensor(path, name, start, *row) for name, row in rows.items()}
+        tensors = {}
+        for name, row in rows.items():
+            row["offset"] += start
+            tensors[name] = self._tensor(path, name, **row)
         self._check_overlap(tensors)
         return tensors
 
@@ -97,7 +101,7 @@ class _TensorHeader(_Header):
         return -(-self.position // alignment) * alignment
 
     def _tensor(
-        self, path: Path, name: str, start: int, shape: tuple, type_id: int, offset: int
+        self, path: Path, name: str, *, shape: tuple, type_id: int, offset: int
     ) -> StoredTensor:
         block_size, block_bytes, kind = self._block(name, type_id)
         if min(shape) < 1 or shape[-1] % block_size:
@@ -106,16 +110,16 @@ class _TensorHeader(_Header):
                 f"last a multiple of {block_size}"
             )
         nbytes = math.prod(shape) // block_size * block_bytes
-        if start + offset + nbytes > self.size:
+        if offset + nbytes > self.size:
             self.fail(
-                f"tensor {name!r} would end at byte {start + offset + nbytes} of {self.size}: the "
-                "file is cut or damaged; fetch it again"
+                f"tensor {name!r} would end at byte {offset + nbytes} of {self.size}: the file is "
+                "cut or damaged; fetch it again"
             )
         plain = FLOAT_DTYPES.get(_PLAIN.get(kind, ""))
         decode = None if plain is not None else _decoder(type_id)
         return StoredTensor(
             path=path,
-            offset=start + offset,
+            offset=offset,
             nbytes=nbytes,
             shape=shape,
             kind=kind,

@@ -15,10 +15,10 @@ def read_json(path: Path) -> dict[str, Any]:
         text = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path}: can't be read: {error}") from error
-    return json_object(text, path, "the file")
+    return json_object(text, path, what="the file")
 
 
-def json_object(text: bytes, path: Path, what: str) -> dict[str, Any]:
+def json_object(text: bytes, path: Path, *, what: str) -> dict[str, Any]:
     """The object in `text`; `path` and `what` say in errors where it stands."""
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)

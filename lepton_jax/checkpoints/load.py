@@ -62,8 +62,8 @@ def load(
     config, files = open_foreign(kind, place)
     weights = weight_dtype(dtype, files.weights_dtype())
     model = build_model(place, config, dtype=weights, activation_dtype=activation_dtype)
-    mappings = match(kind, model, files)
-    leaves = stream(model, files, mappings, compress=compress, progress=progress)
+    mappings = match(model, files, kind=kind)
+    leaves = stream(model, files, mappings=mappings, compress=compress, progress=progress)
     return Loaded(
         config=config,
         model=model,
@@ -84,9 +84,9 @@ def describe(
     kind, place = locate(path)
     if kind == "store":
         manifest = Manifest.read(place / MANIFEST_NAME)
-        return orbax_store.model_of(place, manifest, dtype, activation_dtype)
+        return orbax_store.model_of(place, manifest, dtype=dtype, activation_dtype=activation_dtype)
     config, files = open_foreign(kind, place)
     weights = weight_dtype(dtype, files.weights_dtype())
     model = build_model(place, config, dtype=weights, activation_dtype=activation_dtype)
-    match(kind, model, files)
+    match(model, files, kind=kind)
     return model

@@ -64,10 +64,12 @@ def weight_dtype(asked: Any, own: np.dtype) -> np.dtype:
             return FLOAT_DTYPES["float32"]
         halved = platform == "tpu" and own == np.float16
         return FLOAT_DTYPES["bfloat16"] if halved else own
-    return float_dtype(asked, "dtype", ("auto", *FLOAT_DTYPES))
+    return float_dtype(asked, "dtype", allowed=("auto", *FLOAT_DTYPES))
 
 
-def float_dtype(asked: Any, field: str, allowed: tuple[str, ...] = tuple(FLOAT_DTYPES)) -> np.dtype:
+def float_dtype(
+    asked: Any, field: str, *, allowed: tuple[str, ...] = tuple(FLOAT_DTYPES)
+) -> np.dtype:
     """A float dtype from its name or itself; CheckpointError naming `field` on anything else."""
     name = asked if isinstance(asked, str) else np.dtype(asked).name
     if name not in FLOAT_DTYPES:

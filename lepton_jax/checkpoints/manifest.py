@@ -91,7 +91,7 @@ class Manifest:
                 f"{path}: tokenizer {str(tokenizer)!r} lies outside the directory"
             )
         for name, row in values["leaves"].items():
-            _check_row(path, name, row)
+            _check_row(path, name, row=row)
         config = _config(path, values["config"])
         return cls(config, *(values[key] for key in _KEYS[1:]))
 
@@ -136,7 +136,7 @@ class Manifest:
         return leaves
 
 
-def _check_row(path: Path, name: str, row: Any) -> None:
+def _check_row(path: Path, name: str, *, row: Any) -> None:
     kind = row.get("type") if isinstance(row, dict) else None
     allowed = {
         "array": lambda: set(row) == {"type", "shape", "dtype"} and row["dtype"] in FLOAT_DTYPES,

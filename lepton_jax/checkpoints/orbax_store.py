@@ -102,13 +102,13 @@ def restore(
             f"{path} holds compressed leaves ({manifest.compressed()[0]} and others): load it with "
             "compression.preset=none, or compress the original checkpoint"
         )
-    model = model_of(path, manifest, dtype, activation_dtype)
+    model = model_of(path, manifest, dtype=dtype, activation_dtype=activation_dtype)
     abstract = manifest.abstract_leaves(model.specs)
     total, done, leaves = sum(map(_abstract_bytes, abstract.values())), 0, []
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        _check_stored(path, checkpointer, abstract)
+        _check_stored(path, checkpointer, abstract=abstract)
         for group in _groups(abstract):
-            for name, leaf in _read(path, checkpointer, group).items():
+            for name, leaf in _read(path, checkpointer, group=group).items():
                 done += leaf_bytes(leaf)
                 spec = model.specs[name]
                 if not isinstance(leaf, QTensor):
@@ -127,10 +127,12 @@ def restore(
     )
 
 
-def model_of(path: Path, manifest: Manifest, dtype: Any, activation_dtype: Any) -> Model:
+def model_of(path: Path, manifest: Manifest, *, dtype: Any, activation_dtype: Any) -> Model:
     """The model that a manifest describes; dtype "auto" keeps both dtypes as stored."""
     stored = isinstance(dtype, str) and dtype == "auto"
-    weights = float_dtype(manifest.dtype if stored else dtype, "dtype", ("auto", *FLOAT_DTYPES))
+    weights = float_dtype(
+        manifest.dtype if stored else dtype, "dtype", allowed=("auto", *FLOAT_DTYPES)
+    )
     activations = activation_dtype or (manifest.activation_dtype if stored else weights)
     model = build_model(path, manifest.config, dtype=weights, activation_dtype=activations)
     manifest.check_specs(path, model.specs)
@@ -171,7 +173,7 @@ def _groups(abstract: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield group
 
 
-def _check_stored(path: Path, checkpointer: ocp.Checkpointer, abstract: dict[str, Any]) -> None:
+def _check_stored(path: Path, checkpointer: ocp.Checkpointer, *, abstract: dict[str, Any]) -> None:
     """The files hold exactly the arrays that the manifest lists."""
     expected = _rows(_nested({name: _arrays(leaf) for name, leaf in abstract.items()}))
     try:
@@ -206,7 +208,7 @@ def _rows(tree: Any) -> dict[str, tuple]:
     }
 
 
-def _read(path: Path, checkpointer: ocp.Checkpointer, group: dict[str, Any]) -> dict[str, Any]:
+def _read(path: Path, checkpointer: ocp.Checkpointer, *, group: dict[str, Any]) -> dict[str, Any]:
     """The leaves of one group, on the default device."""
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     item = jax.tree.map(

@@ -61,15 +61,15 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             text = file.read(length)
     except OSError as error:
         raise CheckpointError(f"{path}: can't be read: {error}") from error
-    header = json_object(text, path, "the header")
+    header = json_object(text, path, what="the header")
     header.pop("__metadata__", None)
     start = 8 + length
-    tensors = {name: _tensor(path, name, entry, start) for name, entry in header.items()}
-    _check_layout(path, tensors, start, size)
+    tensors = {n: _tensor(path, n, entry=entry, start=start) for n, entry in header.items()}
+    _check_layout(path, tensors, start=start, size=size)
     return tensors
 
 
-def _tensor(path: Path, name: str, entry: Any, start: int) -> StoredTensor:
+def _tensor(path: Path, name: str, *, entry: Any, start: int) -> StoredTensor:
     """One header entry as a StoredTensor."""
 
     def fail(fault: str):
@@ -101,7 +101,7 @@ def _tensor(path: Path, name: str, entry: Any, start: int) -> StoredTensor:
     )
 
 
-def _check_layout(path: Path, tensors: dict[str, StoredTensor], start: int, size: int) -> None:
+def _check_layout(path: Path, tensors: dict[str, StoredTensor], *, start: int, size: int) -> None:
     """The format allows no holes, overlaps or trailing bytes; this finds cut files early."""
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensors; fetch it again")

