@@ -1,0 +1,147 @@
+"""What a job did and what it cost, as a table for people and as JSON beside the output.
+
+Rates are the engine's: prompt tokens computed per second of prefill and tokens per second of
+decode, of this run, whereas rows and tokens count the whole output. Peaks of devices are in
+`telemetry.py`.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lepton_jax import compile_cache
+from lepton_jax.jobs.generate import Tally
+from lepton_jax.models.build import Model
+from lepton_jax.telemetry import StepStats, device_peaks, peak_memory_bytes, roofline
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelCost:
+    """What the roofline counts: bytes of weights that a step reads, parameters that a token meets.
+
+    `int8` says that activations are int8 too.
+    """
+
+    weight_bytes: int
+    parameters: int
+    int8: bool
+
+    @classmethod
+    def of(cls, model: Model, weight_bytes: int, *, preset: str) -> "ModelCost":
+        """Of a model whose leaves take `weight_bytes`. With experts: what one token visits."""
+        counts = {path: spec.size for path, spec in model.specs.items() if spec.inputs}
+        everything = sum(counts.values())
+        config = model.config
+        if not config.tie_embeddings:
+            counts.pop("embed", None)  # a token takes one row of it
+        for path in counts:
+            if "experts_" in path:
+                counts[path] = counts[path] * config.experts_per_token // config.num_experts
+        visited = sum(counts.values())
+        return cls(math.ceil(weight_bytes * visited / everything), visited, preset == "w8a8")
+
+
+def summarize(
+    tally: Tally, stats: Mapping[str, float], *, cost: ModelCost, output: Path
+) -> dict[str, Any]:
+    """The summary of a finished job, in JSON types.
+
+    Args:
+      tally: of the job.
+      stats: `Engine.stats()` at its end.
+      cost: of the model.
+      output: the file that was written.
+    """
+    engine, cache = StepStats.of(stats), compile_cache.counts()
+    device = jax.local_devices()[0]
+    memory = device.memory_stats() or {}
+    return {
+        "output": str(output),
+        "rows": tally.rows,
+        "errors": tally.errors,
+        "error_types": dict(tally.error_types),
+        "resumed_rows": tally.resumed,
+        "prompt_tokens": tally.prompt_tokens,
+        "generated_tokens": tally.generated_tokens,
+        "seconds": round(tally.seconds, 3),
+        "prefill_tokens_per_second": _rounded(engine.prefill_rate, 1),
+        "decode_tokens_per_second": _rounded(engine.decode_rate, 1),
+        "compile_seconds": round(engine.compile_seconds, 3),
+        "programs": engine.programs,
+        "late_compiles": engine.late_compiles,
+        "compile_cache_hits": cache.hits,
+        "compile_cache_misses": cache.misses,
+        "prefix_hit_tokens": engine.prefix_hit_tokens,
+        "preemptions": engine.preemptions,
+        "padding_waste": round(engine.padding_waste, 4),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "device": device.device_kind,
+        "device_peak_memory_bytes": memory.get("peak_bytes_in_use"),
+        "roofline": _roofline(engine, device.device_kind, cost),
+    }
+
+
+def write_summary(summary: Mapping[str, Any], path: Path) -> None:
+    """As one indented JSON object."""
+    path.write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def summary_text(summary: Mapping[str, Any]) -> str:
+    """The summary in a few lines for people."""
+    s = summary
+    rows = f"{s['rows']} ({s['errors']} errors"
+    rows += f", {s['resumed_rows']} from an interrupted run)" if s["resumed_rows"] else ")"
+    peak = f"{s['peak_memory_bytes'] / 2**20:,.0f} MiB"
+    if s["device_peak_memory_bytes"] is not None:
+        peak += f", on the device {s['device_peak_memory_bytes'] / 2**20:,.0f} MiB"
+    programs = f"{s['programs']} in {s['compile_seconds']:.1f} s"
+    if s["late_compiles"]:
+        programs += f", {s['late_compiles']} of them while the job ran"
+    lines = [
+        ("rows", rows),
+        *((f"  {kind}", f"{count}") for kind, count in s["error_types"].items()),
+        ("tokens", f"{s['prompt_tokens']:,} of prompts, {s['generated_tokens']:,} generated"),
+        ("time", f"{s['seconds']:.1f} s"),
+        ("prefill", _rate(s["prefill_tokens_per_second"])),
+        ("decode", _rate(s["decode_tokens_per_second"])),
+        ("programs", programs),
+        ("compile cache", f"{s['compile_cache_hits']} hits, {s['compile_cache_misses']} misses"),
+        ("prefix cache", f"{s['prefix_hit_tokens']:,} prompt tokens reused"),
+        ("padding waste", f"{s['padding_waste']:.0%}"),
+        ("peak memory", peak),
+        ("roofline", _roofline_text(s["roofline"], s["device"])),
+        ("output", s["output"]),
+    ]
+    return "\n".join(f"{name:<16}{value}" for name, value in lines)
+
+
+def _roofline(engine: StepStats, kind: str, cost: ModelCost) -> dict[str, float | None] | None:
+    peaks = device_peaks(kind)
+    if peaks is None:
+        return None
+    shares = dataclasses.asdict(roofline(engine, peaks, **dataclasses.asdict(cost)))
+    return {name: _rounded(share, 4) for name, share in shares.items()}
+
+
+def _roofline_text(shares: Mapping[str, float | None] | None, device: str) -> str:
+    if shares is None:
+        return f"the peaks of {device!r} are not known"
+    texts = {
+        "decode_bandwidth": "of the memory bandwidth in decode",
+        "prefill_flops": "of the FLOP/s in prefill",
+    }
+    found = [f"{shares[n]:.1%} {text}" for n, text in texts.items() if shares[n] is not None]
+    return ", ".join(found) or "nothing ran"
+
+
+def _rate(value: float | None) -> str:
+    return "nothing ran" if value is None else f"{value:,.0f} tokens/s"
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)

@@ -1,0 +1,121 @@
+"""The summary and the numbers below it, by hand."""
+
+import json
+import types
+
+import jax
+import psutil
+import pytest
+
+from lepton_jax import compile_cache
+from lepton_jax.jobs.generate import Tally
+from lepton_jax.jobs.summary import ModelCost, summarize, summary_text, write_summary
+from lepton_jax.telemetry import StepStats, device_peaks, peak_memory_bytes, roofline
+from lepton_jax.tensors import ParamSpec
+
+STATS = {
+    "prefill_tokens": 900,
+    "prefill_padding": 100,
+    "prefill_seconds": 2.0,
+    "decode_tokens": 300,
+    "decode_padding": 700,
+    "decode_steps": 10,
+    "decode_seconds": 0.5,
+    "programs": 4,
+    "compile_seconds": 3.0,
+    "prompt_tokens": 7,
+}
+COST = ModelCost(weight_bytes=100, parameters=50, int8=False)
+
+
+def test_stats_of_a_stretch():
+    stretch = StepStats.of(STATS | {"decode_tokens": 400}) - StepStats.of(STATS)
+    assert (stretch.decode_tokens, stretch.prefill_tokens) == (100, 0)
+    whole = StepStats.of(STATS)
+    assert (whole.prefill_rate, whole.decode_rate, whole.padding_waste) == (450, 600, 0.4)
+    assert StepStats().prefill_rate is StepStats().decode_rate is None
+    assert StepStats().padding_waste == 0
+
+
+def test_shares_of_the_peaks():
+    peaks = device_peaks("TPU v5 lite")
+    shares = roofline(
+        StepStats.of(STATS), peaks, weight_bytes=int(8e9), parameters=int(8e9), int8=False
+    )
+    assert shares.decode_bandwidth == pytest.approx(8e9 * 10 / 0.5 / 0.819e12)
+    assert shares.prefill_flops == pytest.approx(2 * 8e9 * 900 / 2 / 197e12)
+    assert device_peaks("cpu") is None
+
+
+def test_the_cost_of_a_model_is_what_one_token_visits():
+    specs = {
+        "embed": ParamSpec((10, 4), "int8", ("vocab", "embed"), 1),
+        "norm": ParamSpec((4,), "float32", ("embed",)),
+        "layers.0.experts_down": ParamSpec((8, 4, 5), "int8", ("experts", "embed", "ffn"), 1),
+        "head": ParamSpec((10, 4), "int8", ("vocab", "embed"), 1),
+    }
+    config = types.SimpleNamespace(tie_embeddings=False, num_experts=8, experts_per_token=2)
+    model = types.SimpleNamespace(specs=specs, config=config)
+    assert ModelCost.of(model, 240, preset="w8a8") == ModelCost(80, 80, True)
+    config.tie_embeddings = True
+    assert ModelCost.of(model, 240, preset="none") == ModelCost(120, 120, False)
+
+
+def test_a_summary_names_what_the_job_did(tmp_path):
+    tally = Tally(rows=0, resumed=1, seconds=2.5)
+    tally.count({"id": "a", "text": "x", "prompt_tokens": 3, "completion_tokens": 4})
+    tally.count({"id": "b", "error": {"type": "refused", "message": ""}})
+    summary = summarize(tally, STATS, cost=COST, output=tmp_path / "out")
+    wanted = {
+        "rows": 2,
+        "errors": 1,
+        "error_types": {"refused": 1},
+        "resumed_rows": 1,
+        "prompt_tokens": 3,
+        "generated_tokens": 4,
+        "seconds": 2.5,
+        "prefill_tokens_per_second": 450,
+        "decode_tokens_per_second": 600,
+        "programs": 4,
+        "compile_seconds": 3.0,
+        "padding_waste": 0.4,
+    }
+    assert {name: summary[name] for name in wanted} == wanted
+    assert summary["peak_memory_bytes"] > 2**20
+    write_summary(summary, tmp_path / "summary.json")
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    text = summary_text(summary)
+    assert "2 (1 errors, 1 from an interrupted run)" in text
+    assert "600 tokens/s" in text
+    if jax.default_backend() == "cpu":
+        assert summary["roofline"] is None
+        assert "not known" in text
+
+
+def test_shares_appear_in_the_text_where_the_peaks_are_known():
+    summary = summarize(Tally(), STATS, cost=COST, output="out")
+    summary["roofline"] = {"decode_bandwidth": 0.5, "prefill_flops": None}
+    summary["device_peak_memory_bytes"] = 2**30
+    text = summary_text(summary)
+    assert "50.0% of the memory bandwidth in decode" in text
+    assert "on the device 1,024 MiB" in text
+
+
+def test_peak_memory_is_at_least_what_is_held_now():
+    assert peak_memory_bytes() >= psutil.Process().memory_info().rss
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    kept = jax.config.jax_compilation_cache_dir
+    try:
+        assert compile_cache.enable(tmp_path / "file" / "cache") is None
+        assert "can't be written" in caplog.text
+        assert compile_cache.enable(tmp_path / "cache") == tmp_path / "cache"
+        before = compile_cache.counts()
+        program = jax.jit(lambda x: x * 3.25 + 1).lower(1.0)
+        program.compile()
+        assert compile_cache.counts().misses == before.misses + 1
+        assert any((tmp_path / "cache").iterdir())
+    finally:
+        jax.config.update("jax_compilation_cache_dir", kept)
