@@ -7,6 +7,7 @@ that a row may write is another's; the oldest request must never wait long.
 import math
 from collections import Counter
 
+import pytest
 from fake_device import FakeEngine, expected_tokens, request
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -14,51 +15,59 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from lepton_jax.engine.scheduler import Knobs
 
-PROMPTS = st.builds(
-    lambda shared, own: [1, 2, 3, 1, 2, 3, 1, 2, 3][:shared] + own,
-    st.integers(0, 9),
-    st.lists(st.integers(1, 3), max_size=6),
+SHARED = [1, 2, 3, 1, 2, 3, 1, 2, 3]
+NEW_REQUESTS = st.lists(
+    st.fixed_dictionaries(
+        dict(
+            prompt=st.builds(
+                lambda shared, own: SHARED[:shared] + own,
+                st.sampled_from([0, 3, 8, 9]),
+                st.lists(st.integers(1, 3), max_size=6),
+            ),
+            max_tokens=st.sampled_from([1, 2, 6, 12, 24]),
+            vocab=st.sampled_from([4, 30, 1000]),  # of which one token ends the text
+            presence_penalty=st.sampled_from([0.0, 0.0, 0.0, 0.5]),
+        )
+    ),
+    min_size=1,
+    max_size=5,
 )
 
 
 class Runs(RuleBasedStateMachine):
     @initialize(
-        rows=st.integers(1, 4),
+        rows=st.integers(1, 5),
         page_size=st.integers(1, 4),
-        num_pages=st.integers(4, 20),
+        spare_pages=st.integers(0, 8),
         tiles=st.integers(1, 4),
         q_tile=st.integers(1, 4),
         decode_block=st.integers(1, 5),
-        max_len=st.integers(8, 24),
-        prefix_cache=st.booleans(),
+        max_len=st.integers(10, 24),
+        prefix_cache=st.sampled_from([True, True, True, False]),
     )
-    def start(self, tiles, **sizes):
+    def start(self, spare_pages, tiles, **sizes):
+        sizes["num_pages"] = (
+            math.ceil(0.8 * sizes["max_len"] / sizes["page_size"]) + 1 + spare_pages
+        )
         self.most = Knobs(sizes["decode_block"], tiles * sizes["q_tile"], sizes["rows"])
         self.engine = FakeEngine(prefill_chunk=self.most.prefill_chunk, **sizes)
         self.requests, self.aborted, self.idle = {}, set(), Counter()
         self.patience = 3 + sizes["rows"] * math.ceil(sizes["max_len"] / sizes["q_tile"])
 
-    @rule(
-        prompt=PROMPTS,
-        max_tokens=st.integers(1, 16),
-        vocab=st.sampled_from([4, 12, 1000]),
-        penalty=st.sampled_from([0.0, 0.0, 0.5]),
-    )
-    def add(self, prompt, max_tokens, vocab, penalty):
-        e = self.engine
-        params = dict(max_tokens=max_tokens, presence_penalty=penalty)
-        r = request(f"r{len(self.requests)}", prompt, vocab=vocab, **params)
-        pool = e.scheduler._pool
-        total = len(prompt) + min(max_tokens, e.max_len - len(prompt)) - 1
-        fits = pool.pages_for(total) <= pool.num_pages - 1
-        good = 0 < len(prompt) < e.max_len and fits
-        try:
-            e.add(r)
-        except ValueError:
-            assert not good
-        else:
-            assert good
-            self.requests[r.id] = r
+    @rule(news=NEW_REQUESTS)
+    def add(self, news):
+        e, pool = self.engine, self.engine.scheduler._pool
+        for new in news:
+            r = request(f"r{len(self.requests)}", **new)
+            count = len(r.prompt_ids)
+            total = count + min(r.params.max_tokens, e.max_len - count) - 1
+            fits = pool.pages_for(total) <= pool.num_pages - 1
+            if 0 < count < e.max_len and fits:
+                e.add(r)
+                self.requests[r.id] = r
+            else:
+                with pytest.raises(ValueError, match=r"want at least one|leaves room|num_pages"):
+                    e.add(r)
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data())
