@@ -89,7 +89,7 @@ else
         done < <(type -aP python3 python || true)
     fi
 fi
-((${#found[@]})) || refuse "no usable Python was found. What was tried:"
+((${#found[@]})) || refuse "no usable Python was found${skipped[0]:+; what was tried:}"
 if [[ $all == yes ]]; then
     printf '%s\n' "${found[@]}"
 else
