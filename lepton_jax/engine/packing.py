@@ -9,6 +9,7 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lepton_jax.engine.row_params import SampleSpec, width
@@ -26,12 +27,16 @@ class PrefillShape:
 
 @dataclasses.dataclass(frozen=True)
 class DecodeShape:
-    """A decode program: `rows` B, up to `steps` steps a block, page tables of `pages` W."""
+    """A decode program: `rows` B, up to `steps` steps a block, page tables of `pages` W.
+
+    `view` > 0: the block works on a copy of up to so many cached tokens a row (backends with `open_view`).
+    """
 
     rows: int
     steps: int
     pages: int
     spec: SampleSpec
+    view: int = 0
 
 
 class Layout:
@@ -49,6 +54,10 @@ class Layout:
             pieces[name] = buffer[start:stop].reshape(shape)
             start = stop
         return pieces
+
+    def join(self, pieces: dict[str, jax.Array]) -> jax.Array:
+        """The flat buffer of traced pieces, whatever order their dict has (jit and loops sort dicts)."""
+        return jnp.concatenate([pieces[name].reshape(-1) for name in self._shapes])
 
     def zeros(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """A new host buffer and its views."""
@@ -70,7 +79,9 @@ def prefill_layout(shape: PrefillShape) -> Layout:
         last=(R,),  # index in tokens of the row's last token
         final=(R,),  # 1: sample the row's next token after its last one
         first=(R,),  # 1: the row starts here
-        outputs_from=(R,),  # position at which outputs begin (a preempted row is fed its own outputs again)
+        outputs_from=(
+            R,
+        ),  # position at which outputs begin (a preempted row is fed its own outputs again)
         produced=(R,),  # outputs before the one sampled now
         limit=(R,),  # most outputs of the row
         page_table=(R, shape.pages),
@@ -102,4 +113,4 @@ def result_layout(shape: DecodeShape) -> Layout:
 
 def float_bits(x: jax.Array) -> jax.Array:
     """float32 as int32 of the same bits."""
-    return jax.lax.bitcast_convert_type(x, jax.numpy.int32)
+    return jax.lax.bitcast_convert_type(x, jnp.int32)

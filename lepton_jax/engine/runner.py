@@ -111,8 +111,9 @@ class Runner:
         self._warm = False
         self._last_done = 0.0
         tile = backend.Q_TILE
-        chunk = -(-sizes.prefill_chunk // tile) * tile
-        self._prefill_sizes = ladder(chunk, 2, min(chunk, max(tile, _SMALLEST_PREFILL)))
+        most = -(-sizes.prefill_chunk // tile)
+        tiles = ladder(most, 2, min(most, -(-_SMALLEST_PREFILL // tile)))
+        self._prefill_sizes = [count * tile for count in tiles]  # in whole tiles at every rung
         self._decode_sizes = ladder(sizes.rows, 4, min(sizes.rows, 2))
 
     @property

@@ -158,16 +158,20 @@ def decode_block(
 ) -> tuple[tuple, RowState, jax.Array]:
     """Up to `steps` tokens for each listed row. The third result is laid out by `packing.result_layout`."""
     inputs = packing.decode_layout(shape).split(packed)
-    steps = inputs["steps"][0]
+    steps, table = inputs["steps"][0], inputs["page_table"]
     decoder = model.bind(leaves)
     params = unpack(inputs["params"], shape.spec)
+    entry = state.at(inputs["slots"])
 
     def step(carry):
-        index, lines, caches, record = carry
+        index, lines, working, record = carry
         running = lines.finish == RUNNING
-        batch = decode_batch(lines.lengths, running, inputs["page_table"])
-        attend = _attend(backend, batch, decode=True)
-        hidden, caches = decoder(lines.tokens, batch.positions, caches, attend)
+        batch = decode_batch(lines.lengths, running, table)
+        if shape.view:
+            attend = _attend_view(backend, shape.view + index, shape.view - entry.lengths)
+        else:
+            attend = _attend(backend, batch, decode=True)
+        hidden, working = decoder(lines.tokens, batch.positions, working, attend)
         new = sample(
             decoder.logits(hidden),
             params,
@@ -179,21 +183,21 @@ def decode_block(
         lines = _count_sampled(
             lines.sampled(new, running=running, limit=inputs["limit"]), counted=running
         )
-        return index + 1, lines, caches, _write_record(record, lines, index + 1)
+        return index + 1, lines, working, _write_record(record, lines, index + 1)
 
     def unfinished(carry):
         index, lines, _, _ = carry
         return (index < steps) & jnp.any(lines.finish == RUNNING)
 
-    entry = state.at(inputs["slots"])
     record = _write_record(_empty_record(shape), entry, 0)
-    ran, lines, caches, record = jax.lax.while_loop(
-        unfinished, step, (jnp.int32(0), entry, caches, record)
+    ran, lines, working, record = jax.lax.while_loop(
+        unfinished, step, (jnp.int32(0), entry, _open(backend, caches, table, entry, shape), record)
     )
+    caches = _close(backend, caches, working, table, entry=entry, left=lines, shape=shape)
     pieces = dict(
         steps=ran[None], count=lines.produced - entry.produced, finish=lines.finish, **record
     )
-    result = jnp.concatenate([pieces[name].reshape(-1) for name in pieces])
+    result = packing.result_layout(shape).join(pieces)
     return caches, state.put(inputs["slots"], lines), result
 
 
@@ -208,6 +212,36 @@ def _attend(backend: ModuleType, batch: PagedBatch, *, decode: bool):
         return out, cache
 
     return attend
+
+
+def _attend_view(backend: ModuleType, place: jax.Array, starts: jax.Array):
+    """The decoder's `attend` over one layer's view."""
+
+    def attend(q, k, v, view, **options):
+        return backend.attend_view(q, k, v, view, place=place, starts=starts, **options)
+
+    return attend
+
+
+def _open(backend: ModuleType, caches: tuple, table, entry: RowState, shape: DecodeShape) -> tuple:
+    """What the steps of a block work on, per layer: the caches themselves or views of them."""
+    if not shape.view:
+        return caches
+    return tuple(
+        backend.open_view(cache, table, entry.lengths, tokens=shape.view, steps=shape.steps)
+        for cache in caches
+    )
+
+
+def _close(backend: ModuleType, caches, working, table, *, entry, left, shape: DecodeShape):
+    """The caches after a block."""
+    if not shape.view:
+        return working
+    written = left.lengths - entry.lengths
+    return tuple(
+        backend.close_view(cache, view, table, entry.lengths, written=written, steps=shape.steps)
+        for cache, view in zip(caches, working, strict=True)
+    )
 
 
 def _empty_record(shape: DecodeShape) -> dict[str, jax.Array]:
