@@ -1,0 +1,192 @@
+"""What the drivers share: `--config=FILE.py[:arg] --config.section.field=value` to a `RunConfig`.
+
+A config file defines `get_config(arg=None)` and returns only what differs from the defaults, as
+nested dicts; here the rest is filled in from the sections of `config.py`, so that every field can
+be overridden and `--helpfull` documents all of them. A user's mistake ends in one line on stderr
+and exit code 2, never in a traceback. Read next: `config.py`, `run.py`.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import config_dict, config_flags
+
+from lepton_jax.config import RunConfig, from_mapping, refuse_unknown
+
+SET_UP_FAILED = 2  # exit code
+_NO_CONFIG = "--config is missing: give a config file, --config=FILE.py, before its overrides"
+
+_SECTIONS = {field.name: field.default_factory for field in dataclasses.fields(RunConfig)}
+# Fields that may be None with the types of their values. A ConfigDict holds no dict with int keys.
+_OPEN_FIELDS = {"seed": int, "logprobs": int, "logit_bias": object}
+
+
+def define_config() -> None:
+    """Defines the flag --config and its overrides."""
+    config_flags.DEFINE_config_file("config", help_string=describe_fields())
+    flag = flags.FLAGS["config"]
+    flag.parser = _WholeConfigParser(flag.parser)
+
+
+def describe_fields() -> str:
+    """All fields as flags: type, default and meaning."""
+    lines = ["FILE.py[:arg] with get_config(arg=None). Any field of it can be overridden:"]
+    for name, section in _SECTIONS.items():
+        for field in dataclasses.fields(section):
+            default = _default(field)
+            kind = "" if isinstance(field.type, type) else f"{field.type}"
+            kind = kind or field.type.__name__
+            meaning = field.metadata["doc"]
+            lines.append(f"--config.{name}.{field.name} ({kind}, default {default!r}): {meaning}")
+    return "\n".join(lines)
+
+
+def whole_config(overrides: Mapping[str, Any]) -> config_dict.ConfigDict:
+    """All sections with their defaults and these overrides; typed and locked.
+
+    Raises ValueError on an unknown section or field, with the nearest known one, and on a value of
+    another type.
+    """
+    if not isinstance(overrides, Mapping | config_dict.ConfigDict):
+        raise ValueError(f"get_config returned {overrides!r}: want a dict of sections")
+    refuse_unknown(overrides, list(_SECTIONS), where="config")
+    config = config_dict.ConfigDict()
+    for name, section in _SECTIONS.items():
+        fields = dataclasses.fields(section)
+        mine = overrides.get(name, {})
+        if not isinstance(mine, Mapping | config_dict.ConfigDict):
+            raise ValueError(f"config.{name} is {mine!r}: want a dict of its fields")
+        refuse_unknown(mine, [field.name for field in fields], where=f"config.{name}")
+        config[name] = config_dict.ConfigDict({f.name: _typed(f) for f in fields})
+        for key, value in mine.items():
+            _set(config[name], key, value, where=f"config.{name}")
+    return config.lock()
+
+
+def run_config(config: config_dict.ConfigDict) -> RunConfig:
+    """The frozen sections. Raises ValueError naming the field whose value is not allowed."""
+    sections = {}
+    for name, section in _SECTIONS.items():
+        values = {key: value for key, value in config[name].items() if value is not None}
+        sections[name] = from_mapping(section, values, where=f"config.{name}")
+    return RunConfig(**sections)
+
+
+def run_driver(main: Callable[[RunConfig], int]) -> None:
+    """Parses the flags, calls `main` with the config, and exits with what it returns."""
+    define_config()
+    app.run(
+        lambda _: sys.exit(main(_parsed_config())),
+        flags_parser=_parse_flags,
+    )
+
+
+@contextlib.contextmanager
+def user_errors(*types: type[Exception]) -> Iterator[None]:
+    """Errors of these types, and a device without memory, become a line on stderr and exit code 2.
+
+    `--v=1` shows where they came from.
+    """
+    try:
+        yield
+    except (*types, MemoryError) as error:
+        _fail(str(error) or type(error).__name__)
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        first_line = str(error).partition("\n")[0]
+        _fail(
+            f"the device has too little memory: lower config.engine.rows, config.engine.max_len or "
+            f"config.engine.num_pages, or take a smaller config.compression.preset ({first_line})"
+        )
+
+
+class _WholeConfigParser(flags.ArgumentParser):
+    """Reads the file as config_flags does, then fills in the defaults."""
+
+    def __init__(self, file_parser: flags.ArgumentParser):
+        super().__init__()
+        self._file_parser = file_parser
+
+    def parse(self, path: str) -> config_dict.ConfigDict:
+        file = Path(path.partition(":")[0])
+        if not file.is_file():
+            raise ValueError(f"there is no such file in {Path.cwd()}")
+        try:
+            overrides = self._file_parser.parse(path)
+        except Exception as error:  # the file is a program: it may raise anything
+            raise ValueError(f"get_config fails: {type(error).__name__}: {error}") from error
+        return whole_config(overrides)
+
+    def flag_type(self) -> str:
+        return self._file_parser.flag_type()
+
+
+def _default(field: dataclasses.Field) -> Any:
+    made = field.default is dataclasses.MISSING
+    return field.default_factory() if made else field.default
+
+
+def _typed(field: dataclasses.Field) -> Any:
+    if field.name in _OPEN_FIELDS:
+        return config_dict.placeholder(_OPEN_FIELDS[field.name])
+    return _default(field)
+
+
+def _set(section: config_dict.ConfigDict, name: str, value: Any, *, where: str) -> None:
+    if isinstance(value, config_dict.ConfigDict):
+        value = value.to_dict()
+    if isinstance(section[name], tuple) and isinstance(value, str):
+        value = (value,)
+    try:
+        section[name] = value
+    except TypeError as error:
+        wanted = type(section[name]).__name__
+        raise ValueError(f"{where}.{name}={value!r} is not allowed: want {wanted}") from error
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+    """absl's parsing with our way of failing."""
+    with user_errors(flags.Error, ValueError, OSError):
+        _check_overrides(argv)
+        rest = flags.FLAGS(argv)
+        if flags.FLAGS["config"].value is None:
+            raise ValueError(_NO_CONFIG)
+        if rest[1:]:
+            raise ValueError(f"unknown arguments {' '.join(rest[1:])!r}: want --flag=value")
+        return rest
+    raise AssertionError("unreachable")
+
+
+def _check_overrides(argv: Sequence[str]) -> None:
+    """config_flags would only say that it doesn't know a field; this names the nearest one."""
+    names = [a.lstrip("-").partition("=")[0] for a in argv[1:] if a.startswith("-")]
+    for name in names:
+        name = name.removeprefix("no")
+        if name.startswith("config."):
+            if "config" not in names:
+                raise ValueError(_NO_CONFIG)
+            section, _, field = name.removeprefix("config.").partition(".")
+            refuse_unknown([section], list(_SECTIONS), where="config")
+            known = [known.name for known in dataclasses.fields(_SECTIONS[section])]
+            refuse_unknown([field], known, where=f"config.{section}")
+
+
+def _parsed_config() -> RunConfig:
+    with user_errors(ValueError):
+        return run_config(flags.FLAGS["config"].value)
+    raise AssertionError("unreachable")
+
+
+def _fail(message: str) -> None:
+    if absl_logging.level_debug():
+        logging.getLogger(__name__).debug("set-up failed", exc_info=True)
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(SET_UP_FAILED)

@@ -1,0 +1,43 @@
+"""The main driver: a file of prompts to a file of answers.
+
+    python -m lepton_jax.run --config=configs/quickstart.py [--config.section.field=value ...]
+
+`--helpfull` documents every field. Exit codes: 0 all rows answered, 1 some are error rows, 2 the
+set-up failed or the output could not be written. Read next: `jobs/generate.py` (what happens to the
+rows), `api.py` (how a model becomes an engine).
+"""
+
+import sys
+
+from lepton_jax import cli
+from lepton_jax.config import RunConfig
+
+
+def main(config: RunConfig) -> int:
+    """One job from its config; the exit code."""
+    # Imported here so that --help and mistakes in flags don't wait for jax.
+    from lepton_jax.api import LeptonEngine
+    from lepton_jax.jobs.generate import GenerateJob
+    from lepton_jax.jobs.output import JobError
+    from lepton_jax.jobs.summary import ModelCost, summarize, summary_text, write_summary
+
+    preset = config.compression.preset
+    with cli.user_errors(ValueError, OSError):
+        job = GenerateJob(config)
+        lepton = LeptonEngine()
+        lepton.load_model(
+            config.model.path, dtype=config.model.dtype, compression=preset, config=config
+        )
+        job.resume(lepton.fingerprint)
+        lepton.start(workload=job.workload(lepton.tokenizer))
+    with cli.user_errors(JobError):
+        tally = job.run(lepton.engine, lepton.tokenizer)
+    cost = ModelCost.of(lepton.loaded.model, lepton.loaded.bytes, preset=preset)
+    summary = summarize(tally, lepton.engine.stats(), cost=cost, output=job.output.path)
+    write_summary(summary, job.output.summary)
+    print(summary_text(summary))
+    return 1 if tally.errors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run_driver(main))

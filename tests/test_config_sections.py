@@ -1,0 +1,112 @@
+"""Sections refuse what they can't mean; config files and flags fill them in."""
+
+import dataclasses
+import math
+
+import pytest
+
+from lepton_jax import cli
+from lepton_jax.config import (
+    EngineSection,
+    JobSection,
+    MeshSection,
+    ModelSection,
+    RunConfig,
+    SamplingParams,
+)
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        (ModelSection, {"dtype": "int4"}),
+        (ModelSection, {"path": 3}),
+        (MeshSection, {"data": 2}),
+        (MeshSection, {"model": 4}),
+        (EngineSection, {"rows": 0}),
+        (EngineSection, {"rows": "8"}),
+        (EngineSection, {"rows": 2**31}),
+        (EngineSection, {"max_len": -1}),
+        (EngineSection, {"prefix_cache": 1}),
+        (EngineSection, {"kv_dtype": "fp8"}),
+        (JobSection, {"mode": "dream"}),
+        (SamplingParams, {"max_tokens": 0}),
+        (SamplingParams, {"max_tokens": 1.5}),
+        (SamplingParams, {"max_tokens": True}),
+        (SamplingParams, {"max_tokens": None}),
+        (SamplingParams, {"min_tokens": 129}),
+        (SamplingParams, {"temperature": -0.1}),
+        (SamplingParams, {"temperature": math.inf}),
+        (SamplingParams, {"temperature": "1"}),
+        (SamplingParams, {"top_k": -1}),
+        (SamplingParams, {"top_k": 2**31}),
+        (SamplingParams, {"top_p": 0}),
+        (SamplingParams, {"min_p": 1.01}),
+        (SamplingParams, {"repetition_penalty": 0}),
+        (SamplingParams, {"presence_penalty": 2.5}),
+        (SamplingParams, {"frequency_penalty": math.nan}),
+        (SamplingParams, {"logit_bias": {3: math.nan}}),
+        (SamplingParams, {"logit_bias": {3: 1e7}}),
+        (SamplingParams, {"logit_bias": {"three": 1.0}}),
+        (SamplingParams, {"logit_bias": [3]}),
+        (SamplingParams, {"seed": "x"}),
+        (SamplingParams, {"n": 257}),
+        (SamplingParams, {"stop": [""]}),
+        (SamplingParams, {"stop": 3}),
+        (SamplingParams, {"stop_token_ids": [1.0]}),
+        (SamplingParams, {"stop_token_ids": 5}),
+        (SamplingParams, {"ignore_eos": "no"}),
+        (SamplingParams, {"logprobs": 21}),
+    ],
+)
+def test_a_value_that_is_not_allowed_is_named(section, values):
+    (name,) = values
+    with pytest.raises(ValueError, match=f"{name}=.* is not allowed: want "):
+        section(**values)
+
+
+def test_values_in_the_forms_that_json_and_python_give():
+    params = SamplingParams(stop="END", stop_token_ids=[3], logit_bias={"7": 2}, temperature=1)
+    assert params.stop == ("END",)
+    assert params.stop_token_ids == (3,)
+    assert params.logit_bias == {7: 2.0}
+
+
+def test_an_unknown_sampling_field_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match="'temprature'; did you mean 'temperature'"):
+        SamplingParams.from_dict({"temprature": 1})
+
+
+def test_every_field_is_documented():
+    described = cli.describe_fields()
+    for section in dataclasses.fields(RunConfig):
+        for field in dataclasses.fields(section.default_factory):
+            assert field.metadata["doc"]
+            assert f"--config.{section.name}.{field.name} (" in described
+
+
+def test_overrides_are_filled_up_with_the_defaults():
+    overrides = {
+        "engine": {"rows": 8},
+        "sampling": {"temperature": 1, "stop": "END", "logit_bias": {5: -1.0}, "seed": 0},
+    }
+    config = cli.run_config(cli.whole_config(overrides))
+    sampling = SamplingParams(temperature=1.0, stop=("END",), logit_bias={5: -1.0}, seed=0)
+    assert config == RunConfig(engine=EngineSection(rows=8), sampling=sampling)
+    assert cli.run_config(cli.whole_config({})) == RunConfig()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ({"engin": {}}, "'engin'; did you mean 'engine'"),
+        ({"engine": {"row": 1}}, "config.engine: unknown field 'row'; did you mean 'rows'"),
+        ({"engine": 3}, "config.engine is 3: want a dict"),
+        ({"engine": {"rows": "many"}}, "config.engine.rows='many' is not allowed: want int"),
+        ({"sampling": {"seed": "x"}}, "config.sampling.seed='x' is not allowed"),
+        (None, "get_config returned None: want a dict"),
+    ],
+)
+def test_overrides_that_fit_no_field_are_named(overrides, says):
+    with pytest.raises(ValueError, match=says):
+        cli.whole_config(overrides)

@@ -1,0 +1,105 @@
+"""The driver from its command line: flags, exit codes, one-line errors; the engine is a fake."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# The driver as it is, but with an engine that echoes its prompts.
+ECHO = """
+import sys, types
+sys.path.insert(0, {tests!r})
+from jobs_fakes import ByteTokenizer, FakeEngine
+from lepton_jax import cli, run
+from lepton_jax.tensors import ParamSpec
+
+class LeptonEngine:
+    fingerprint = "echo"
+    tokenizer = ByteTokenizer()
+    def load_model(self, path, **options):
+        if path != "echo":
+            raise ValueError("model path " + repr(path) + " doesn't exist")
+        specs = {{"embed": ParamSpec((4, 4), "float32", ("vocab", "embed"), 1)}}
+        config = types.SimpleNamespace(tie_embeddings=True)
+        model = types.SimpleNamespace(specs=specs, config=config)
+        self.loaded = types.SimpleNamespace(model=model, bytes=64)
+    def start(self, workload):
+        self.engine = FakeEngine()
+
+sys.modules["lepton_jax.api"] = types.SimpleNamespace(LeptonEngine=LeptonEngine)
+cli.run_driver(run.main)
+"""
+
+
+def drive(tmp_path, *arguments):
+    script = tmp_path / "driver.py"
+    script.write_text(ECHO.format(tests=str(ROOT / "tests")))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(
+        [sys.executable, script, *arguments],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A config, and an input with a good row and a bad one."""
+    job = {"input": "in.jsonl", "output": "out.jsonl"}
+    overrides = {"model": {"path": "echo"}, "job": job}
+    (tmp_path / "config.py").write_text(f"def get_config(arg=None):\n    return {overrides}\n")
+    (tmp_path / "in.jsonl").write_text('{"id": "a", "prompt": "hi"}\n{"id": "b"}\n')
+    return tmp_path
+
+
+def test_answers_a_summary_and_the_exit_codes(files):
+    done = drive(files, "--config=config.py", "--config.engine.rows=2")
+    assert done.returncode == 1, done.stderr
+    rows = [json.loads(line) for line in (files / "out.jsonl").read_text().splitlines()]
+    assert rows[0]["text"] == "hi"
+    assert rows[1]["error"]["type"] == "invalid_row"
+    summary = json.loads((files / "out.jsonl.summary.json").read_text())
+    assert (summary["rows"], summary["errors"]) == (2, 1)
+    assert "2 (1 errors)" in done.stdout
+    assert "2/2" in done.stderr
+    (files / "in.jsonl").write_text('{"id": "a", "prompt": "hi"}\n')
+    assert drive(files, "--config=config.py").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "--config is missing"),
+        (["--config.engine.rows=2"], "--config is missing"),
+        (["--config=nope.py"], "there is no such file"),
+        (["--config=config.py", "--config.engine.row=2"], "did you mean 'rows'"),
+        (["--config=config.py", "--config.engine.rows=two"], "--config.engine.rows=two"),
+        (["--config=config.py", "--config.engine.rows=0"], "rows=0 is not allowed: want 1"),
+        (["--config=config.py", "--config.mesh.model=2"], "model=2 is not allowed"),
+        (["--config=config.py", "stray"], "unknown arguments 'stray'"),
+        (["--config=config.py", "--config.model.path=gone"], "'gone' doesn't exist"),
+        (["--config=config.py", "--config.job.input=gone"], "job.input='gone' can't be read"),
+        (["--config=config.py", "--config.job.output="], "job.output is empty"),
+        (["--config=broken.py"], "get_config fails: ZeroDivisionError"),
+    ],
+)
+def test_a_mistake_is_one_clear_line_and_exit_code_2(files, arguments, says):
+    (files / "broken.py").write_text("def get_config(arg=None):\n    return 1 / 0\n")
+    done = drive(files, *arguments)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_help_documents_every_field(files):
+    done = drive(files, "--helpfull")
+    for text in ("--config.engine.rows (int, default 32)", "--config.sampling.seed (int | None"):
+        assert text in done.stdout
