@@ -54,7 +54,8 @@ class Reference:
 
     def logits(self, ids: list[int]) -> np.ndarray:
         """`[V]` after these ids; what is behind them can't be seen, so one length serves all."""
-        padded = jnp.zeros(LENGTH, jnp.int32).at[: len(ids)].set(jnp.asarray(ids))
+        padded = np.zeros(LENGTH, np.int32)
+        padded[: len(ids)] = ids
         return np.asarray(self._forward(padded))[len(ids) - 1]
 
     def answer(self, prompt: list[int], params: SamplingParams, *, max_len: int) -> Expected:
@@ -96,7 +97,7 @@ def choose(logits: np.ndarray, params: SamplingParams, *, index: int) -> int:
         temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p
     )
     packed = pack([plain], DRAW, eos_ids=(), seeds=[params.seed])
-    return int(_draw(jnp.asarray(logits)[None], packed, jnp.full(1, index)))
+    return int(_draw(logits[None], packed, np.full(1, index, np.int32)))
 
 
 @jax.jit
