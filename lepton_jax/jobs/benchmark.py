@@ -69,7 +69,9 @@ class Bench:
         end = time.perf_counter()
         wrong = {i: count for i, count in counts.items() if count != self.workload.new}
         if wrong:
-            raise RuntimeError(f"{self.workload.name}: want {self.workload.new} tokens each, got {wrong}")
+            raise RuntimeError(
+                f"{self.workload.name}: want {self.workload.new} tokens each, got {wrong}"
+            )
         if self.workload.kind == "prefill":
             return Timing(sum(map(len, prompts)), end - start)
         return Timing(sum(counts.values()) - before, end - began)
@@ -123,8 +125,6 @@ def _fraction(loaded: Loaded, stats: StepStats, kind: str, *, int8: bool) -> flo
     if peaks is None:
         return None
     parameters = sum(math.prod(spec.shape) for spec in loaded.model.specs.values() if spec.inputs)
-    shares = roofline(
-        stats, peaks, weight_bytes=loaded.bytes, parameters=parameters, int8=int8
-    )
+    shares = roofline(stats, peaks, weight_bytes=loaded.bytes, parameters=parameters, int8=int8)
     share = shares.prefill_flops if kind == "prefill" else shares.decode_bandwidth
     return None if share is None else round(share, 4)
