@@ -112,9 +112,17 @@ class Engine:
         """Compiles the programs that requests of (prompt tokens, params) can reach, and allocates the cache."""
         for _, params in workload:
             self.runner.require(SampleSpec.of(params, self.eos_ids))
-        tile = self.runner.backend.Q_TILE
-        tokens = sum(-(-count // tile) * tile for count, _ in workload)
+        tile, again = self.runner.backend.Q_TILE, self._may_preempt(workload)
+        counts = [count + again * params.max_tokens for count, params in workload]
+        tokens = sum(-(-count // tile) * tile for count in counts)
         self.runner.warm_up(self.runner.shapes_for(tokens, len(workload)))
+
+    def _may_preempt(self, workload: Sequence[tuple[int, SamplingParams]]) -> bool:
+        """Whether pages can run out, so that a row's outputs are prefilled again with its prompt."""
+        s = self.runner.sizes
+        totals = (min(s.max_len, count + params.max_tokens) for count, params in workload)
+        pages = sorted((-(-total // s.page_size) for total in totals), reverse=True)
+        return sum(pages[: s.rows]) > s.num_pages - 1
 
     def stats(self) -> dict:
         """Counts and seconds since the engine was made."""

@@ -79,11 +79,15 @@ class Chunk:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A row in a decode block. Slot and pages are copies: the row may give its own up here."""
+    """A row in a decode block. Slot and pages are copies: the row may give its own up here.
+
+    `cached`: tokens in its cache before the block, at most.
+    """
 
     row: Row
     slot: int
     pages: tuple[int, ...]
+    cached: int
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 _COMPILE_THREADS = 2
 _SMALLEST_PREFILL = 64
+_SMALLEST_VIEW, _VIEW_STEP = 256, 64  # tokens
+_MOST_VIEW_BYTES = 512 << 20  # a block's copy of its rows' cache is at most this large
 
 
 class LateCompileError(RuntimeError):
@@ -115,6 +117,9 @@ class Runner:
         tiles = ladder(most, 2, min(most, -(-_SMALLEST_PREFILL // tile)))
         self._prefill_sizes = [count * tile for count in tiles]  # in whole tiles at every rung
         self._decode_sizes = ladder(sizes.rows, 4, min(sizes.rows, 2))
+        top = -(-sizes.max_len // _VIEW_STEP) * _VIEW_STEP
+        views = ladder(top, 2, min(top, _SMALLEST_VIEW))
+        self._view_sizes = views if hasattr(backend, "open_view") else []
 
     @property
     def kv_bytes(self) -> int:
@@ -137,7 +142,12 @@ class Runner:
         decode = self._fit(self._decode_sizes, rows)
         return [
             *(self._prefill_shape(size) for size in self._prefill_sizes if size <= prefill),
-            *(self._decode_shape(size) for size in self._decode_sizes if size <= decode),
+            *dict.fromkeys(
+                self._decode_shape(size, cached)
+                for size in self._decode_sizes
+                if size <= decode
+                for cached in self._view_sizes or [0]
+            ),
         ]
 
     def warm_up(self, shapes: list[PrefillShape | DecodeShape]) -> None:
@@ -168,7 +178,8 @@ class Runner:
             self.timings.prefill_tokens += real
             self.timings.prefill_padding += shape.tokens - real
         if plan.rows:
-            shape = self._decode_shape(self._fit(self._decode_sizes, len(plan.rows)))
+            rows = self._fit(self._decode_sizes, len(plan.rows))
+            shape = self._decode_shape(rows, max(entry.cached for entry in plan.rows))
             program = self._program(shape)
             packed = self._pack_decode(plan, shape)
             self._caches, self._state, flight.result = program(
@@ -214,8 +225,18 @@ class Runner:
         rows = max(1, min(self.sizes.rows, tokens // self.backend.Q_TILE))
         return PrefillShape(tokens, rows, self.sizes.pages_per_row, self.spec)
 
-    def _decode_shape(self, rows: int) -> DecodeShape:
-        return DecodeShape(rows, self.sizes.decode_block, self.sizes.pages_per_row, self.spec)
+    def _decode_shape(self, rows: int, cached: int) -> DecodeShape:
+        s = self.sizes
+        view = self._view(rows, cached)
+        return DecodeShape(rows, s.decode_block, s.pages_per_row, self.spec, view)
+
+    def _view(self, rows: int, cached: int) -> int:
+        """Tokens of a block's view; 0 where the backend has none or it would be too large."""
+        if not self._view_sizes:
+            return 0
+        view = self._fit(self._view_sizes, cached)
+        token_bytes = self.kv_bytes // (self.sizes.num_pages * self.sizes.page_size)
+        return view if rows * view * token_bytes <= _MOST_VIEW_BYTES else 0
 
     def _program(self, shape):
         if shape not in self._programs:

@@ -210,7 +210,7 @@ class Scheduler:
         row.keys = self._pool.keys(row.tokens, row.keys)
         self._register(row)
         self._release(row)
-        row.bound, row.computed, row.entering = 0, 0, False
+        row.bound, row.computed = 0, 0
         self._waiting.appendleft(row)
         self.counters.preemptions += 1
 
@@ -305,10 +305,11 @@ class Scheduler:
 
     def _enter(self, row: Row, steps: int) -> Entry:
         row.pages += self._pool.allocate(self._pages_short(row, steps))
+        entry = Entry(row, row.slot, tuple(row.pages), cached=row.computed)
         bound = min(row.limit, row.bound + steps)
         row.computed += bound - row.bound
         row.bound = bound
-        return Entry(row, row.slot, tuple(row.pages))
+        return entry
 
     # Endings
 

@@ -53,6 +53,87 @@ def attend(
     return jnp.where(valid_tokens(batch)[:, None, None, None], out, 0).astype(q.dtype)
 
 
+def open_view(
+    cache: jax.Array, page_table: jax.Array, lengths: jax.Array, *, tokens: int, steps: int
+) -> tuple[jax.Array, jax.Array]:
+    """The rows' cached keys and values side by side for a decode block: two arrays `[B, K, tokens + steps, H]`.
+
+    Each row's text ends at place `tokens`, whatever its length, so the token of step i has place `tokens + i` in every
+    row and one slice update writes all rows. The copy is paid once a block; the steps then read without gathers.
+    """
+    num_pages, _, kv_heads, page_size, head_dim = cache.shape
+    index = jnp.maximum(jnp.arange(tokens) - tokens + lengths[:, None], 0)  # [B, tokens]
+    page = jnp.take_along_axis(page_table, index // page_size, axis=1)
+    lines = cache.reshape(num_pages * 2 * kv_heads * page_size, head_dim)
+
+    def side(half):
+        first = (2 * page + half)[:, None] * kv_heads + jnp.arange(kv_heads)[:, None]
+        line = first * page_size + (index % page_size)[:, None]
+        return jnp.pad(
+            jnp.take(lines, line, axis=0, mode="clip"), ((0, 0), (0, 0), (0, steps), (0, 0))
+        )
+
+    return side(0), side(1)
+
+
+def attend_view(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    view: tuple[jax.Array, jax.Array],
+    *,
+    place: jax.Array,
+    starts: jax.Array,
+    scale: float,
+    window: int = 0,
+    soft_cap: float = 0.0,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """A decode step on a view: stores k and v `[B, K, H]` at `place` and attends q `[B, K, G, H]`.
+
+    `starts` `[B]` are the first places of the rows in the view. Returns the result, like q, and the new view.
+    """
+    dtype = view[0].dtype
+    exact = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    dot = functools.partial(jnp.einsum, precision=exact, preferred_element_type=jnp.float32)
+    keys, values = (
+        jax.lax.dynamic_update_slice(side, new[:, :, None].astype(dtype), (0, 0, place, 0))
+        for side, new in zip(view, (k, v), strict=True)
+    )
+    scores = scale * dot("bkgh,bksh->bkgs", q.astype(dtype), keys)
+    if soft_cap:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    places = jnp.arange(keys.shape[2])
+    seen = (places >= starts[:, None]) & (places <= place)
+    if window:
+        seen &= places > place - window
+    scores = jnp.where(seen[:, None, None], scores, MASKED)
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+    out = dot("bkgs,bksh->bkgh", weights.astype(dtype), values)
+    return (out / weights.sum(-1)[..., None]).astype(q.dtype), (keys, values)
+
+
+def close_view(
+    cache: jax.Array,
+    view: tuple[jax.Array, jax.Array],
+    page_table: jax.Array,
+    lengths: jax.Array,
+    *,
+    written: jax.Array,
+    steps: int,
+) -> jax.Array:
+    """Stores the first `written` `[B]` of a block's `steps` new tokens in the cache `[P, 2, K, Z, H]`."""
+    num_pages, _, kv_heads, page_size, head_dim = cache.shape
+    new = jnp.arange(steps)
+    index = lengths[:, None] + new  # [B, steps]
+    page = jnp.take_along_axis(page_table, index // page_size, axis=1, mode="clip")
+    page = jnp.where(new < written[:, None], page, 0)
+    halves = (2 * page[:, None] + jnp.arange(2)[:, None])[:, :, None] * kv_heads
+    line = (halves + jnp.arange(kv_heads)[:, None]) * page_size + (index % page_size)[:, None, None]
+    tails = jnp.stack([side[:, :, -steps:] for side in view], axis=1)  # [B, 2, K, steps, H]
+    lines = cache.reshape(num_pages * 2 * kv_heads * page_size, head_dim)
+    return lines.at[line].set(tails, mode="promise_in_bounds").reshape(cache.shape)
+
+
 def _decode(q, cache, batch, *, scale, window, soft_cap):
     positions = batch.positions[:, None]  # [B, 1]
     first = jnp.where(positions < 0, jnp.iinfo(jnp.int32).max, positions).min() - window
