@@ -186,6 +186,17 @@ def test_requests_that_can_never_run_are_refused_with_the_numbers():
         scheduler.add(request("a", [1]))
 
 
+def test_a_beat_decodes_where_the_next_request_finds_no_pages():
+    e = engine(rows=2, num_pages=4, prefill_chunk=16)  # 3 pages of 4
+    a, b = request("a", [1] * 5, max_tokens=5, **NEVER), request("b", [2] * 8, max_tokens=5)
+    e.add(a, b)
+    plan = e.beat()  # b finds a slot, but wants 3 pages where a has 2 and will need the third
+    assert names(plan) == ("a", "a") and len(plan.rows[0].pages) == 3
+    assert names(e.beat()) == ("b", "b")  # a gave its own up
+    e.run()
+    finished_as_alone(e, a, b)
+
+
 def test_the_youngest_row_is_preempted_and_goes_on_where_it_was():
     e = engine(num_pages=6, prefill_chunk=16)  # 5 pages of 4
     a = request("a", [1, 2, 3], max_tokens=14, **NEVER)
