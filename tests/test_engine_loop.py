@@ -14,6 +14,7 @@ from engine_reference import Expected, Reference, tiny
 from lepton_jax.compression.presets import compressor, preset_rules
 from lepton_jax.config import EngineSection, SamplingParams
 from lepton_jax.engine.loop import Engine
+from lepton_jax.engine.packing import PrefillShape
 from lepton_jax.engine.request import StepOutput
 from lepton_jax.engine.row_params import SampleSpec
 from lepton_jax.engine.runner import LateCompileError
@@ -252,6 +253,16 @@ def test_programs_grow_while_rows_run(expected):
         if name not in early:
             engine.add_request(name, *REQUESTS[name])
     check(drain(engine, got), expected)
+
+
+@pytest.mark.parametrize(("num_pages", "sizes"), [(60, [64]), (30, [64, 128])])
+def test_warm_up_counts_what_preempted_rows_compute_again(monkeypatch, num_pages, sizes):
+    section = dataclasses.replace(TIGHT, num_pages=num_pages, prefill_chunk=128)
+    engine = Engine(MODEL, LEAVES, section=section)
+    monkeypatch.setattr(engine.runner, "_compile", lambda shape: shape)
+    engine.warm_up([(6, SamplingParams(max_tokens=90))] * 2)
+    shapes = engine.runner._programs
+    assert [shape.tokens for shape in shapes if isinstance(shape, PrefillShape)] == sizes
 
 
 def test_bad_requests_are_refused_and_leave_no_trace(tight):
