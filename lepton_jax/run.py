@@ -17,9 +17,9 @@ def main(config: RunConfig) -> int:
     """One job from its config; the exit code."""
     # Imported here so that --help and mistakes in flags don't wait for jax.
     from lepton_jax.api import LeptonEngine
+    from lepton_jax.jobs import summary as report
     from lepton_jax.jobs.generate import GenerateJob
     from lepton_jax.jobs.output import JobError
-    from lepton_jax.jobs.summary import ModelCost, summarize, summary_text, write_summary
 
     preset = config.compression.preset
     with cli.user_errors(ValueError, OSError):
@@ -32,10 +32,10 @@ def main(config: RunConfig) -> int:
         lepton.start(workload=job.workload(lepton.tokenizer))
     with cli.user_errors(JobError):
         tally = job.run(lepton.engine, lepton.tokenizer)
-    cost = ModelCost.of(lepton.loaded.model, lepton.loaded.bytes, preset=preset)
-    summary = summarize(tally, lepton.engine.stats(), cost=cost, output=job.output.path)
-    write_summary(summary, job.output.summary)
-    print(summary_text(summary))
+    cost = report.ModelCost.of(lepton.loaded.model, lepton.loaded.bytes, preset=preset)
+    summary = report.summarize(tally, lepton.engine.stats(), cost=cost, output=job.output.path)
+    report.write_summary(summary, job.output.summary)
+    print(f"{report.preview_text(job.output.path)}\n\n{report.summary_text(summary)}")
     return 1 if tally.errors else 0
 
 

@@ -9,7 +9,13 @@ import pytest
 
 from lepton_jax import compile_cache
 from lepton_jax.jobs.generate import Tally
-from lepton_jax.jobs.summary import ModelCost, summarize, summary_text, write_summary
+from lepton_jax.jobs.summary import (
+    ModelCost,
+    preview_text,
+    summarize,
+    summary_text,
+    write_summary,
+)
 from lepton_jax.telemetry import StepStats, device_peaks, peak_memory_bytes, roofline
 from lepton_jax.tensors import ParamSpec
 
@@ -99,6 +105,20 @@ def test_shares_appear_in_the_text_where_the_peaks_are_known():
     text = summary_text(summary)
     assert "50.0% of the memory bandwidth in decode" in text
     assert "on the device 1,024 MiB" in text
+
+
+def test_a_preview_shows_the_first_answers_in_a_line_each(tmp_path):
+    rows = [
+        {"id": "a", "text": "one\n two" + " x" * 200},
+        {"id": "b", "choices": [{"text": "first"}, {"text": "second"}]},
+        {"id": "c", "error": {"type": "refused", "message": "too long"}},
+        *({"id": f"r{i}", "text": ""} for i in range(5)),
+    ]
+    (tmp_path / "out").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = preview_text(tmp_path / "out").splitlines()
+    assert lines[0].startswith("a: one two x x")
+    assert lines[0].endswith("...") and len(lines[0]) < 170
+    assert lines[1:] == ["b: first", "c: (refused) too long", "r0: "]
 
 
 def test_peak_memory_is_at_least_what_is_held_now():

@@ -1,4 +1,4 @@
-"""What a job did and what it cost, as a table for people and as JSON beside the output.
+"""What a job did and what it cost, as text for people and as JSON beside the output.
 
 Rates are the engine's: prompt tokens computed per second of prefill and tokens per second of
 decode, of this run, whereas rows and tokens count the whole output. Peaks of devices are in
@@ -6,6 +6,7 @@ decode, of this run, whereas rows and tokens count the whole output. Peaks of de
 """
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -18,6 +19,9 @@ from lepton_jax import compile_cache
 from lepton_jax.jobs.generate import Tally
 from lepton_jax.models.build import Model
 from lepton_jax.telemetry import StepStats, device_peaks, peak_memory_bytes, roofline
+
+_PREVIEW_ROWS = 4
+_PREVIEW_LENGTH = 160  # characters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +122,24 @@ def summary_text(summary: Mapping[str, Any]) -> str:
         ("output", s["output"]),
     ]
     return "\n".join(f"{name:<16}{value}" for name, value in lines)
+
+
+def preview_text(output: Path) -> str:
+    """The first answers of an output file, shortened."""
+    with output.open("rb") as lines:
+        rows = [json.loads(line) for line in itertools.islice(lines, _PREVIEW_ROWS)]
+    return "\n".join(f"{row['id']}: {_shortened(_answer(row))}" for row in rows)
+
+
+def _answer(row: Mapping[str, Any]) -> str:
+    if "error" in row:
+        return f"({row['error']['type']}) {row['error']['message']}"
+    return row["choices"][0]["text"] if "choices" in row else row["text"]
+
+
+def _shortened(text: str) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= _PREVIEW_LENGTH else flat[: _PREVIEW_LENGTH - 3] + "..."
 
 
 def _roofline(engine: StepStats, kind: str, cost: ModelCost) -> dict[str, float | None] | None:
