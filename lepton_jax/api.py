@@ -4,8 +4,8 @@
         engine.load_model("demo:smollm2", compression="w8a8").start()
         print(engine.generate(["The capital of France is"])[0].text)
 
-It only joins the rooms below: `checkpoints` and `compression` give leaves, `engine` runs them, `jobs/session.py`
-turns prompts into answers. Files of rows are `lepton_jax/run.py`.
+It only joins the rooms below: `checkpoints` and `compression` give leaves, `engine` runs them,
+`jobs/session.py` turns prompts into answers. Files of rows are `lepton_jax/run.py`.
 """
 
 import itertools
@@ -63,13 +63,15 @@ class LeptonEngine:
         """Reads weights, compressing each as it arrives, and the tokenizer.
 
         Args:
-          path: Hugging Face directory, `.gguf` file, our Orbax directory, `hf:org/name` or `demo:smollm2`.
+          path: Hugging Face directory, `.gguf` file, our Orbax directory, `hf:org/name` or
+          `demo:smollm2`.
           dtype: "auto", "float32" or "bfloat16".
           compression: preset "none", "int8" or "w8a8".
           config: all settings at once; the arguments above go before it where they are given.
           progress: called with (done bytes, total bytes, parameter) after each parameter.
 
-        Returns self. Raises ValueError (CheckpointError, TokenizerError) naming what is wrong and where.
+        Returns self. Raises ValueError (CheckpointError, TokenizerError) naming what is wrong and
+        where.
         """
         self.stop()
         self._config = config or RunConfig()
@@ -99,7 +101,8 @@ class LeptonEngine:
         """Plans memory, and compiles where the coming requests are known.
 
         Args:
-          workload: (prompt tokens, params) of the coming requests: the cache is cut to it and its programs are
+          workload: (prompt tokens, params) of the coming requests: the cache is cut to it and its
+          programs are
             compiled now. Without it programs are compiled as they are first needed.
           strict: a program missing from the warm-up is an error instead of a warning.
 

@@ -45,7 +45,11 @@ def test_bad_patterns_are_named():
 
 
 @given(
-    st.integers(1, 5), st.integers(1, 7), st.integers(1, 3), st.floats(1e-20, 1e20), st.integers(0, 99)
+    st.integers(1, 5),
+    st.integers(1, 7),
+    st.integers(1, 3),
+    st.floats(1e-20, 1e20),
+    st.integers(0, 99),
 )
 def test_int8_error_is_at_most_half_a_step(rows, width, inner, size, seed):
     w = (np.random.default_rng(seed).normal(size=(rows, width, inner)) * size).astype(np.float32)

@@ -1,7 +1,8 @@
-"""The named combinations behind `compression.preset`, and their application to a model's parameters.
+"""The named combinations behind `compression.preset`, and their application to a model's
+parameters.
 
-A preset is a list of rules. Norm scales, biases and expert routers stay as they are: they cost nothing and routing
-is sensitive to them.
+A preset is a list of rules. Norm scales, biases and expert routers stay as they are: they cost
+nothing and routing is sensitive to them.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,12 +23,15 @@ PRESETS: dict[str, list[Rule[Int8]]] = {
 def preset_rules(name: str) -> list[Rule[Int8]]:
     """The rules of a preset. Raises ValueError on an unknown name."""
     if name not in PRESETS:
-        raise ValueError(f"compression.preset={name!r} is unknown: allowed are {', '.join(PRESETS)}")
+        known = ", ".join(PRESETS)
+        raise ValueError(f"compression.preset={name!r} is unknown: allowed are {known}")
     return PRESETS[name]
 
 
 def compressor(rules: list[Rule[Int8]], paths) -> Callable:
-    """`compress(path, spec, array) -> leaf` for the loader; `paths` are all parameter paths of the model."""
+    """`compress(path, spec, array) -> leaf` for the loader; `paths` are all parameter paths of the
+    model.
+    """
     actions = assign(rules, paths)
 
     def compress(path: str, spec: ParamSpec, array):

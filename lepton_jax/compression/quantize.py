@@ -1,7 +1,8 @@
 """Quantization as transforms of one leaf: of an array (jitted, on its device) and of its spec.
 
-int8, symmetric, one scale per output channel, the channel's largest magnitude at 127 (round to nearest). Values and
-scales keep the logical axes of the weight, so shardings and memory plans of a quantized model are derived.
+int8, symmetric, one scale per output channel, the channel's largest magnitude at 127 (round to
+nearest). Values and scales keep the logical axes of the weight, so shardings and memory plans of a
+quantized model are derived.
 """
 
 import dataclasses
@@ -21,7 +22,9 @@ class Int8:
 
     def __post_init__(self):
         if self.act_bits not in (8, 16):
-            raise ValueError(f"Int8 act_bits={self.act_bits}: allowed are 8 (W8A8) and 16 (weight-only)")
+            raise ValueError(
+                f"Int8 act_bits={self.act_bits}: allowed are 8 (W8A8) and 16 (weight-only)"
+            )
 
 
 def quantize(array: jax.Array, inputs: int, scheme: Int8) -> QTensor:

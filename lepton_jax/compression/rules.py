@@ -1,7 +1,7 @@
 """One grammar for every method of compression: ordered regular expressions over parameter paths.
 
-The first rule whose pattern matches the whole path wins; a path that no rule matches is left as it is; a rule that
-no path uses is an error, because it is nearly always a misspelt path.
+The first rule whose pattern matches the whole path wins; a path that no rule matches is left as it
+is; a rule that no path uses is an error, because it is nearly always a misspelt path.
 """
 
 import re
@@ -19,7 +19,9 @@ class Rule(NamedTuple, Generic[T]):
 
 
 def assign(rules: Iterable[Rule[T]], paths: Iterable[str]) -> dict[str, T]:
-    """The action of each path that has one. Raises ValueError on a bad pattern or a rule that nothing uses."""
+    """The action of each path that has one. Raises ValueError on a bad pattern or a rule that
+    nothing uses.
+    """
     compiled = [(rule, _compile(rule.pattern)) for rule in rules]
     paths = list(paths)
     unused = {rule.pattern for rule, _ in compiled}
@@ -32,7 +34,8 @@ def assign(rules: Iterable[Rule[T]], paths: Iterable[str]) -> dict[str, T]:
                 break
     if unused:
         raise ValueError(
-            f"compression rules that match no parameter (or only ones that an earlier rule took): {sorted(unused)}; "
+            "compression rules that match no parameter (or only ones that an earlier rule took): "
+            f"{sorted(unused)}; "
             f"paths look like {paths[:6]}"
         )
     return actions
@@ -42,4 +45,6 @@ def _compile(pattern: str) -> re.Pattern:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"compression rule {pattern!r} is no regular expression: {error}") from None
+        raise ValueError(
+            f"compression rule {pattern!r} is no regular expression: {error}"
+        ) from None

@@ -1,8 +1,10 @@
-"""THE LOOP: `Engine.step` is one beat of schedule, run, commit, and everything above the engine only calls it.
+"""THE LOOP: `Engine.step` is one beat of schedule, run, commit, and everything above the engine
+only calls it.
 
-The engine speaks token ids: `add_request`, `step`, `abort`, `has_work`. The host stays one beat ahead of the device:
-a plan is dispatched before the results of the one before are read. Text is `lepton_jax/text`, rows and files are
-`lepton_jax/jobs`. Read next: `scheduler.py` (what a beat does), `runner.py` (how it runs).
+The engine speaks token ids: `add_request`, `step`, `abort`, `has_work`. The host stays one beat
+ahead of the device: a plan is dispatched before the results of the one before are read. Text is
+`lepton_jax/text`, rows and files are `lepton_jax/jobs`. Read next: `scheduler.py` (what a beat
+does), `runner.py` (how it runs).
 """
 
 import hashlib
@@ -46,7 +48,8 @@ class Engine:
           model: the abstract model; `leaves` its weights in the order of its specs.
           section: sizes; 0 where the engine shall choose.
           eos_ids: ids that end a text unless a row ignores them.
-          workload: (prompt tokens, params) of the coming requests, where they are known: it bounds the cache.
+          workload: (prompt tokens, params) of the coming requests, where they are known: it bounds
+          the cache.
           strict: a program that the warm-up did not compile is an error instead of a warning.
         """
         platform = jax.default_backend()
@@ -109,7 +112,9 @@ class Engine:
         self.scheduler.abort(request_id)
 
     def warm_up(self, workload: Sequence[tuple[int, SamplingParams]]) -> None:
-        """Compiles the programs that requests of (prompt tokens, params) can reach, and allocates the cache."""
+        """Compiles the programs that requests of (prompt tokens, params) can reach, and allocates
+        the cache.
+        """
         for _, params in workload:
             self.runner.require(SampleSpec.of(params, self.eos_ids))
         tile, again = self.runner.backend.Q_TILE, self._may_preempt(workload)
@@ -150,7 +155,8 @@ def _plan_sizes(section: EngineSection, model: Model, *, backend, kv_dtype, work
     max_len = section.max_len or min(config.max_position, _DEFAULT_MAX_LEN)
     if max_len > config.max_position:
         raise ValueError(
-            f"engine.max_len={max_len} is more than the model's {config.max_position} positions: lower it"
+            f"engine.max_len={max_len} is more than the model's {config.max_position} positions: "
+            "lower it"
         )
     longest = sorted((min(max_len, count + p.max_tokens) for count, p in workload), reverse=True)
     if longest and not section.max_len:
@@ -164,8 +170,9 @@ def _plan_sizes(section: EngineSection, model: Model, *, backend, kv_dtype, work
     least = 1 + -(-max_len // page)
     if not section.num_pages and affordable < least:
         raise ValueError(
-            f"one request of engine.max_len={max_len} tokens needs {least * page_bytes >> 20} MiB of cache, "
-            f"but {_cache_budget() >> 20} MiB are free for it: lower engine.max_len or set engine.num_pages"
+            f"one request of engine.max_len={max_len} tokens needs "
+            f"{least * page_bytes >> 20} MiB of cache, but {_cache_budget() >> 20} MiB are free "
+            "for it: lower engine.max_len or set engine.num_pages"
         )
     return Sizes(
         rows=section.rows,

@@ -1,8 +1,9 @@
 """One int32 buffer per program and direction: what the host sends to a step and what it reads back.
 
-A `Layout` names the pieces of a flat buffer once; the host writes and reads them as numpy views, the device splits
-the same buffer inside jit. Floats travel as their bits. So a block costs one copy to the device and one from it.
-The shapes of programs (`PrefillShape`, `DecodeShape`) are here too, because they fix the layouts.
+A `Layout` names the pieces of a flat buffer once; the host writes and reads them as numpy views,
+the device splits the same buffer inside jit. Floats travel as their bits. So a block costs one copy
+to the device and one from it. The shapes of programs (`PrefillShape`, `DecodeShape`) are here too,
+because they fix the layouts.
 """
 
 import dataclasses
@@ -29,7 +30,8 @@ class PrefillShape:
 class DecodeShape:
     """A decode program: `rows` B, up to `steps` steps a block, page tables of `pages` W.
 
-    `view` > 0: the block works on a copy of up to so many cached tokens a row (backends with `open_view`).
+    `view` > 0: the block works on a copy of up to so many cached tokens a row (backends with
+    `open_view`).
     """
 
     rows: int
@@ -47,7 +49,9 @@ class Layout:
         self.size = sum(math.prod(shape) for shape in shapes.values())
 
     def split(self, buffer) -> dict:
-        """The pieces of a flat int32 buffer `[size]`: views of a numpy array, slices of a traced one."""
+        """The pieces of a flat int32 buffer `[size]`: views of a numpy array, slices of a traced
+        one.
+        """
         pieces, start = {}, 0
         for name, shape in self._shapes.items():
             stop = start + math.prod(shape)
@@ -56,7 +60,9 @@ class Layout:
         return pieces
 
     def join(self, pieces: dict[str, jax.Array]) -> jax.Array:
-        """The flat buffer of traced pieces, whatever order their dict has (jit and loops sort dicts)."""
+        """The flat buffer of traced pieces, whatever order their dict has (jit and loops sort
+        dicts).
+        """
         return jnp.concatenate([pieces[name].reshape(-1) for name in self._shapes])
 
     def zeros(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:

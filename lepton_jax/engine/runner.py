@@ -1,9 +1,11 @@
-"""The device side of a beat: programs, caches and state; a plan goes in, tokens come out one beat later.
+"""The device side of a beat: programs, caches and state; a plan goes in, tokens come out one beat
+later.
 
-`dispatch` packs a plan into one buffer per program and enqueues them; `read` waits for what they produced. Programs
-are compiled ahead of time per shape (`compile`), called directly, and counted: a shape that was not warmed up is
-compiled late with a warning, or refused in strict mode. Which shapes exist is decided in `ladder`.
-Read next: `steps.py` (what the programs do), `packing.py` (their buffers), `loop.py` (who calls this).
+`dispatch` packs a plan into one buffer per program and enqueues them; `read` waits for what they
+produced. Programs are compiled ahead of time per shape (`compile`), called directly, and counted: a
+shape that was not warmed up is compiled late with a warning, or refused in strict mode. Which
+shapes exist is decided in `ladder`. Read next: `steps.py` (what the programs do), `packing.py`
+(their buffers), `loop.py` (who calls this).
 """
 
 import dataclasses
@@ -54,7 +56,9 @@ class Sizes:
 
 @dataclasses.dataclass
 class InFlight:
-    """A dispatched plan; `ran` and `result` are device arrays that will be ready when the programs are."""
+    """A dispatched plan; `ran` and `result` are device arrays that will be ready when the programs
+    are.
+    """
 
     plan: Plan
     dispatched: float
@@ -81,7 +85,9 @@ class Timings:
 
 
 def ladder(top: int, factor: int, bottom: int) -> list[int]:
-    """Sizes top, top/factor, ... down to bottom, ascending: few programs, at most `factor` too large."""
+    """Sizes top, top/factor, ... down to bottom, ascending: few programs, at most `factor` too
+    large.
+    """
     sizes = [top]
     while sizes[-1] > bottom:
         sizes.append(max(bottom, -(-sizes[-1] // factor)))

@@ -1,9 +1,11 @@
-"""The two programs of the engine: `prefill` and `decode_block`, pure functions that the runner compiles.
+"""The two programs of the engine: `prefill` and `decode_block`, pure functions that the runner
+compiles.
 
-`prefill` computes a packed batch of prompt chunks, writes their keys and values, and samples the next token of the
-rows whose prompt ends here. `decode_block` runs up to k steps for a set of rows and stops early when all are done.
-Between programs everything that depends on sampled tokens stays on the device in `RowState`, so the host can
-schedule a block before it has read the one before. Read next: `packing.py` (inputs), `sampling.py`, `runner.py`.
+`prefill` computes a packed batch of prompt chunks, writes their keys and values, and samples the
+next token of the rows whose prompt ends here. `decode_block` runs up to k steps for a set of rows
+and stops early when all are done. Between programs everything that depends on sampled tokens stays
+on the device in `RowState`, so the host can schedule a block before it has read the one before.
+Read next: `packing.py` (inputs), `sampling.py`, `runner.py`.
 """
 
 import dataclasses
@@ -32,7 +34,8 @@ class RowState:
       lengths: int32, tokens cached.
       produced: int32, outputs sampled so far.
       finish: int32, RUNNING, STOPPED or LENGTH.
-      logprob, top_ids, top_logprobs: of that last token, `[slots]`, `[slots, n]`; None where no row asks.
+      logprob, top_ids, top_logprobs: of that last token, `[slots]`, `[slots, n]`; None where no row
+      asks.
       history: what penalties look at; None where no row asks.
     """
 
@@ -62,7 +65,9 @@ class RowState:
         return state
 
     def filled_from(self, older: "RowState") -> "RowState":
-        """This state with what an older one holds, which may lack pieces or have fewer alternatives."""
+        """This state with what an older one holds, which may lack pieces or have fewer
+        alternatives.
+        """
         copied = {}
         for field in dataclasses.fields(self):
             mine, theirs = getattr(self, field.name), getattr(older, field.name)
@@ -156,7 +161,9 @@ def decode_block(
     backend: ModuleType,
     shape: DecodeShape,
 ) -> tuple[tuple, RowState, jax.Array]:
-    """Up to `steps` tokens for each listed row. The third result is laid out by `packing.result_layout`."""
+    """Up to `steps` tokens for each listed row. The third result is laid out by
+    `packing.result_layout`.
+    """
     inputs = packing.decode_layout(shape).split(packed)
     steps, table = inputs["steps"][0], inputs["page_table"]
     decoder = model.bind(leaves)

@@ -3,7 +3,8 @@
 A backend is a module with `Q_TILE`, `cache_shape`, `write` and `attend`:
 `attention_xla.py` (CPU and GPU), `attention_tpu.py` (ragged paged attention in Pallas), and
 `attention_reference.py` (plain jnp, what the others are tested against).
-All speak of the same paged cache: one array per layer, cut into pages of Z tokens, page 0 a null page.
+All speak of the same paged cache: one array per layer, cut into pages of Z tokens, page 0 a null
+page.
 """
 
 import dataclasses
@@ -21,7 +22,8 @@ class PagedBatch:
       positions: int32 `[T]`, place of each token in its row; -1 is padding.
       rows: int32 `[T]`, the line of `page_table` that each token belongs to.
       page_table: int32 `[R, W]`, page ids in order; 0 is the null page.
-      kv_lens: int32 `[R]`, tokens in the cache once this step's keys and values are written; 0 is idle.
+      kv_lens: int32 `[R]`, tokens in the cache once this step's keys and values are written; 0 is
+      idle.
       cu_q_lens: int32 `[R + 1]`, prefix sums of the query tokens of each row.
       num_seqs: int32 `[1]`, rows in use.
     """

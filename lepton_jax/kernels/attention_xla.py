@@ -1,10 +1,12 @@
-"""Paged attention as plain XLA programs for CPU and GPU: pages are read where they are, block by block.
+"""Paged attention as plain XLA programs for CPU and GPU: pages are read where they are, block by
+block.
 
-A loop with a dynamic trip count walks over blocks of keys with a running softmax, so the cost follows the longest
-live row (decode) or each tile's own context (prefill), never the padded width of the page table, and no program
-is compiled per context length. A page keeps each head's keys together (`[2, K, Z, H]`), so a gathered page goes into
-the dot as it is: on a 2-core AVX-512 CPU a third faster than the token-major layout (jax 0.12.0.1, 8 and 32 rows,
-200 tokens of context, K=3 G=3 H=64, 2026-11-24).
+A loop with a dynamic trip count walks over blocks of keys with a running softmax, so the cost
+follows the longest live row (decode) or each tile's own context (prefill), never the padded width
+of the page table, and no program is compiled per context length. A page keeps each head's keys
+together (`[2, K, Z, H]`), so a gathered page goes into the dot as it is: on a 2-core AVX-512 CPU a
+third faster than the token-major layout (jax 0.12.0.1, 8 and 32 rows, 200 tokens of context, K=3
+G=3 H=64, 2026-11-24).
 """
 
 import functools
@@ -42,9 +44,9 @@ def attend(
 ) -> jax.Array:
     """Attention of q `[T, K, G, H]` over the cache `[P, 2, K, Z, H]`; `[T, K, G, H]` in q's dtype.
 
-    A query at position p sees the positions <= p of its row, with `window` > 0 only those > p - window.
-    Padding gives 0. With `decode`, token t belongs to row t; otherwise every aligned tile of `Q_TILE` tokens
-    belongs to one row.
+    A query at position p sees the positions <= p of its row, with `window` > 0 only those > p -
+    window. Padding gives 0. With `decode`, token t belongs to row t; otherwise every aligned tile
+    of `Q_TILE` tokens belongs to one row.
     """
     if decode:
         out = _decode(q, cache, batch, scale=scale, window=window, soft_cap=soft_cap)
@@ -56,10 +58,12 @@ def attend(
 def open_view(
     cache: jax.Array, page_table: jax.Array, lengths: jax.Array, *, tokens: int, steps: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The rows' cached keys and values side by side for a decode block: two arrays `[B, K, tokens + steps, H]`.
+    """The rows' cached keys and values side by side for a decode block: two arrays `[B, K, tokens +
+    steps, H]`.
 
-    Each row's text ends at place `tokens`, whatever its length, so the token of step i has place `tokens + i` in every
-    row and one slice update writes all rows. The copy is paid once a block; the steps then read without gathers.
+    Each row's text ends at place `tokens`, whatever its length, so the token of step i has place
+    `tokens + i` in every row and one slice update writes all rows. The copy is paid once a block;
+    the steps then read without gathers.
     """
     num_pages, _, kv_heads, page_size, head_dim = cache.shape
     index = jnp.maximum(jnp.arange(tokens) - tokens + lengths[:, None], 0)  # [B, tokens]
@@ -90,7 +94,8 @@ def attend_view(
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """A decode step on a view: stores k and v `[B, K, H]` at `place` and attends q `[B, K, G, H]`.
 
-    `starts` `[B]` are the first places of the rows in the view. Returns the result, like q, and the new view.
+    `starts` `[B]` are the first places of the rows in the view. Returns the result, like q, and the
+    new view.
     """
     dtype = view[0].dtype
     exact = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
@@ -121,7 +126,9 @@ def close_view(
     written: jax.Array,
     steps: int,
 ) -> jax.Array:
-    """Stores the first `written` `[B]` of a block's `steps` new tokens in the cache `[P, 2, K, Z, H]`."""
+    """Stores the first `written` `[B]` of a block's `steps` new tokens in the cache `[P, 2, K, Z,
+    H]`.
+    """
     num_pages, _, kv_heads, page_size, head_dim = cache.shape
     new = jnp.arange(steps)
     index = lengths[:, None] + new  # [B, steps]
@@ -179,7 +186,9 @@ def _prefill(q, cache, batch, *, scale, window, soft_cap):
 
 
 def _blocks(page_table, page_size):
-    """The page table padded to whole blocks, `[R, blocks, pages of a block]`, and the tokens of a block."""
+    """The page table padded to whole blocks, `[R, blocks, pages of a block]`, and the tokens of a
+    block.
+    """
     pages = max(1, _BLOCK // page_size)
     rows, width = page_table.shape
     blocks = -(-width // pages)
@@ -194,7 +203,9 @@ def _range(oldest, newest, span, window):
 
 
 def _running_softmax(q, cache, table, positions, *, blocks, scale, window, soft_cap):
-    """q `[R, K, G, M, H]` at positions `[R, M]` over the blocks of `table [R, blocks, pages]`: float32 like q."""
+    """q `[R, K, G, M, H]` at positions `[R, M]` over the blocks of `table [R, blocks, pages]`:
+    float32 like q.
+    """
     pages, page_size = table.shape[2], cache.shape[3]
     exact = jax.lax.Precision.HIGHEST if cache.dtype == jnp.float32 else None
     dot = functools.partial(jnp.einsum, precision=exact, preferred_element_type=jnp.float32)

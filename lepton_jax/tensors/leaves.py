@@ -1,8 +1,10 @@
-"""Leaf types: what a parameter is before it has values (`ParamSpec`) and when it is quantized (`QTensor`).
+"""Leaf types: what a parameter is before it has values (`ParamSpec`) and when it is quantized
+(`QTensor`).
 
-Every matmul weight is stored `[*out, *in]`: outputs first, contracted inputs last. One layout serves all platforms
-(a CPU reads it row by row, a TPU lays it out as it likes) and makes per-output-channel scales a plain prefix shape.
-The arithmetic is in `matmul.py`; how arrays become QTensors is in `lepton_jax/compression`.
+Every matmul weight is stored `[*out, *in]`: outputs first, contracted inputs last. One layout
+serves all platforms (a CPU reads it row by row, a TPU lays it out as it likes) and makes
+per-output-channel scales a plain prefix shape. The arithmetic is in `matmul.py`; how arrays become
+QTensors is in `lepton_jax/compression`.
 """
 
 import dataclasses
@@ -51,7 +53,8 @@ class QTensor:
     Attributes:
       values: int8 `[*out, *in]` in -127..127.
       scale: float32 `[*out]`.
-      act_bits: precision of the activations it is multiplied with. 16: as good as float (weight-only
+      act_bits: precision of the activations it is multiplied with. 16: as good as float
+      (weight-only
         quantization). 8: quantized per row while the program runs (W8A8).
 
     The two members may also be ParamSpecs or ShapeDtypeStructs: an abstract QTensor.

@@ -1,12 +1,14 @@
 """The matrix product of activations and one weight leaf: `[M, I] x [O, I] -> [M, O]`.
 
-This is the one dispatch point for matrix products: a native kernel for a platform slots in here and nowhere else.
-Three ways, by leaf: float weights, int8 weights with int8 activations (W8A8), int8 weights with activations of
-float precision. Shapes above two dimensions are `ops.py`'s business.
+This is the one dispatch point for matrix products: a native kernel for a platform slots in here and
+nowhere else. Three ways, by leaf: float weights, int8 weights with int8 activations (W8A8), int8
+weights with activations of float precision. Shapes above two dimensions are `ops.py`'s business.
 
-Figures (2-core AVX-512 CPU, jax 0.12.0.1, `[M, 2048] x [8192, 2048]`, 2026-11-24): a one-row int8 or bf16 dot takes
-14.7 ms where two rows take 0.3 ms, so a single row is padded. Upcasting int8 weights in the program takes ~19 ms at
-any M; two int8 planes of the activations take 0.64 / 0.61 / 1.48 ms at M = 1 / 8 / 32 (W8A8: 0.38 / 0.44 / 0.93).
+Figures (2-core AVX-512 CPU, jax 0.12.0.1, `[M, 2048] x [8192, 2048]`, 2026-11-24): a one-row int8
+or bf16 dot takes 14.7 ms where two rows take 0.3 ms, so a single row is padded. Upcasting int8
+weights in the program takes ~19 ms at any M; two int8 planes of the activations take 0.64 / 0.61 /
+1.48 ms at M = 1 / 8 / 32 (W8A8: 0.38 /
+0.44 / 0.93).
 """
 
 import jax
@@ -46,7 +48,9 @@ def _int8_dot(x, values):
 
 
 def _two_plane_dot(x, values):
-    """Float-precision activations through int8 dots: `x = scale * (127 * high + low)`, about 15 bits a row."""
+    """Float-precision activations through int8 dots: `x = scale * (127 * high + low)`, about 15
+    bits a row.
+    """
     x = x.astype(jnp.float32)
     scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), 1e-30) / (127.0 * 127.0)
     steps = jnp.round(x / scale)
@@ -58,7 +62,9 @@ def _two_plane_dot(x, values):
 
 
 def _upcast_dot(x, values):
-    """Where the compiler fuses the conversion into the dot (TPU, GPU), int8 weights are read as they are."""
+    """Where the compiler fuses the conversion into the dot (TPU, GPU), int8 weights are read as
+    they are.
+    """
     dtype = x.dtype if x.dtype != jnp.float32 else jnp.bfloat16
     return _dot(x.astype(dtype), values.astype(dtype), jnp.float32)
 

@@ -1,7 +1,8 @@
 """The operations that a model applies to its weights; each accepts any leaf type.
 
-`einsum` contracts trailing input axes, `ragged_einsum` does so per group of rows (mixture of experts) and `take`
-looks rows up (embedding). They only reshape and check; the products themselves are in `matmul.py`.
+`einsum` contracts trailing input axes, `ragged_einsum` does so per group of rows (mixture of
+experts) and `take` looks rows up (embedding). They only reshape and check; the products themselves
+are in `matmul.py`.
 """
 
 import math
@@ -16,8 +17,9 @@ from lepton_jax.tensors.matmul import matmul, quantize_rows
 def einsum(subscripts: str, x: jax.Array, w) -> jax.Array:
     """`x` times a weight `[*out, *in]`, e.g. `einsum("TD,KJHD->TKJH", x, qkv)`.
 
-    The weight's contracted letters are its last ones and the last ones of x, in the same order; the result has the
-    leading letters of x, then those of the weight. Result dtype: that of x. Raises ValueError on other patterns.
+    The weight's contracted letters are its last ones and the last ones of x, in the same order; the
+    result has the leading letters of x, then those of the weight. Result dtype: that of x. Raises
+    ValueError on other patterns.
     """
     lead, outs, ins = _parse(subscripts)
     if x.ndim != len(lead) + len(ins) or len(w.shape) != len(outs) + len(ins):
@@ -28,17 +30,19 @@ def einsum(subscripts: str, x: jax.Array, w) -> jax.Array:
 
 
 def einsum_parts(subscripts: str, x: jax.Array, w) -> tuple[jax.Array, ...]:
-    """One product cut along the weight's first axis: `einsum_parts("TD,CFD->CTF", x, w)` gives C results `[T, F]`.
+    """One product cut along the weight's first axis: `einsum_parts("TD,CFD->CTF", x, w)` gives C
+    results `[T, F]`.
 
-    The parts are slices of the flat product: as an axis of its own, C would cost a TPU a copy to another tiling.
+    The parts are slices of the flat product: as an axis of its own, C would cost a TPU a copy to
+    another tiling.
     """
     operands, _, result = subscripts.partition("->")
     x_axes, _, w_axes = operands.partition(",")
     lead, outs, ins = _parse(f"{x_axes},{w_axes[1:]}->{result[1:]}")
     if result[:1] != w_axes[:1] or x.ndim != len(lead) + len(ins):
         raise ValueError(
-            f"einsum_parts {subscripts!r} does not fit shapes {x.shape} and {w.shape}, or weight and result do not "
-            "begin with the same letter"
+            f"einsum_parts {subscripts!r} does not fit shapes {x.shape} and {w.shape}, or weight "
+            "and result do not begin with the same letter"
         )
     parts, out_shape = w.shape[0], w.shape[1 : 1 + len(outs)]
     width = math.prod(w.shape[1 + len(outs) :])
@@ -51,7 +55,8 @@ def einsum_parts(subscripts: str, x: jax.Array, w) -> tuple[jax.Array, ...]:
 
 
 def ragged_einsum(subscripts: str, x: jax.Array, w, group_sizes: jax.Array) -> jax.Array:
-    """Each group of consecutive rows of x times its own weight, e.g. `ragged_einsum("TD,EFD->TF", x, w, sizes)`.
+    """Each group of consecutive rows of x times its own weight, e.g. `ragged_einsum("TD,EFD->TF",
+    x, w, sizes)`.
 
     Args:
       subscripts: as in `einsum`; the weight's first letter is the group and is not in the result.
@@ -90,7 +95,8 @@ def _parse(subscripts: str, *, grouped: bool = False) -> tuple[str, str, str]:
     lead, outs, ins = x[: len(x) - n_in], w[: len(w) - n_in], x[len(x) - n_in :]
     if not ins or result != lead + outs:
         raise ValueError(
-            f"einsum {subscripts!r}: want 'rows+in,out+in->rows+out' with the contracted letters last in both"
+            f"einsum {subscripts!r}: want 'rows+in,out+in->rows+out' with the contracted letters "
+            "last in both"
         )
     return lead, outs, ins
 
