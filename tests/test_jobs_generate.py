@@ -153,6 +153,17 @@ def test_half_a_line_at_the_end_of_the_partial_file_is_written_again(tmp_path):
     assert [row["id"] for row in rows_in(job.output.path)] == [row["id"] for row in PROMPTS]
 
 
+def test_a_kill_between_the_renaming_and_the_end_leaves_a_job_that_can_run_again(tmp_path):
+    write_rows(tmp_path, PROMPTS)
+    config = config_for(tmp_path)
+    with pytest.raises(Killed):
+        run(config, MortalEngine(20))
+    (tmp_path / "out/rows.jsonl.partial").rename(tmp_path / "out/rows.jsonl")
+    job, tally = run(config)
+    assert (tally.resumed, len(rows_in(job.output.path))) == (0, 20)
+    assert sorted(os.listdir(tmp_path / "out")) == ["rows.jsonl"]
+
+
 @pytest.mark.parametrize("change", ["input", "model", "sampling", "ids"])
 def test_another_input_model_or_config_starts_over_with_a_notice(tmp_path, change, caplog):
     write_rows(tmp_path, PROMPTS)

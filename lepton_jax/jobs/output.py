@@ -66,8 +66,10 @@ class OutputFile:
 
     def done_rows(self, key: str) -> Iterator[dict]:
         """The rows that an earlier, interrupted run with this key has written, in order."""
+        if not self.partial.exists():
+            return  # a kill right after the renaming leaves the meta file alone
         if not self._meta_matches(key):
-            if self.partial.exists() and self.partial.stat().st_size:
+            if self.partial.stat().st_size:
                 log.warning("%s is of another input, config or model: starting over", self.partial)
             return
         with self.partial.open("rb") as lines:
