@@ -1,7 +1,7 @@
 """The jax names that have moved between releases, imported in one place.
 
 Ground level: anything in the package may import this, and it imports only jax. What has been stable
-from jax 0.10.2 to 0.12 is imported where it is used; a name comes here once a release moves it, or
+from jax 0.8.1 to 0.12 is imported where it is used; a name comes here once a release moves it, or
 when it lives in `jax.experimental`, where it may move without notice.
 Read next: `kernels/attention_tpu.py`, which runs the kernel found here.
 """
@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import jax
 
-OLDEST_JAX = (0, 10, 2)
+OLDEST_JAX = (0, 8, 1)
 
 
 def require_jax() -> None:
@@ -27,7 +27,7 @@ def ragged_paged_attention() -> Callable:
     """jax's own Pallas kernel for TPU; imported on call, since Pallas takes a second to import.
 
     Raises:
-      ImportError: this jax has no such kernel where 0.10.2 to 0.12 have it.
+      ImportError: this jax has no such kernel where 0.8.1 to 0.12 have it.
     """
     require_jax()
     try:
@@ -35,6 +35,6 @@ def ragged_paged_attention() -> Callable:
     except ImportError as error:
         raise ImportError(
             f"jax {jax.__version__} does not hold the ragged paged attention kernel for TPU: "
-            "install a jax from 0.10.2 to 0.12, or correct its import in lepton_jax/compat.py"
+            "install a jax from 0.8.1 to 0.12, or correct its import in lepton_jax/compat.py"
         ) from error
     return ragged_paged_attention

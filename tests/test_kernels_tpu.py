@@ -223,8 +223,8 @@ def test_the_copies_of_a_cache_that_is_not_donated_are_seen():
 
 
 def test_an_old_jax_is_refused_with_the_way_out(monkeypatch):
-    monkeypatch.setattr(jax, "__version_info__", (0, 9, 1))
-    with pytest.raises(ImportError, match=r"needs 0\.10\.2 or newer: pip install"):
+    monkeypatch.setattr(jax, "__version_info__", (0, 7, 2))
+    with pytest.raises(ImportError, match=r"needs 0\.8\.1 or newer: pip install"):
         compat.ragged_paged_attention()
 
 

@@ -1,4 +1,6 @@
-"""The XLA attention backend against the plain reference: ragged prefill, decode, windows, caps, idle rows."""
+"""The XLA attention backend against the plain reference: ragged prefill, decode, windows, caps,
+idle rows.
+"""
 
 import functools
 

@@ -1,5 +1,6 @@
 """Incremental text: the deltas are the whole whatever the split; stops are found exactly."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -32,7 +33,7 @@ class Alphabet:
 
 def split(ids, cuts):
     edges = sorted({0, len(ids), *(cut % (len(ids) + 1) for cut in cuts)})
-    return [ids[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [ids[a:b] for a, b in itertools.pairwise(edges)]
 
 
 def run(tokenizer, parts, stop=()):

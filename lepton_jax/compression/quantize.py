@@ -16,7 +16,7 @@ from lepton_jax.tensors import ParamSpec, QTensor
 
 @dataclasses.dataclass(frozen=True)
 class Int8:
-    """int8 weights; `act_bits` 16 multiplies them with float activations, 8 with int8 ones (W8A8)."""
+    """int8 weights, multiplied with float activations (`act_bits` 16) or int8 ones (8, W8A8)."""
 
     act_bits: int = 16
 
@@ -28,7 +28,7 @@ class Int8:
 
 
 def quantize(array: jax.Array, inputs: int, scheme: Int8) -> QTensor:
-    """A weight `[*out, *in]` with `inputs` contracted dimensions as a QTensor on the same device."""
+    """A weight `[*out, *in]` with `inputs` contracted dimensions as a QTensor on its device."""
     values, scale = _to_int8(array, inputs)
     return QTensor(values, scale, scheme.act_bits)
 

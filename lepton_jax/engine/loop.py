@@ -123,7 +123,7 @@ class Engine:
         self.runner.warm_up(self.runner.shapes_for(tokens, len(workload)))
 
     def _may_preempt(self, workload: Sequence[tuple[int, SamplingParams]]) -> bool:
-        """Whether pages can run out, so that a row's outputs are prefilled again with its prompt."""
+        """Whether pages can run out, so that rows must be prefilled again."""
         s = self.runner.sizes
         totals = (min(s.max_len, count + params.max_tokens) for count, params in workload)
         pages = sorted((-(-total // s.page_size) for total in totals), reverse=True)

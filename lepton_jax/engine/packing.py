@@ -18,7 +18,7 @@ from lepton_jax.engine.row_params import SampleSpec, width
 
 @dataclasses.dataclass(frozen=True)
 class PrefillShape:
-    """A prefill program: `tokens` T in all, of at most `rows` R prompts, page tables of `pages` W."""
+    """A prefill program: `tokens` T of at most `rows` R prompts, page tables of `pages` W."""
 
     tokens: int
     rows: int
@@ -72,7 +72,7 @@ class Layout:
 
 
 def prefill_layout(shape: PrefillShape) -> Layout:
-    """Host to device. Unused lines of rows have slot = the number of slots (dropped on the device)."""
+    """Host to device. Unused lines have slot = the number of slots (dropped on the device)."""
     T, R = shape.tokens, shape.rows
     return Layout(
         tokens=(T,),

@@ -29,7 +29,7 @@ from lepton_jax.models.build import Model
 log = logging.getLogger(__name__)
 
 _COMPILE_THREADS = 2
-_SMALLEST_PREFILL = 64
+_SMALLEST_PREFILL = 128
 _SMALLEST_VIEW, _VIEW_STEP = 256, 64  # tokens
 _MOST_VIEW_BYTES = 512 << 20  # a block's copy of its rows' cache is at most this large
 
@@ -122,9 +122,9 @@ class Runner:
         most = -(-sizes.prefill_chunk // tile)
         tiles = ladder(most, 2, min(most, -(-_SMALLEST_PREFILL // tile)))
         self._prefill_sizes = [count * tile for count in tiles]  # in whole tiles at every rung
-        self._decode_sizes = ladder(sizes.rows, 4, min(sizes.rows, 2))
+        self._decode_sizes = ladder(sizes.rows, 8, min(sizes.rows, 2))
         top = -(-sizes.max_len // _VIEW_STEP) * _VIEW_STEP
-        views = ladder(top, 2, min(top, _SMALLEST_VIEW))
+        views = ladder(top, 4, min(top, _SMALLEST_VIEW))
         self._view_sizes = views if hasattr(backend, "open_view") else []
 
     @property
@@ -196,7 +196,7 @@ class Runner:
         return flight
 
     def read(self, flight: InFlight) -> BlockResult | None:
-        """Waits for a dispatched plan; the result of its decode block, or None where it had none."""
+        """Waits for a plan; the result of its decode block, or None where it had none."""
         waiting = time.perf_counter()
         if flight.ran is not None:
             flight.ran.block_until_ready()

@@ -175,7 +175,7 @@ def decode_block(
         running = lines.finish == RUNNING
         batch = decode_batch(lines.lengths, running, table)
         if shape.view:
-            attend = _attend_view(backend, shape.view + index, shape.view - entry.lengths)
+            attend = _attend_view(backend, (shape.view - entry.lengths, shape.view + index))
         else:
             attend = _attend(backend, batch, decode=True)
         hidden, working = decoder(lines.tokens, batch.positions, working, attend)
@@ -197,8 +197,9 @@ def decode_block(
         return (index < steps) & jnp.any(lines.finish == RUNNING)
 
     record = _write_record(_empty_record(shape), entry, 0)
+    working = _open(backend, caches, table, entry=entry, shape=shape)
     ran, lines, working, record = jax.lax.while_loop(
-        unfinished, step, (jnp.int32(0), entry, _open(backend, caches, table, entry, shape), record)
+        unfinished, step, (jnp.int32(0), entry, working, record)
     )
     caches = _close(backend, caches, working, table, entry=entry, left=lines, shape=shape)
     pieces = dict(
@@ -221,16 +222,18 @@ def _attend(backend: ModuleType, batch: PagedBatch, *, decode: bool):
     return attend
 
 
-def _attend_view(backend: ModuleType, place: jax.Array, starts: jax.Array):
+def _attend_view(backend: ModuleType, span: tuple[jax.Array, jax.Array]):
     """The decoder's `attend` over one layer's view."""
 
     def attend(q, k, v, view, **options):
-        return backend.attend_view(q, k, v, view, place=place, starts=starts, **options)
+        return backend.attend_view(q, k, v, view, span=span, **options)
 
     return attend
 
 
-def _open(backend: ModuleType, caches: tuple, table, entry: RowState, shape: DecodeShape) -> tuple:
+def _open(
+    backend: ModuleType, caches: tuple, table: jax.Array, *, entry: RowState, shape: DecodeShape
+) -> tuple:
     """What the steps of a block work on, per layer: the caches themselves or views of them."""
     if not shape.view:
         return caches

@@ -86,18 +86,17 @@ def attend_view(
     v: jax.Array,
     view: tuple[jax.Array, jax.Array],
     *,
-    place: jax.Array,
-    starts: jax.Array,
+    span: tuple[jax.Array, jax.Array],
     scale: float,
     window: int = 0,
     soft_cap: float = 0.0,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """A decode step on a view: stores k and v `[B, K, H]` at `place` and attends q `[B, K, G, H]`.
+    """A decode step on a view: stores k and v `[B, K, H]` and attends q `[B, K, G, H]`.
 
-    `starts` `[B]` are the first places of the rows in the view. Returns the result, like q, and the
-    new view.
+    `span`: first place of each row's text in the view, `[B]`, and the place of the new token, the
+    same in all rows. Returns the result, like q, and the new view.
     """
-    dtype = view[0].dtype
+    (starts, place), dtype = span, view[0].dtype
     exact = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
     dot = functools.partial(jnp.einsum, precision=exact, preferred_element_type=jnp.float32)
     keys, values = (

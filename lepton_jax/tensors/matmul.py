@@ -20,7 +20,7 @@ _CONTRACT_LAST = (((1,), (1,)), ((), ()))
 
 
 def matmul(x: jax.Array, w) -> jax.Array:
-    """`x [M, I]` times the transpose of `w [O, I]` (array or QTensor): `[M, O]` in the dtype of x."""
+    """`x [M, I]` times the transpose of `w [O, I]`, an array or QTensor: `[M, O]` like x."""
     if not isinstance(w, QTensor):
         return _float_dot(x, w).astype(x.dtype)
     if w.act_bits == 8:
@@ -31,7 +31,7 @@ def matmul(x: jax.Array, w) -> jax.Array:
 
 
 def quantize_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`x [M, I]` as int8 `[M, I]` and float32 scales `[M, 1]`: symmetric, absolute maximum per row."""
+    """`x [M, I]` as int8 and float32 scales `[M, 1]`: symmetric, absolute maximum per row."""
     x = x.astype(jnp.float32)
     scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), 1e-30) / 127.0
     return jnp.round(x / scale).astype(jnp.int8), scale

@@ -149,7 +149,7 @@ def _strftime_now(form: str) -> str:
     return datetime.datetime.now().strftime(form)
 
 
-def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+def _tojson(value, ensure_ascii=False, indent=None, separators=None, *, sort_keys=False) -> str:
     """jinja2's own filter escapes HTML, which a prompt must not have."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
