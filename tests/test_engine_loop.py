@@ -159,6 +159,26 @@ def test_together_on_few_pages(tight, expected):
     assert tight.stats()["prefix_hit_tokens"] >= 40
 
 
+def test_preempted_rows_with_penalties_know_their_own_outputs(tight):
+    with_knobs(tight)
+    reference, before = Reference(MODEL, LEAVES, EOS), tight.stats()["preemptions"]
+    asked = params(presence_penalty=1.0, frequency_penalty=0.4, max_tokens=60)
+    requests = {f"long penalties {n}": (ids(12, 20 + n), asked) for n in range(3)}
+    got = serve(tight, requests)
+    assert tight.stats()["preemptions"] > before
+    for name, request in requests.items():
+        assert got[name].token_ids == reference.answer(*request, max_len=MAX_LEN).token_ids
+
+
+def test_a_block_ends_with_its_last_row(tight, expected):
+    with_knobs(tight)
+    steps = len(expected["stop id"].token_ids) - 1
+    assert steps % TIGHT.decode_block
+    before = tight.stats()["decode_steps"]
+    serve(tight, {"stop id": REQUESTS["stop id"]})
+    assert tight.stats()["decode_steps"] - before == steps
+
+
 def test_one_by_one(tight, expected):
     with_knobs(tight, live_rows=1)
     check(serve(tight, REQUESTS), expected)
@@ -255,9 +275,9 @@ def test_programs_grow_while_rows_run(expected):
     check(drain(engine, got), expected)
 
 
-@pytest.mark.parametrize(("num_pages", "sizes"), [(60, [64]), (30, [64, 128])])
+@pytest.mark.parametrize(("num_pages", "sizes"), [(60, [128]), (30, [128, 256])])
 def test_warm_up_counts_what_preempted_rows_compute_again(monkeypatch, num_pages, sizes):
-    section = dataclasses.replace(TIGHT, num_pages=num_pages, prefill_chunk=128)
+    section = dataclasses.replace(TIGHT, num_pages=num_pages, prefill_chunk=256)
     engine = Engine(MODEL, LEAVES, section=section)
     monkeypatch.setattr(engine.runner, "_compile", lambda shape: shape)
     engine.warm_up([(6, SamplingParams(max_tokens=90))] * 2)
