@@ -275,14 +275,15 @@ def test_programs_grow_while_rows_run(expected):
     check(drain(engine, got), expected)
 
 
-@pytest.mark.parametrize(("num_pages", "sizes"), [(60, [128]), (30, [128, 256])])
-def test_warm_up_counts_what_preempted_rows_compute_again(monkeypatch, num_pages, sizes):
-    section = dataclasses.replace(TIGHT, num_pages=num_pages, prefill_chunk=256)
+@pytest.mark.parametrize(("num_pages", "preempts"), [(60, False), (30, True)])
+def test_warm_up_counts_what_preempted_rows_compute_again(monkeypatch, num_pages, preempts):
+    section = dataclasses.replace(TIGHT, num_pages=num_pages, prefill_chunk=512)
     engine = Engine(MODEL, LEAVES, section=section)
     monkeypatch.setattr(engine.runner, "_compile", lambda shape: shape)
     engine.warm_up([(6, SamplingParams(max_tokens=90))] * 2)
     shapes = engine.runner._programs
-    assert [shape.tokens for shape in shapes if isinstance(shape, PrefillShape)] == sizes
+    largest = max(shape.tokens for shape in shapes if isinstance(shape, PrefillShape))
+    assert (largest >= 2 * 96) == preempts
 
 
 def test_bad_requests_are_refused_and_leave_no_trace(tight):

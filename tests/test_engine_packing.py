@@ -162,6 +162,6 @@ def test_every_prefill_size_is_whole_tiles(chunk):
 
 
 def test_a_small_job_needs_few_programs():
-    shapes = make(prefill_chunk=256, rows=32).shapes_for(100, 3)
-    assert [s.tokens for s in shapes if type(s) is PrefillShape] == [64, 128]
-    assert [s.rows for s in shapes if type(s) is DecodeShape] == [2, 8]
+    shapes = make(prefill_chunk=512, rows=64).shapes_for(100, 3)
+    assert 100 <= max(s.tokens for s in shapes if type(s) is PrefillShape) < 512
+    assert 3 <= max(s.rows for s in shapes if type(s) is DecodeShape) < 64
