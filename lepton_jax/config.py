@@ -213,6 +213,18 @@ class JobSection:
 
 
 @dataclasses.dataclass(frozen=True)
+class BenchSection:
+    measure: str = _doc(
+        "all", "all, or some of starts, decode_1, decode_8, decode_32, prefill_512x1, ..., job"
+    )
+    repeats: int = _doc(3, "timed runs of each measurement, after one that isn't counted")
+
+    def __post_init__(self):
+        _check_types(self)
+        _check(self, "repeats", 1 <= self.repeats <= _MOST, "1 or more")
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
     """All sections of a run."""
 
@@ -222,3 +234,4 @@ class RunConfig:
     compression: CompressionSection = dataclasses.field(default_factory=CompressionSection)
     sampling: SamplingParams = dataclasses.field(default_factory=SamplingParams)
     job: JobSection = dataclasses.field(default_factory=JobSection)
+    bench: BenchSection = dataclasses.field(default_factory=BenchSection)

@@ -4,11 +4,12 @@
     pip install -e '.[peers]'
     python scripts/compare_peers.py --rounds=3 --json=peers.json
 
-For every measurement each contender runs in a process of its own; after a warm-up that isn't counted they take turns,
-one timed run each per round, and the best round counts. All get the same random token ids and continue them greedily
-for the same number of tokens, which is checked. Printed: tokens/s, peak memory and ratios, as Markdown tables.
-On a machine that does other things meanwhile, set OMP_WAIT_POLICY=passive: the peers' threads otherwise wait in
-spinning loops and take many times as long. Workloads: `lepton_jax/jobs/workloads.py`. Contenders: `scripts/peers/`.
+For every measurement each contender runs in a process of its own; after a warm-up that isn't
+counted they take turns, one timed run each per round, and the best round counts. All get the same
+random token ids and continue them greedily for the same number of tokens, which is checked.
+Printed: tokens/s, peak memory and ratios, as Markdown tables. On a machine that does other things
+meanwhile, set OMP_WAIT_POLICY=passive: the peers' threads otherwise wait in spinning loops and take
+many times as long. Workloads: `lepton_jax/jobs/workloads.py`. Contenders: `scripts/peers/`.
 """
 
 import argparse
@@ -85,7 +86,7 @@ class Worker:
 
     def __init__(self, name: str, python: str, spec: dict):
         self.name = name
-        self._log = tempfile.TemporaryFile("w+")
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed with the process
         self._process = subprocess.Popen(
             [python, str(WORKER), json.dumps(spec)],
             stdin=subprocess.PIPE,

@@ -59,7 +59,7 @@ def long_text(sentences: int) -> str:
 
 
 def prompts(tokenizer) -> dict[str, list[int]]:
-    """Token ids by name: questions through the chat template where there is one, then plain texts."""
+    """Token ids by name: questions, through the chat template if there is one, and texts."""
     ids = {}
     for name, question in QUESTIONS.items():
         if tokenizer.chat_template:

@@ -1,8 +1,8 @@
 """Compiling for TPUs that aren't there: libtpu holds the real compilers and describes any chip.
 
 `topology_mesh("v6e:1x1")` gives a mesh of such devices, `abstract` describes arguments on it,
-`compile_on` runs XLA:TPU and Mosaic, and the rest read what came out: temporaries, and copies of an
-array of a given shape. Nothing runs. Used by the tests that guard the TPU programs' memory.
+`compile_on` runs XLA:TPU and Mosaic, and the rest read what came out: bytes of arguments and of
+temporaries, donations, kernel calls, copies of an array of a given shape. Nothing runs. Used by the tests that guard the TPU programs' memory.
 """
 
 import os
@@ -72,3 +72,19 @@ def copies_of(text: str, shape: Sequence[int]) -> list[str]:
         if found and int(np.prod([int(n) for n in found[1].split(",")])) == size:
             copies.append(line.strip())
     return copies
+
+
+def argument_bytes(compiled: jax.stages.Compiled) -> int:
+    """Bytes of arguments in a device's memory, donated ones too; small ones are padded to tiles."""
+    return compiled.memory_analysis().argument_size_in_bytes
+
+
+def donated_count(text: str) -> int:
+    """How many outputs of a module live in donated arguments: entries of its input_output_alias."""
+    return text.partition("\n")[0].count("-alias)")
+
+
+def kernel_calls(text: str, name: str) -> list[str]:
+    """Lines of a module that call the Pallas kernel of this name."""
+    calls = [line for line in text.splitlines() if 'custom_call_target="tpu_custom_call"' in line]
+    return [line.strip() for line in calls if name in line]

@@ -1,7 +1,9 @@
-"""The fixed workloads that `bench` and `scripts/compare_peers.py` measure: sizes and prompts, no model.
+"""The fixed workloads that `bench` and `scripts/compare_peers.py` measure: sizes and prompts, no
+model.
 
-Prompts are random token ids: no two share a prefix, so a prefix cache gains nothing, and every engine gets the same
-ones. A seed gives the same prompts on every machine. Measuring is in `benchmark.py`. Nothing here imports jax.
+Prompts are random token ids: no two share a prefix, so a prefix cache gains nothing, and every
+engine gets the same ones. A seed gives the same prompts on every machine. Measuring is in
+`benchmark.py`. Nothing here imports jax.
 """
 
 import dataclasses
@@ -13,7 +15,8 @@ class Workload:
     """`requests` prompts of `prompt_tokens` tokens in all, each continued by `new` greedy tokens.
 
     Attributes:
-      kind: what is timed: "decode" (the tokens after all rows have begun), "prefill" (prompt tokens up to the first
+      kind: what is timed: "decode" (the tokens after all rows have begun), "prefill" (prompt tokens
+      up to the first
         outputs) or "job" (generated tokens, from the first request to the last output).
       rows: requests decoded at once; 0 leaves it to the engine's config.
       varied: prompts differ in length, otherwise all have the same.
@@ -71,3 +74,19 @@ WORKLOADS = {
         Workload("job", "job", 256, 27_762, 64, varied=True),
     )
 }
+
+STARTS = "starts"  # cold and warm start
+FIRST_TOKEN = "first_token"  # what a start's process runs; not among "all"
+
+
+def select(measure: str) -> list[str]:
+    """Names in a comma-separated list, or all. Raises ValueError on an unknown one."""
+    everything = [STARTS, *WORKLOADS]
+    if measure == "all":
+        return everything
+    names = [name.strip() for name in measure.split(",")]
+    for name in names:
+        if name not in (*everything, FIRST_TOKEN):
+            allowed = ", ".join(["all", *everything])
+            raise ValueError(f"bench.measure={name!r} is unknown: allowed are {allowed}")
+    return names

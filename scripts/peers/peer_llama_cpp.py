@@ -1,7 +1,8 @@
 """llama.cpp as a contender, through llama-cpp-python's low-level interface.
 
-All sequences go into one `llama_batch`: prompts of newly admitted ones and a token of each running one, so a job is
-continuous batching with `slots` sequences. Other types of the GGUF are made by `llama_model_quantize` (`prepare`).
+All sequences go into one `llama_batch`: prompts of newly admitted ones and a token of each running
+one, so a job is continuous batching with `slots` sequences. Other types of the GGUF are made by
+`llama_model_quantize` (`prepare`).
 """
 
 import ctypes

@@ -1,8 +1,9 @@
 """transformers as a contender: a greedy loop over `model(...)` with its own key-value cache.
 
-The loop is leaner than `generate`. Equal prompts run with and without a padding mask, because either can be the
-faster attention path; a job is sorted by length, padded on the left and tried in several batch sizes. The warm-up
-picks the fastest setting. Weights are dequantized from the GGUF once (`prepare`) and saved in the cache.
+The loop is leaner than `generate`. Equal prompts run with and without a padding mask, because
+either can be the faster attention path; a job is sorted by length, padded on the left and tried in
+several batch sizes. The warm-up picks the fastest setting. Weights are dequantized from the GGUF
+once (`prepare`) and saved in the cache.
 """
 
 import os
@@ -79,7 +80,7 @@ class Contender:
         return len(prompts) * new, time.perf_counter() - start
 
     def _generate(self, prompts: list[list[int]], new: int, *, masked: bool) -> tuple[float, float]:
-        """Seconds of prefill and of decode. `masked`: one column of padding makes the mask necessary."""
+        """Seconds of prefill and of decode. `masked`: a column of padding needs the mask."""
         start = time.perf_counter()
         width = max(map(len, prompts)) + masked
         ids = torch.zeros(len(prompts), width, dtype=torch.long)

@@ -1,10 +1,12 @@
-"""One contender of `compare_peers.py` in its own process: loads, then times a workload whenever it is asked to.
+"""One contender of `compare_peers.py` in its own process: loads, then times a workload whenever it
+is asked to.
 
     python worker.py SPEC     SPEC is a JSON object, see `compare_peers.py`
 
-Each line of stdin is a JSON object {"prompts": [[ids]], "warm_up": bool}; each answer is a line {"tokens", "seconds"}
-or {"error"}. After the last line comes {"peak_rss_mb"}. Libraries that print do so on stderr. This file and the peers
-beside it run in the peers' environment and import nothing of ours; `peer_ours.py` runs in our own.
+Each line of stdin is a JSON object {"prompts": [[ids]], "warm_up": bool}; each answer is a line
+{"tokens", "seconds"} or {"error"}. After the last line comes {"peak_rss_mb"}. Libraries that print
+do so on stderr. This file and the peers beside it run in the peers' environment and import nothing
+of ours; `peer_ours.py` runs in our own.
 """
 
 import importlib
