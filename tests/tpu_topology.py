@@ -2,7 +2,8 @@
 
 `topology_mesh("v6e:1x1")` gives a mesh of such devices, `abstract` describes arguments on it,
 `compile_on` runs XLA:TPU and Mosaic, and the rest read what came out: bytes of arguments and of
-temporaries, donations, kernel calls, copies of an array of a given shape. Nothing runs. Used by the tests that guard the TPU programs' memory.
+temporaries, donations, kernel calls, copies of an array of a given shape. Nothing runs. Used by the
+tests that guard the TPU programs' memory.
 """
 
 import os
