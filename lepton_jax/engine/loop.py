@@ -26,7 +26,7 @@ from lepton_jax.tensors import QTensor
 
 _DEFAULT_MAX_LEN = 4096
 _DEVICE_SHARE = 0.9  # of a device's memory, less what the weights took, goes to the cache
-_HOST_SHARE = 1 / 32  # of the machine's memory where the device is the host itself
+_HOST_SHARE = 1 / 64  # of the machine's memory where the device is the host itself
 
 
 class Engine:

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 _COMPILE_THREADS = 2
 _SMALLEST_PREFILL = 128
 _SMALLEST_VIEW, _VIEW_STEP = 256, 64  # tokens
-_MOST_VIEW_BYTES = 512 << 20  # a block's copy of its rows' cache is at most this large
+_MOST_VIEW_BYTES = 256 << 20  # a block's copy of its rows' cache is at most this large
 
 
 class LateCompileError(RuntimeError):
