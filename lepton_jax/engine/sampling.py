@@ -22,7 +22,7 @@ _SCALE_BITS = 29  # the weights of a row add up to less than 2**30: int32 sums c
 _FLOOR = -math.log(2) * (_SCALE_BITS + 1)  # exp(_FLOOR) is below one weight unit: never drawn
 _BLOCK = 256  # tokens in a block of the draw
 _LEADERS = 64  # best tokens that are looked at one by one before bisection (`_bisect`)
-_LEADER_BLOCK = 128  # the width of a TPU register: others would be padded to it in memory
+_LEADER_BLOCK = 128  # a TPU register's width, to which a TPU pads whatever is narrower
 _COLDEST = 1e-6  # lower temperatures count as this one: 0 / a denormal would be NaN
 _TIED = 2.0**-40  # scores closer than this are the same: far below the spacing of real logits
 

@@ -1,0 +1,142 @@
+"""The engine's two programs, whole, on a TPU that isn't there: lean in memory, caches in place.
+
+`steps.decode_block` and `steps.prefill` of a Llama-3.1-8B in a preset's leaves are compiled as the
+runner compiles them, for one chip, from specs alone. The kernel by itself: `test_kernels_tpu.py`.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from published_configs import PUBLISHED
+from tpu_topology import (
+    argument_bytes,
+    compile_on,
+    compiled_text,
+    copies_of,
+    donated_bytes,
+    donated_count,
+    kernel_calls,
+    temp_bytes,
+    topology_mesh,
+)
+
+from lepton_jax.compression.presets import compress_specs, preset_rules
+from lepton_jax.engine import packing, steps
+from lepton_jax.engine.packing import DecodeShape, PrefillShape
+from lepton_jax.engine.row_params import SampleSpec
+from lepton_jax.kernels import attention_tpu
+from lepton_jax.models.build import abstract_model
+from lepton_jax.models.registry import config_from_hf
+
+pytestmark = pytest.mark.slow
+
+PAGE, WIDTH = 64, 16  # 1,024 tokens a row
+STEPS, CHUNK = 8, 512
+MOST_TEMPORARIES = 64 * 2**20
+TILES = 2**20  # more than all small arguments gain when they are padded to tiles
+
+GREEDY = SampleSpec(stop_ids=4)
+SAMPLING = SampleSpec(stochastic=True, truncate=True, stop_ids=4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One program of the engine: which, for which chip, of which leaves, for how many rows."""
+
+    kind: str
+    chip: str
+    rows: int
+    preset: str = "int8"
+    spec: SampleSpec = GREEDY
+
+    def __str__(self):
+        sampling = "sampling" if self.spec.stochastic else "greedy"
+        return f"{self.kind}-{self.chip}-{self.preset}-{sampling}"
+
+
+READABLE = [
+    Program("decode", "v6e:1x1", 64),
+    Program("prefill", "v6e:1x1", 64),
+    Program("decode", "v6e:1x1", 64, preset="w8a8"),
+    Program("decode", "v5e:1x1", 32),
+    Program("prefill", "v5e:1x1", 32),
+]
+# A gather of the sampler runs beside the main core; jax 0.10.2 can't print a program that has one.
+PROGRAMS = [*READABLE, Program("decode", "v6e:1x1", 64, spec=SAMPLING)]
+
+
+@functools.cache
+def llama():
+    """The model, Llama-3.1-8B with bf16 activations, without values."""
+    config = config_from_hf(PUBLISHED["llama-3.1-8b-instruct"])
+    return abstract_model(config, jnp.bfloat16, jnp.bfloat16)
+
+
+def cache_shape(rows):
+    """One layer's cache: pages for every row to be full, and the null page."""
+    config = llama().config
+    pages = rows * WIDTH + 1
+    return attention_tpu.cache_shape(pages, PAGE, config.num_kv_heads, config.head_dim)
+
+
+def arguments(program):
+    """What the runner passes before the packed buffer: leaves, caches, state."""
+    config = llama().config
+    specs = compress_specs(preset_rules(program.preset), llama().specs)
+    cache = jax.ShapeDtypeStruct(cache_shape(program.rows), jnp.bfloat16)
+    state = jax.eval_shape(
+        lambda: steps.RowState.zeros(program.rows, config.vocab_size, program.spec)
+    )
+    leaves = tuple(spec.abstract() for spec in specs.values())
+    return leaves, (cache,) * config.num_layers, state
+
+
+@functools.cache
+def compiled(program):
+    if program.kind == "decode":
+        shape = DecodeShape(program.rows, STEPS, WIDTH, program.spec)
+        step, layout = steps.decode_block, packing.decode_layout(shape)
+    else:
+        shape = PrefillShape(CHUNK, program.rows, WIDTH, program.spec)
+        step, layout = steps.prefill, packing.prefill_layout(shape)
+    return compile_on(
+        topology_mesh(program.chip),
+        functools.partial(step, model=llama(), backend=attention_tpu, shape=shape),
+        *arguments(program),
+        jax.ShapeDtypeStruct((layout.size,), jnp.int32),
+        donate_argnums=[1, 2],
+    )
+
+
+def nbytes(tree):
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=str)
+def test_temporaries_are_small_and_caches_and_state_stay_in_place(program):
+    _, caches, state = arguments(program)
+    # With so few temporaries no cache is copied either: one alone is larger.
+    assert temp_bytes(compiled(program)) < MOST_TEMPORARIES <= nbytes(caches[0])
+    donated = donated_bytes(compiled(program))
+    assert nbytes((caches, state)) <= donated < nbytes((caches, state)) + TILES
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=str)
+def test_arguments_take_the_bytes_that_the_specs_promise(program):
+    promised = nbytes(arguments(program))
+    assert promised <= argument_bytes(compiled(program)) < promised + TILES
+
+
+@pytest.mark.parametrize("program", READABLE, ids=str)
+def test_every_layer_calls_the_kernel_on_a_cache_that_nothing_copies(program):
+    text = compiled_text(compiled(program))
+    _, caches, state = arguments(program)
+    assert donated_count(text) == len(jax.tree.leaves((caches, state)))
+    assert copies_of(text, cache_shape(program.rows)) == []
+    calls = kernel_calls(text, "ragged_paged_attention")
+    assert len(calls) == len(caches) == 32
+    in_the_loop = [call for call in calls if "decode_block)/while/body" in call]
+    assert len(in_the_loop) == (32 if program.kind == "decode" else 0)
