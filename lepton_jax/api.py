@@ -9,7 +9,7 @@ It only joins the rooms below: `checkpoints` and `compression` give leaves, `eng
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -131,7 +131,7 @@ class LeptonEngine:
         """Answers in the order of the prompts.
 
         Args:
-          prompts: texts, lists of messages, or lists of token ids; a single text is a list of one.
+          prompts: texts, lists of messages, or lists of token ids; or a single one of these.
           params: for all of them; by default those of the config.
 
         Raises ValueError (RowError) on a prompt that can't be served.
@@ -160,7 +160,7 @@ class LeptonEngine:
         return Session(self.engine, self.tokenizer)
 
     def _add(self, session: Session, prompts, params: SamplingParams | None) -> list[str]:
-        if isinstance(prompts, str):
+        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], (int, Mapping))):
             prompts = [prompts]
         keys = [f"prompt-{next(self._numbers)}" for _ in prompts]
         for key, prompt in zip(keys, prompts, strict=True):

@@ -22,6 +22,8 @@ def test_answers_come_in_the_order_of_the_prompts(engine):
     assert second.text.startswith(" 6 7 8") and second.finish_reason == "length"
     assert third.prompt_tokens == len(ids) and len(third.token_ids) == 12
     assert engine.generate("1 2 3 4 5", params)[0].token_ids == second.token_ids
+    assert engine.generate(QUESTION, params) == [first]
+    assert engine.generate(ids, params)[0].token_ids == third.token_ids
 
 
 @pytest.mark.slow
