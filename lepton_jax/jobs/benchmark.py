@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from lepton_jax.checkpoints.loaded import Loaded
 from lepton_jax.config import EngineSection, RunConfig, SamplingParams
@@ -129,7 +130,7 @@ def circumstances(loaded: Loaded, engine: Engine, *, preset: str) -> dict[str, A
     memory = (device.memory_stats() or {}).get("peak_bytes_in_use")
     return {
         "preset": preset,
-        "dtype": loaded.dtype,
+        "dtype": np.dtype(loaded.model.dtype).name,
         "platform": device.platform,
         "device_kind": device.device_kind,
         "device": _cpu_name() if device.platform == "cpu" else device.device_kind,

@@ -1,5 +1,4 @@
-"""The fixed workloads that `bench` and `scripts/compare_peers.py` measure: sizes and prompts, no
-model.
+"""What `bench` and `scripts/compare_peers.py` measure: sizes and prompts of workloads, no model.
 
 Prompts are random token ids: no two share a prefix, so a prefix cache gains nothing, and every
 engine gets the same ones. A seed gives the same prompts on every machine. Measuring is in
@@ -15,9 +14,9 @@ class Workload:
     """`requests` prompts of `prompt_tokens` tokens in all, each continued by `new` greedy tokens.
 
     Attributes:
-      kind: what is timed: "decode" (the tokens after all rows have begun), "prefill" (prompt tokens
-      up to the first
-        outputs) or "job" (generated tokens, from the first request to the last output).
+      kind: what is timed: "decode" (the tokens after all rows have begun), "prefill" (prompt
+        tokens up to the first outputs) or "job" (generated tokens, from the first request to the
+        last output).
       rows: requests decoded at once; 0 leaves it to the engine's config.
       varied: prompts differ in length, otherwise all have the same.
     """
