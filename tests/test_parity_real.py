@@ -30,7 +30,9 @@ AT_ONCE = EngineSection(rows=16, kv_dtype="float32")
 CRAMPED = EngineSection(
     rows=6, page_size=16, num_pages=48, prefill_chunk=64, decode_block=5, kv_dtype="float32"
 )
-ALONE = EngineSection(rows=1, page_size=32, kv_dtype="float32", prefix_cache=False)
+ALONE = EngineSection(
+    rows=1, page_size=32, prefill_chunk=256, kv_dtype="float32", prefix_cache=False
+)
 
 
 class Case(NamedTuple):
@@ -123,12 +125,15 @@ def test_all_prompts_at_once(name, request):
     assert_as_transformers(answers, case)
 
 
-@pytest.mark.parametrize("name", ["smollm2", "gemma3"])
-def test_small_chunks_few_pages_and_shared_prefixes(name, request):
+@pytest.mark.parametrize(
+    ("name", "prompts"),
+    [("smollm2", ()), ("gemma3", ("past_window", "long", "chinese", "table", "mixed", "one"))],
+)
+def test_small_chunks_few_pages_and_shared_prefixes(name, prompts, request):
     """Prompts that come again find their pages; the longest one leaves too few for the others."""
     case = request.getfixturevalue(name)
-    again = prompts_of(case, "past_window", "long", "letter", "code", "one")
-    answers, stats = serve(case, CRAMPED, [prompts_of(case), again])
+    first, again = prompts_of(case, *prompts), prompts_of(case, "past_window", "long", "one")
+    answers, stats = serve(case, CRAMPED, [first, again])
     for one_round in answers:
         assert_same_tokens(one_round, case)
     assert stats["preemptions"] > 0
@@ -136,7 +141,7 @@ def test_small_chunks_few_pages_and_shared_prefixes(name, request):
 
 
 def test_one_by_one(smollm2):
-    names = "chinese", "table", "one", "past_window"
+    names = "table", "one", "long"
     rounds = [prompts_of(smollm2, name) for name in names]
     answers, _ = serve(smollm2, ALONE, rounds)
     for answer in answers:
