@@ -122,7 +122,7 @@ class Runner:
         most = -(-sizes.prefill_chunk // tile)
         tiles = ladder(most, 2, min(most, -(-_SMALLEST_PREFILL // tile)))
         self._prefill_sizes = [count * tile for count in tiles]  # in whole tiles at every rung
-        self._decode_sizes = ladder(sizes.rows, 8, min(sizes.rows, 2))
+        self._decode_sizes = ladder(sizes.rows, 8, min(sizes.rows, 4))
         top = -(-sizes.max_len // _VIEW_STEP) * _VIEW_STEP
         views = ladder(top, 4, min(top, _SMALLEST_VIEW))
         self._view_sizes = views if hasattr(backend, "open_view") else []
