@@ -9,15 +9,13 @@ import types
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import pytest
-import tiny_models
+from engine_reference import tiny
 
 from lepton_jax.config import BenchSection, CompressionSection, EngineSection, RunConfig
 from lepton_jax.jobs import benchmark, workloads
 from lepton_jax.jobs.summary import ModelCost
 from lepton_jax.jobs.workloads import WORKLOADS, Workload
-from lepton_jax.models.build import abstract_model
 from lepton_jax.telemetry import DevicePeaks, StepStats
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,11 +31,9 @@ JOB = Workload("job", "job", 5, 31, 4, varied=True)
 @pytest.fixture(scope="module")
 def loaded():
     """A tiny Llama as the loader would give it."""
-    tiny = tiny_models.load("llama")
-    model = abstract_model(tiny.config, jnp.float32, jnp.float32)
-    leaves = tiny_models.in_order(model, tiny.leaves)
+    model, leaves = tiny("llama", layers=1)
     size = sum(leaf.nbytes for leaf in leaves)
-    return types.SimpleNamespace(config=tiny.config, model=model, leaves=leaves, bytes=size)
+    return types.SimpleNamespace(config=model.config, model=model, leaves=leaves, bytes=size)
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
