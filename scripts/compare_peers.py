@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -223,13 +224,18 @@ def main(argv: list[str] | None = None) -> int:
     vocab = len(open_gguf(Path(options.model))[0]["tokenizer.ggml.tokens"])
     prepare(options, specs)
     results: dict[str, dict[str, dict]] = {}
-    for workload in options.workloads:
-        begun = time.perf_counter()
-        results[workload.name] = compare(options, specs, workload, vocab)
-        print(f"{workload.name}: {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
-    print(report(results, list(specs)))
-    if options.json:
-        Path(options.json).write_text(json.dumps(results, indent=1) + "\n")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        for workload in options.workloads:
+            begun = time.perf_counter()
+            results[workload.name] = compare(options, specs, workload, vocab)
+            seconds = time.perf_counter() - begun
+            print(f"{workload.name}: {seconds:.0f} s", file=sys.stderr, flush=True)
+    finally:  # an interrupted run keeps what it has measured
+        if results:
+            print(report(results, list(specs)), flush=True)
+        if results and options.json:
+            Path(options.json).write_text(json.dumps(results, indent=1) + "\n")
     return 0
 
 
