@@ -135,8 +135,8 @@ def edit(path, change):
 
 
 DAMAGED = {
-    "version": (lambda m: m.update(version=2), "version 2 is unknown; this release reads .* vers"),
-    "format": (lambda m: m.pop("format"), "format None version 1 is unknown"),
+    "version": (lambda m: m.update(version=3), "version 3 is unknown; this release reads .* vers"),
+    "format": (lambda m: m.pop("format"), "format None version 2 is unknown"),
     "keys": (lambda m: m.update(more=m.pop("leaves")), r"missing \['leaves'\], unknown \['more'\]"),
     "kind": (lambda m: m.update(leaves=[]), r"leaves is \[\]: it is damaged"),
     "dtype": (lambda m: m.update(dtype="int8"), "dtype 'int8' is unknown: allowed are float32"),
@@ -148,8 +148,14 @@ DAMAGED = {
         r"of another shape \['head \[1, 2\] instead of \[48, 32\]'\]",
     ),
     "leaf type": (lambda m: m["leaves"]["head"].update(type="X"), "leaf 'head' is .*known are arr"),
-    "leaf dtype": (lambda m: m["leaves"]["head"].update(dtype="int4"), "leaf 'head' is .*known ar"),
-    "leaf bits": (lambda m: m["leaves"]["head"].update(act_bits=4), "leaf 'head' is .*known are"),
+    "leaf dtype": (
+        lambda m: m["leaves"]["final_norm"].update(dtype="int4"),
+        "leaf 'final_norm' is .*known",
+    ),
+    "leaf bits": (
+        lambda m: m["leaves"]["head"]["static"].update(act_bits=4),
+        "leaf 'head' can't be a QTensor of .*act_bits=4: allowed are 8",
+    ),
     "leaf": (lambda m: m["leaves"].update(head=3), "leaf 'head' is 3; known are"),
     "other dtype": (
         lambda m: m["leaves"]["final_norm"].update(dtype="bfloat16"),

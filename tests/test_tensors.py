@@ -4,55 +4,141 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lepton_jax.tensors import ParamSpec, QTensor, einsum, einsum_parts, ragged_einsum, take
+from lepton_jax.tensors.qtensor import pack_int4
 
 
-def quantized(w, n_in, act_bits):
-    flat = w.reshape(*w.shape[: w.ndim - n_in], -1)
-    scale = np.abs(flat).max(-1) / 127
-    values = np.round(flat / scale[..., None]).reshape(w.shape).astype(np.int8)
-    return QTensor(jnp.asarray(values), jnp.asarray(scale, jnp.float32), act_bits)
+def quantized(w, kind):
+    """A QTensor of an array, by the arithmetic of its docstring, and the weight it stands for."""
+    if kind in ("int8", "w8a8", "static"):
+        scale = np.abs(w).max(-1) / 127
+        values = np.round(w / scale[..., None])
+        act_scale = jnp.float32(3 / 127) if kind == "static" else None
+        bits = 16 if kind == "int8" else 8
+        leaf = QTensor(
+            jnp.asarray(values, jnp.int8),
+            jnp.asarray(scale, jnp.float32),
+            bits,
+            act_scale=act_scale,
+        )
+        return leaf, values * scale[..., None]
+    if kind.startswith("fp8"):
+        scale = np.abs(w).max(-1) / 448
+        values = jnp.asarray(w / scale[..., None], jnp.float8_e4m3fn)
+        leaf = QTensor(values, jnp.asarray(scale, jnp.float32), 8 if kind == "fp8_act" else 16)
+        return leaf, np.asarray(values, np.float64) * scale[..., None]
+    groups = w.reshape(*w.shape[:-1], -1, GROUP)
+    low = groups.min(-1) if kind == "int4_offset" else -np.abs(groups).max(-1)
+    step = (groups.max(-1) - low) / 15 if kind == "int4_offset" else -low / 7
+    scale = np.asarray(jnp.asarray(step, jnp.bfloat16), np.float64)
+    offset = np.asarray(jnp.asarray(low + 8 * scale, jnp.bfloat16), np.float64)
+    offset = offset if kind == "int4_offset" else np.zeros_like(scale)
+    values = np.clip(np.round((groups - offset[..., None]) / scale[..., None]), -8, 7)
+    means = values * scale[..., None] + offset[..., None]
+    flat = jnp.asarray(values.reshape(w.shape), jnp.int8)
+    kept = flat if kind == "int8_grouped" else pack_int4(flat, scale.shape[-1])
+    leaf = QTensor(
+        kept,
+        jnp.asarray(scale, jnp.bfloat16),
+        offset=jnp.asarray(offset, jnp.bfloat16) if kind == "int4_offset" else None,
+    )
+    return leaf, means.reshape(w.shape)
 
 
-def dequantized(q, n_in):
-    scale = np.asarray(q.scale, np.float64)
-    return np.asarray(q.values, np.float64) * scale.reshape(scale.shape + (1,) * n_in)
+GROUP = 8
+TOLERANCES = {
+    "int8": 2e-4, "w8a8": 2e-2, "static": 2e-2, "fp8": 1e-2, "fp8_act": 5e-2,
+    "int8_grouped": 1e-2, "int4": 1e-2, "int4_offset": 1e-2,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7])
-@pytest.mark.parametrize(
-    ("kind", "tolerance"), [("f32", 1e-6), ("bf16", 1e-2), ("int8", 2e-4), ("w8a8", 2e-2)]
-)
-@pytest.mark.parametrize("subscripts", ["TD,KJHD->TKJH", "TKGH,DKGH->TD"])
-def test_einsum_matches_float64(rows, kind, tolerance, subscripts):
-    rng = np.random.default_rng(0)
-    sizes = dict(T=rows, D=24, K=2, J=5, H=8, G=3)
-    left, right = subscripts.split("->")[0].split(",")
-    x = rng.normal(size=[sizes[c] for c in left])
-    w = rng.normal(size=[sizes[c] for c in right])
-    n_in = 1 if subscripts.startswith("TD") else 3
-    leaf = {
-        "f32": lambda: jnp.asarray(w, jnp.float32),
-        "bf16": lambda: jnp.asarray(w, jnp.bfloat16),
-        "int8": lambda: quantized(w, n_in, 16),
-        "w8a8": lambda: quantized(w, n_in, 8),
-    }[kind]()
-    exact = np.einsum(subscripts, x, dequantized(leaf, n_in) if kind in ("int8", "w8a8") else w)
-    got = jax.jit(lambda x, w: einsum(subscripts, x, w))(jnp.asarray(x, jnp.float32), leaf)
+@pytest.mark.parametrize("subscripts", ["TD,KJHD->TKJH", "TD,FD->TF"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-2)])
+def test_einsum_of_arrays_matches_float64(rows, subscripts, dtype, tolerance):
+    x, w = inputs(subscripts, rows)
+    got = jax.jit(lambda x, w: einsum(subscripts, x, w))(x, jnp.asarray(w, dtype))
+    exact = np.einsum(subscripts, np.asarray(x, np.float64), w)
     assert got.shape == exact.shape
     assert np.abs(np.asarray(got) - exact).max() <= tolerance * np.abs(exact).max()
 
 
-@pytest.mark.parametrize(("kind", "tolerance"), [("f32", 1e-6), ("int8", 1e-5), ("w8a8", 2e-2)])
+@pytest.mark.parametrize("rows", [1, 2, 7])
+@pytest.mark.parametrize("subscripts", ["TD,KJHD->TKJH", "TD,FD->TF"])
+@pytest.mark.parametrize("kind", TOLERANCES)
+def test_einsum_of_qtensors_matches_float64(rows, subscripts, kind):
+    x, w = inputs(subscripts, rows)
+    leaf, means = quantized(w, kind)
+    exact = np.einsum(subscripts, np.asarray(x, np.float64), means)
+    got = jax.jit(lambda x, w: einsum(subscripts, x, w))(x, leaf)
+    assert got.shape == exact.shape and leaf.shape == w.shape
+    assert np.abs(np.asarray(got) - exact).max() <= TOLERANCES[kind] * np.abs(exact).max()
+    np.testing.assert_allclose(leaf.dense(jnp.float32), means, rtol=1e-2, atol=1e-6)
+
+
+def inputs(subscripts, rows):
+    rng = np.random.default_rng(0)
+    sizes = dict(T=rows, D=24, K=2, J=5, H=8, F=6)
+    left, right = subscripts.split("->")[0].split(",")
+    x = np.clip(rng.normal(size=[sizes[c] for c in left]), -3, 3)
+    return jnp.asarray(x, jnp.float32), rng.normal(size=[sizes[c] for c in right])
+
+
+@pytest.mark.parametrize("kind", TOLERANCES)
+def test_qtensors_are_planned_as_they_are_made(kind):
+    leaf, _ = quantized(np.random.default_rng(4).normal(size=(6, 3, 24)), kind)
+    spec = ParamSpec((6, 3, 24), jnp.float32, ("a", "b", "embed"), 1)
+    planned = QTensor.planned(spec, **leaf.static())
+    assert planned.abstract() == jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), leaf
+    )
+    assert planned.nbytes == leaf.nbytes and planned.shape == leaf.shape
+    assert planned.values.axes == spec.axes
+
+
+@pytest.mark.parametrize(
+    ("static", "message"),
+    [
+        (dict(values="int3"), "values='int3': allowed are int8, int4"),
+        (dict(act_bits=4), "act_bits=4: allowed are 8"),
+        (dict(group=5), "group=5 does not divide the 24 inputs"),
+        (dict(values="int4", group=3), "group=3 does not divide"),
+        (dict(values="int4"), "want a group"),
+        (dict(group=8, act_bits=8), "group must be 0"),
+        (dict(static_activations=True), "need act_bits=8"),
+    ],
+)
+def test_plans_that_can_not_be(static, message):
+    spec = ParamSpec((6, 24), jnp.float32, ("a", "embed"), 1)
+    with pytest.raises(ValueError, match=message):
+        QTensor.planned(spec, **static)
+
+
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 8), st.randoms())
+@settings(max_examples=50, deadline=None)
+def test_packing_keeps_every_value(outs, groups, half, random):
+    size = (outs, 2 * half * groups)
+    values = np.array([[random.randint(-8, 7) for _ in range(size[1])] for _ in range(outs)])
+    packed = pack_int4(jnp.asarray(values, jnp.int8), groups)
+    assert packed.dtype == jnp.uint8 and packed.nbytes * 2 == values.size
+    leaf = QTensor(packed, jnp.ones((outs, groups), jnp.bfloat16))
+    np.testing.assert_array_equal(leaf.dense(jnp.float32), values)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tolerance"),
+    [("f32", 1e-6), ("int8", 1e-5), ("w8a8", 2e-2), ("int4", 1e-5), ("fp8", 1e-5)],
+)
 def test_ragged_einsum_matches_float64(kind, tolerance):
     rng = np.random.default_rng(1)
     sizes = np.array([3, 0, 4, 2])
     x, w = rng.normal(size=(9, 16)), rng.normal(size=(4, 2, 6, 16))
     leaf = jnp.asarray(w, jnp.float32)
     if kind != "f32":
-        leaf = quantized(w, 1, 16 if kind == "int8" else 8)
-        w = dequantized(leaf, 1)
+        leaf, w = quantized(w, kind)
     exact = np.einsum("TD,TCFD->TCF", x, w[np.repeat(np.arange(4), sizes)])
     got = jax.jit(lambda x, w, s: ragged_einsum("TD,ECFD->TCF", x, w, s))(
         jnp.asarray(x, jnp.float32), leaf, jnp.asarray(sizes, jnp.int32)
@@ -60,11 +146,11 @@ def test_ragged_einsum_matches_float64(kind, tolerance):
     assert np.abs(np.asarray(got) - exact).max() <= tolerance * np.abs(exact).max()
 
 
-@pytest.mark.parametrize("act_bits", [0, 16])
-def test_einsum_parts_are_the_slices_of_einsum(act_bits):
+@pytest.mark.parametrize("kind", ["f32", "int8"])
+def test_einsum_parts_are_the_slices_of_einsum(kind):
     rng = np.random.default_rng(3)
     x, w = jnp.asarray(rng.normal(size=(5, 8)), jnp.float32), rng.normal(size=(2, 6, 8))
-    leaf = quantized(w, 1, act_bits) if act_bits else jnp.asarray(w, jnp.float32)
+    leaf = jnp.asarray(w, jnp.float32) if kind == "f32" else quantized(w, kind)[0]
     whole = einsum("TD,CFD->TCF", x, leaf)
     for part, got in enumerate(einsum_parts("TD,CFD->CTF", x, leaf)):
         np.testing.assert_array_equal(got, whole[:, part])
@@ -72,23 +158,28 @@ def test_einsum_parts_are_the_slices_of_einsum(act_bits):
         einsum_parts("TD,CFD->ETF", x, leaf)
 
 
-def test_take_dequantizes_rows():
-    w = np.random.default_rng(2).normal(size=(10, 8))
-    leaf = quantized(w, 1, 8)
+@pytest.mark.parametrize("kind", TOLERANCES)
+def test_take_dequantizes_rows(kind):
+    leaf, means = quantized(np.random.default_rng(2).normal(size=(10, 8)), kind)
     ids = jnp.asarray([[3, 9], [0, 3]])
-    got = take(leaf, ids, jnp.float32)
-    np.testing.assert_allclose(got, dequantized(leaf, 1)[np.asarray(ids)], rtol=1e-6)
-    np.testing.assert_array_equal(take(jnp.asarray(w), ids, jnp.float32)[0, 0], np.float32(w[3]))
+    np.testing.assert_allclose(take(leaf, ids, jnp.float32), means[np.asarray(ids)], rtol=1e-2)
+
+
+def test_take_of_an_array_rounds_once():
+    w = np.random.default_rng(2).normal(size=(10, 8))
+    np.testing.assert_array_equal(
+        take(jnp.asarray(w), jnp.asarray([3]), jnp.float32)[0], np.float32(w[3])
+    )
 
 
 def test_zero_rows_stay_zero_and_finite():
-    leaf = quantized(np.ones((4, 8)), 1, 8)
+    leaf, _ = quantized(np.ones((4, 8)), "w8a8")
     assert np.all(np.asarray(einsum("TD,FD->TF", jnp.zeros((1, 8)), leaf)) == 0)
 
 
 @pytest.mark.parametrize("subscripts", ["TD,DF->TF", "TD,FD->FT", "TD,FE->TF"])
 def test_einsum_refuses_other_patterns(subscripts):
-    with pytest.raises(ValueError, match="contracted letters last in both"):
+    with pytest.raises(ValueError, match="contracted letter last in both"):
         einsum(subscripts, jnp.ones((2, 3)), jnp.ones((3, 3)))
 
 

@@ -19,18 +19,18 @@ from lepton_jax.checkpoints.errors import CheckpointError
 from lepton_jax.checkpoints.json_files import read_json
 from lepton_jax.checkpoints.source import FLOAT_DTYPES
 from lepton_jax.models.config import ModelConfig, RopeConfig
-from lepton_jax.tensors import ParamSpec, QTensor
+from lepton_jax.tensors import LEAF_TYPES, CompressedTensor, ParamSpec
 
 FORMAT = "lepton_jax checkpoint"
-VERSION = 1
+VERSION = 2
 _KEYS = ("config", "dtype", "activation_dtype", "fingerprint", "tokenizer", "leaves")
 
 
 def leaf_row(leaf: Any) -> dict[str, Any]:
-    """A leaf in the table: type, shape, dtype, and what else its type needs."""
-    if isinstance(leaf, QTensor):
-        row = {"type": "QTensor", "shape": list(leaf.shape), "dtype": str(leaf.values.dtype)}
-        return row | {"act_bits": leaf.act_bits}
+    """A leaf in the table: type and shape, with its dtype or what its type needs to plan it."""
+    if isinstance(leaf, CompressedTensor):
+        row = {"type": type(leaf).__name__, "shape": list(leaf.shape)}
+        return row | {"static": leaf.static()}
     return {"type": "array", "shape": list(leaf.shape), "dtype": str(leaf.dtype)}
 
 
@@ -123,33 +123,38 @@ class Manifest:
                 "damaged or of another release; save the model again"
             )
 
-    def abstract_leaves(self, specs: Mapping[str, ParamSpec]) -> dict[str, Any]:
-        """Leaves of ShapeDtypeStructs as stored, in the order of `specs`."""
+    def abstract_leaves(self, path: Path, specs: Mapping[str, ParamSpec]) -> dict[str, Any]:
+        """Leaves of ShapeDtypeStructs as stored, in the order of `specs`.
+
+        Raises CheckpointError where a leaf's type can't hold its weight in the way it claims.
+        """
         leaves = {}
         for name, spec in specs.items():
             row = self.leaves[name]
-            array = jax.ShapeDtypeStruct(spec.shape, jnp.dtype(row["dtype"]))
-            if row["type"] == "QTensor":
-                outs = spec.shape[: len(spec.shape) - spec.inputs]
-                array = QTensor(array, jax.ShapeDtypeStruct(outs, jnp.float32), row["act_bits"])
-            leaves[name] = array
+            if row["type"] == "array":
+                leaves[name] = jax.ShapeDtypeStruct(spec.shape, jnp.dtype(row["dtype"]))
+                continue
+            try:
+                leaves[name] = LEAF_TYPES[row["type"]].planned(spec, **row["static"]).abstract()
+            except (ValueError, TypeError, ArithmeticError) as error:
+                raise CheckpointError(
+                    f"{path}: leaf {name!r} can't be a {row['type']} of {row['static']!r:.120}: "
+                    f"{error}. The directory is damaged or of another release"
+                ) from error
         return leaves
 
 
 def _check_row(path: Path, name: str, *, row: Any) -> None:
     kind = row.get("type") if isinstance(row, dict) else None
-    allowed = {
-        "array": lambda: set(row) == {"type", "shape", "dtype"} and row["dtype"] in FLOAT_DTYPES,
-        "QTensor": lambda: (
-            set(row) == {"type", "shape", "dtype", "act_bits"}
-            and row["dtype"] == "int8"
-            and row["act_bits"] in (8, 16)
-        ),
-    }
-    if not isinstance(kind, str) or kind not in allowed or not allowed[kind]():
+    if kind == "array":
+        good = set(row) == {"type", "shape", "dtype"} and row["dtype"] in FLOAT_DTYPES
+    else:
+        good = isinstance(kind, str) and kind in LEAF_TYPES
+        good = good and set(row) == {"type", "shape", "static"} and isinstance(row["static"], dict)
+    if not good:
         raise CheckpointError(
-            f"{path}: leaf {name!r} is {row!r:.120}; known are array and QTensor with shape, dtype "
-            "(and act_bits 8 or 16). It is damaged or of a newer release"
+            f"{path}: leaf {name!r} is {row!r:.120}; known are array with shape and dtype, and "
+            f"{', '.join(LEAF_TYPES)} with shape and static. It is damaged or of a newer release"
         )
 
 

@@ -10,6 +10,7 @@ holds and how it is checked is `manifest.py`.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -30,7 +31,7 @@ from lepton_jax.checkpoints.manifest import Manifest, leaf_row
 from lepton_jax.checkpoints.source import FLOAT_DTYPES
 from lepton_jax.checkpoints.stream import Compress, Progress
 from lepton_jax.models.build import Model
-from lepton_jax.tensors import QTensor
+from lepton_jax.tensors import CompressedTensor
 
 _LEAVES, _TOKENIZER = "leaves", "tokenizer"
 _TOKENIZER_FILES = (
@@ -103,7 +104,7 @@ def restore(
             "compression.preset=none, or compress the original checkpoint"
         )
     model = model_of(path, manifest, dtype=dtype, activation_dtype=activation_dtype)
-    abstract = manifest.abstract_leaves(model.specs)
+    abstract = manifest.abstract_leaves(path, model.specs)
     total, done, leaves = sum(map(_abstract_bytes, abstract.values())), 0, []
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         _check_stored(path, checkpointer, abstract=abstract)
@@ -111,7 +112,7 @@ def restore(
             for name, leaf in _read(path, checkpointer, group=group).items():
                 done += leaf_bytes(leaf)
                 spec = model.specs[name]
-                if not isinstance(leaf, QTensor):
+                if not isinstance(leaf, CompressedTensor):
                     leaf = leaf.astype(spec.dtype)
                     leaf = leaf if compress is None else compress(name, spec, leaf)
                 leaves.append(jax.block_until_ready(leaf))
@@ -141,7 +142,7 @@ def model_of(path: Path, manifest: Manifest, *, dtype: Any, activation_dtype: An
 
 def _arrays(leaf: Any) -> Any:
     """A leaf in plain containers, so that the files can be read without our types."""
-    return {"values": leaf.values, "scale": leaf.scale} if isinstance(leaf, QTensor) else leaf
+    return leaf.arrays() if isinstance(leaf, CompressedTensor) else leaf
 
 
 def _nested(flat: dict[str, Any]) -> dict[str, Any]:
@@ -229,8 +230,8 @@ def _read(path: Path, checkpointer: ocp.Checkpointer, *, group: dict[str, Any]) 
         node = tree
         for key in name.split("."):
             node = node[key]
-        if isinstance(abstract, QTensor):
-            node = QTensor(node["values"], node["scale"], abstract.act_bits)
+        if isinstance(abstract, CompressedTensor):
+            node = dataclasses.replace(abstract, **node)
         leaves[name] = node
     return leaves
 

@@ -1,52 +1,119 @@
-"""Quantization as transforms of one leaf: of an array (jitted, on its device) and of its spec.
+"""Quantization of one weight: a grid for its values, and the values on it.
 
-int8, symmetric, one scale per output channel, the channel's largest magnitude at 127 (round to
-nearest). Values and scales keep the logical axes of the weight, so shardings and memory plans of a
-quantized model are derived.
+    grid = fit_grid(parts, scheme)           # scales (and offsets) per output or group of inputs
+    values = round_to_grid(parts, grid, scheme)
+    leaf = make_leaf(values, grid, scheme)   # a QTensor
+
+`quantize` does all three in one jitted call. Methods that choose values otherwise (GPTQ) use the
+same grid and `make_leaf`. Values and scales keep the logical axes of the weight (`Scheme.plan`), so
+shardings and memory plans of a quantized model are derived.
 """
 
-import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lepton_jax.tensors import ParamSpec, QTensor
+from lepton_jax.compression.scheme import Scheme
+from lepton_jax.tensors import QTensor
+from lepton_jax.tensors.qtensor import pack_int4
+
+_TOP = {"int8": 127.0, "int4": 7.0, "float8": 448.0}
+_BOTTOM = {"int8": -127.0, "int4": -8.0, "float8": -448.0}
+_LEAST = 1e-30  # a scale is never 0
+_CLIPS = tuple(1.0 - 0.02 * i for i in range(20))  # shares of the full range that "mse" tries
 
 
-@dataclasses.dataclass(frozen=True)
-class Int8:
-    """int8 weights, multiplied with float activations (`act_bits` 16) or int8 ones (8, W8A8)."""
+class Grid(NamedTuple):
+    """float32 `[*out, X]`, in values that the stored dtype holds: weight = values * scale + offset.
 
-    act_bits: int = 16
+    `offset` is None where the scheme is symmetric.
+    """
 
-    def __post_init__(self):
-        if self.act_bits not in (8, 16):
-            raise ValueError(
-                f"Int8 act_bits={self.act_bits}: allowed are 8 (W8A8) and 16 (weight-only)"
-            )
-
-
-def quantize(array: jax.Array, inputs: int, scheme: Int8) -> QTensor:
-    """A weight `[*out, *in]` with `inputs` contracted dimensions as a QTensor on its device."""
-    values, scale = _to_int8(array, inputs)
-    return QTensor(values, scale, scheme.act_bits)
-
-
-def quantize_spec(spec: ParamSpec, scheme: Int8) -> QTensor:
-    """What `quantize` makes of such a parameter: a QTensor of ParamSpecs."""
-    outs = len(spec.shape) - spec.inputs
-    return QTensor(
-        ParamSpec(spec.shape, jnp.int8, spec.axes, spec.inputs),
-        ParamSpec(spec.shape[:outs], jnp.float32, spec.axes[:outs]),
-        scheme.act_bits,
-    )
+    scale: jax.Array
+    offset: jax.Array | None
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _to_int8(array, inputs):
-    axes = tuple(range(array.ndim - inputs, array.ndim))
-    wide = array.astype(jnp.float32)
-    scale = jnp.maximum(jnp.max(jnp.abs(wide), axis=axes, keepdims=True), 1e-30) / 127.0
-    values = jnp.round(wide / scale).astype(jnp.int8)
-    return values, jnp.squeeze(scale, axes)
+def quantize(array: jax.Array, scheme: Scheme) -> QTensor:
+    """A weight `[*out, I]` as a QTensor on its device, by a scheme that needs no calibration."""
+    parts = in_groups(array, scheme)
+    grid = fit_grid(parts, scheme)
+    return make_leaf(round_to_grid(parts, grid, scheme), grid, scheme)
+
+
+def in_groups(array: jax.Array, scheme: Scheme) -> jax.Array:
+    """A weight `[*out, I]` as float32 `[*out, X, I/X]`; one group where scales are per output."""
+    inputs = array.shape[-1]
+    size = scheme.group_of(inputs) or inputs
+    return array.astype(jnp.float32).reshape(*array.shape[:-1], inputs // size, size)
+
+
+def fit_grid(parts: jax.Array, scheme: Scheme) -> Grid:
+    """The grid of `[*out, X, I/X]` by the scheme's rounding ("gptq" takes that of "mse")."""
+    full = _grid(parts, scheme, clip=1.0)
+    if scheme.rounding == "nearest":
+        return full
+    best, least = full, _squared_error(parts, full, scheme)
+    for clip in _CLIPS[1:]:
+        grid = _grid(parts, scheme, clip=clip)
+        error = _squared_error(parts, grid, scheme)
+        best = jax.tree.map(lambda a, b, better=error < least: jnp.where(better, a, b), grid, best)
+        least = jnp.minimum(error, least)
+    return best
+
+
+def round_to_grid(parts: jax.Array, grid: Grid, scheme: Scheme) -> jax.Array:
+    """The nearest values of the grid, as float32 `[*out, X, I/X]`."""
+    shifted = parts if grid.offset is None else parts - grid.offset[..., None]
+    steps = shifted / grid.scale[..., None]
+    steps = jnp.clip(steps, _BOTTOM[scheme.weights], _TOP[scheme.weights])
+    if scheme.weights == "float8":
+        return steps.astype(jnp.float8_e4m3fn).astype(jnp.float32)
+    return jnp.round(steps)
+
+
+def on_grid(values: jax.Array, grid: Grid) -> jax.Array:
+    """The weights that values stand for, both `[*out, X, I/X]`."""
+    weights = values * grid.scale[..., None]
+    return weights if grid.offset is None else weights + grid.offset[..., None]
+
+
+def make_leaf(
+    values: jax.Array, grid: Grid, scheme: Scheme, act_scale: jax.Array | None = None
+) -> QTensor:
+    """A QTensor of values `[*out, X, I/X]`; `act_scale` is that of static activations."""
+    *outs, groups, size = values.shape
+    flat = values.reshape(*outs, groups * size)
+    if scheme.weights == "float8":
+        stored = flat.astype(jnp.float8_e4m3fn)
+    else:
+        stored = flat.astype(jnp.int8)
+        stored = pack_int4(stored, groups) if scheme.weights == "int4" else stored
+    return QTensor(
+        values=stored,
+        scale=grid.scale.astype(jnp.bfloat16) if scheme.group else grid.scale[..., 0],
+        act_bits=16 if scheme.activations == "float" else 8,
+        offset=None if grid.offset is None else grid.offset.astype(jnp.bfloat16),
+        act_scale=act_scale,
+    )
+
+
+def _grid(parts, scheme: Scheme, *, clip: float) -> Grid:
+    top, bottom = _TOP[scheme.weights], _BOTTOM[scheme.weights]
+    if not scheme.asymmetric:
+        largest = clip * jnp.max(jnp.abs(parts), axis=-1)
+        return Grid(_stored(jnp.maximum(largest, _LEAST) / top, scheme), None)
+    high, low = clip * jnp.max(parts, axis=-1), clip * jnp.min(parts, axis=-1)
+    scale = _stored(jnp.maximum(high - low, _LEAST) / (top - bottom), scheme)
+    return Grid(scale, _stored(low - bottom * scale, scheme))
+
+
+def _stored(numbers, scheme: Scheme):
+    """Numbers as the leaf will hold them: bfloat16 where there are many."""
+    return numbers.astype(jnp.bfloat16).astype(jnp.float32) if scheme.group else numbers
+
+
+def _squared_error(parts, grid: Grid, scheme: Scheme):
+    return jnp.sum((on_grid(round_to_grid(parts, grid, scheme), grid) - parts) ** 2, axis=-1)

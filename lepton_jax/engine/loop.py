@@ -22,7 +22,7 @@ from lepton_jax.engine.runner import InFlight, Runner, Sizes
 from lepton_jax.engine.scheduler import Scheduler
 from lepton_jax.kernels.attention import backend_for
 from lepton_jax.models.build import Model
-from lepton_jax.tensors import QTensor
+from lepton_jax.tensors import CompressedTensor
 
 _DEFAULT_MAX_LEN = 4096
 _DEVICE_SHARE = 0.9  # of a device's memory, less what the weights took, goes to the cache
@@ -142,11 +142,11 @@ def _seed(request_id: str, params: SamplingParams) -> int:
 
 
 def _kv_dtype(name: str, model: Model, leaves: tuple):
-    """The cache's dtype; "auto" is that of the weights, or bfloat16 where they are quantized."""
+    """The cache's dtype; "auto" is that of the weights, or bfloat16 where they are compressed."""
     if name != "auto":
         return jnp.dtype(name)
-    quantized = any(isinstance(leaf, QTensor) for leaf in leaves)
-    return jnp.dtype(jnp.bfloat16 if quantized else model.specs["embed"].dtype)
+    compressed = any(isinstance(leaf, CompressedTensor) for leaf in leaves)
+    return jnp.dtype(jnp.bfloat16 if compressed else model.specs["embed"].dtype)
 
 
 def _plan_sizes(section: EngineSection, model: Model, *, backend, kv_dtype, workload) -> Sizes:

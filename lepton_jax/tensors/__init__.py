@@ -1,12 +1,22 @@
 """Leaf types of a parameter tree and the only operations that models apply to them.
 
 A model never asks what a weight is: it calls `einsum`, `ragged_einsum` or `take`, and these
-dispatch on the leaf (a plain array or a `QTensor`). Read `leaves.py` for the types, `ops.py` for
-the operations and `matmul.py` for the one place where a matrix product is chosen per leaf and
-platform.
+dispatch on the leaf: a plain array or a `CompressedTensor`. Read `leaves.py` for what a leaf type
+must offer, `qtensor.py` for the quantized one, `ops.py` for the operations, and `matmul.py` for the
+one place where a matrix product is chosen.
 """
 
-from lepton_jax.tensors.leaves import ParamSpec, QTensor
+from lepton_jax.tensors.leaves import LEAF_TYPES, CompressedTensor, ParamSpec
 from lepton_jax.tensors.ops import einsum, einsum_parts, ragged_einsum, take
+from lepton_jax.tensors.qtensor import QTensor
 
-__all__ = ["ParamSpec", "QTensor", "einsum", "einsum_parts", "ragged_einsum", "take"]
+__all__ = [
+    "LEAF_TYPES",
+    "CompressedTensor",
+    "ParamSpec",
+    "QTensor",
+    "einsum",
+    "einsum_parts",
+    "ragged_einsum",
+    "take",
+]

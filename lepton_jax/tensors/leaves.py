@@ -1,17 +1,21 @@
-"""Leaf types: what a parameter is before it has values (`ParamSpec`) and when it is quantized
-(`QTensor`).
+"""Leaf types: what a parameter is before it has values (`ParamSpec`) and what all compressed
+weights have in common (`CompressedTensor`).
 
-Every matmul weight is stored `[*out, *in]`: outputs first, contracted inputs last. One layout
+Every matmul weight is stored `[*out, in]`: outputs first, the contracted input last. One layout
 serves all platforms (a CPU reads it row by row, a TPU lays it out as it likes) and makes
-per-output-channel scales a plain prefix shape. The arithmetic is in `matmul.py`; how arrays become
-QTensors is in `lepton_jax/compression`.
+per-output-channel scales a plain prefix shape. Quantized weights are `qtensor.py`; how arrays
+become compressed is `lepton_jax/compression`.
 """
 
+import abc
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import jax
+import jax.numpy as jnp
+
+from lepton_jax.tensors.dots import ragged_dot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +26,7 @@ class ParamSpec:
       shape: sizes, outputs first.
       dtype: storage dtype.
       axes: a logical name per dimension, such as "vocab" or "embed".
-      inputs: how many trailing dimensions a matmul contracts; 0 for norm scales and biases.
+      inputs: how many trailing dimensions a matmul contracts: 1, or 0 for norm scales and biases.
     """
 
     shape: tuple[int, ...]
@@ -40,41 +44,86 @@ class ParamSpec:
 
     @property
     def nbytes(self) -> int:
-        return self.size * jax.numpy.dtype(self.dtype).itemsize
+        return self.size * jnp.dtype(self.dtype).itemsize
 
     def abstract(self) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(self.shape, self.dtype)
 
 
-@dataclasses.dataclass(frozen=True)
-class QTensor:
-    """An int8 weight with one scale per output channel: `weight = values * scale[..., None]`.
+class CompressedTensor(abc.ABC):
+    """A weight `[*out, in]` in a storage type of its own, multiplied as it is stored.
 
-    Attributes:
-      values: int8 `[*out, *in]` in -127..127.
-      scale: float32 `[*out]`.
-      act_bits: precision of the activations it is multiplied with. 16: as good as float
-      (weight-only
-        quantization). 8: quantized per row while the program runs (W8A8).
-
-    The two members may also be ParamSpecs or ShapeDtypeStructs: an abstract QTensor.
+    A subclass is a frozen dataclass whose array fields are pytree children and whose other fields
+    are static and fit JSON; `register_leaf` makes both known. The arrays may also be ParamSpecs or
+    ShapeDtypeStructs: an abstract leaf. `lepton_jax/checkpoints` stores any registered type.
     """
 
-    values: Any
-    scale: Any
-    act_bits: int = 16
+    array_fields: ClassVar[tuple[str, ...]] = ()
 
     @property
+    @abc.abstractmethod
     def shape(self) -> tuple[int, ...]:
-        return self.values.shape
+        """`[*out, in]` of the weight that it stands for."""
+
+    @classmethod
+    @abc.abstractmethod
+    def planned(cls, spec: ParamSpec, **static: Any) -> Self:
+        """The leaf of ParamSpecs for a weight of this spec and these static fields.
+
+        Raises ValueError, naming the field, where they don't go together.
+        """
+
+    @abc.abstractmethod
+    def flat(self, keep: int = 0) -> Self:
+        """The same weight as `[O, I]`, all outputs but the first `keep` in one dimension."""
+
+    @abc.abstractmethod
+    def matmul(self, x: jax.Array) -> jax.Array:
+        """`x [M, I]` times the transpose of this `[O, I]`: float32 `[M, O]`."""
+
+    @abc.abstractmethod
+    def dense(self, dtype: Any) -> jax.Array:
+        """The weight that it stands for, `[*out, in]`."""
+
+    @abc.abstractmethod
+    def rows(self, ids: jax.Array) -> jax.Array:
+        """Rows `ids [...]` of a `[O, I]`: float32 `[..., I]`. Ids beyond the ends are clipped."""
+
+    def ragged_matmul(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
+        """Consecutive groups of `x [M, I]` times their own weights of `[E, O, I]`: `[M, O]`."""
+        dtype = jnp.float32 if x.dtype == jnp.float32 else jnp.bfloat16
+        return ragged_dot(x.astype(dtype), self.dense(dtype), group_sizes)
 
     @property
     def nbytes(self) -> int:
-        return self.values.nbytes + self.scale.nbytes
+        return sum(array.nbytes for array in jax.tree.leaves(self))
 
-    def abstract(self) -> "QTensor":
+    def abstract(self) -> Self:
         """The same leaf of ShapeDtypeStructs, from a leaf of ParamSpecs."""
-        return QTensor(self.values.abstract(), self.scale.abstract(), self.act_bits)
+        return jax.tree.map(lambda spec: spec.abstract(), self)
+
+    def arrays(self) -> dict[str, Any]:
+        """Its arrays by field name."""
+        named = {name: getattr(self, name) for name in self.array_fields}
+        return {name: array for name, array in named.items() if array is not None}
+
+    def static(self) -> dict[str, Any]:
+        """Its other fields by name."""
+        names = [field.name for field in dataclasses.fields(self)]
+        return {name: getattr(self, name) for name in names if name not in self.array_fields}
 
 
-jax.tree_util.register_dataclass(QTensor, data_fields=["values", "scale"], meta_fields=["act_bits"])
+LEAF_TYPES: dict[str, type[CompressedTensor]] = {}
+
+
+def register_leaf(*array_fields: str):
+    """Class decorator: a pytree whose children are `array_fields`, known in LEAF_TYPES."""
+
+    def register(cls: type) -> type:
+        static = [f.name for f in dataclasses.fields(cls) if f.name not in array_fields]
+        jax.tree_util.register_dataclass(cls, data_fields=array_fields, meta_fields=static)
+        cls.array_fields = array_fields
+        LEAF_TYPES[cls.__name__] = cls
+        return cls
+
+    return register

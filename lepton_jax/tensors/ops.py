@@ -1,8 +1,8 @@
 """The operations that a model applies to its weights; each accepts any leaf type.
 
-`einsum` contracts trailing input axes, `ragged_einsum` does so per group of rows (mixture of
+`einsum` contracts the trailing input axis, `ragged_einsum` does so per group of rows (mixture of
 experts) and `take` looks rows up (embedding). They only reshape and check; the products themselves
-are in `matmul.py`.
+are in `matmul.py` and the leaf types.
 """
 
 import math
@@ -10,23 +10,22 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lepton_jax.tensors.leaves import QTensor
-from lepton_jax.tensors.matmul import matmul, quantize_rows
+from lepton_jax.tensors.dots import ragged_dot
+from lepton_jax.tensors.leaves import CompressedTensor
+from lepton_jax.tensors.matmul import matmul
 
 
 def einsum(subscripts: str, x: jax.Array, w) -> jax.Array:
-    """`x` times a weight `[*out, *in]`, e.g. `einsum("TD,KJHD->TKJH", x, qkv)`.
+    """`x` times a weight `[*out, in]`, e.g. `einsum("TD,KJHD->TKJH", x, qkv)`.
 
-    The weight's contracted letters are its last ones and the last ones of x, in the same order; the
-    result has the leading letters of x, then those of the weight. Result dtype: that of x. Raises
-    ValueError on other patterns.
+    The contracted letter is the last of both; the result has the leading letters of x, then those
+    of the weight. Result dtype: that of x. Raises ValueError on other patterns.
     """
-    lead, outs, ins = _parse(subscripts)
-    if x.ndim != len(lead) + len(ins) or len(w.shape) != len(outs) + len(ins):
+    lead, outs = _parse(subscripts)
+    if x.ndim != len(lead) + 1 or len(w.shape) != len(outs) + 1:
         raise ValueError(f"einsum {subscripts!r} does not fit shapes {x.shape} and {w.shape}")
-    width = math.prod(w.shape[len(outs) :])
-    y = matmul(x.reshape(-1, width), _flat(w, width))
-    return y.reshape(*x.shape[: len(lead)], *w.shape[: len(outs)])
+    y = matmul(x.reshape(-1, x.shape[-1]), _flat(w))
+    return y.reshape(*x.shape[:-1], *w.shape[:-1])
 
 
 def einsum_parts(subscripts: str, x: jax.Array, w) -> tuple[jax.Array, ...]:
@@ -38,18 +37,18 @@ def einsum_parts(subscripts: str, x: jax.Array, w) -> tuple[jax.Array, ...]:
     """
     operands, _, result = subscripts.partition("->")
     x_axes, _, w_axes = operands.partition(",")
-    lead, outs, ins = _parse(f"{x_axes},{w_axes[1:]}->{result[1:]}")
-    if result[:1] != w_axes[:1] or x.ndim != len(lead) + len(ins):
+    lead, outs = _parse(f"{x_axes},{w_axes[1:]}->{result[1:]}")
+    fits = x.ndim == len(lead) + 1 and len(w.shape) == len(outs) + 2
+    if result[:1] != w_axes[:1] or not fits:
         raise ValueError(
             f"einsum_parts {subscripts!r} does not fit shapes {x.shape} and {w.shape}, or weight "
             "and result do not begin with the same letter"
         )
-    parts, out_shape = w.shape[0], w.shape[1 : 1 + len(outs)]
-    width = math.prod(w.shape[1 + len(outs) :])
-    flat = matmul(x.reshape(-1, width), _flat(w, width))
+    parts, *out_shape, width = w.shape
+    flat = matmul(x.reshape(-1, width), _flat(w))
     columns = math.prod(out_shape)
     return tuple(
-        flat[:, part * columns : (part + 1) * columns].reshape(*x.shape[: len(lead)], *out_shape)
+        flat[:, part * columns : (part + 1) * columns].reshape(*x.shape[:-1], *out_shape)
         for part in range(parts)
     )
 
@@ -60,73 +59,44 @@ def ragged_einsum(subscripts: str, x: jax.Array, w, group_sizes: jax.Array) -> j
 
     Args:
       subscripts: as in `einsum`; the weight's first letter is the group and is not in the result.
-      x: `[T, *in]`, rows sorted by group.
-      w: `[E, *out, *in]`.
+      x: `[T, in]`, rows sorted by group.
+      w: `[E, *out, in]`.
       group_sizes: int32 `[E]`, summing to T.
     """
-    lead, outs, _ = _parse(subscripts, grouped=True)
-    if len(lead) != 1:
-        raise ValueError(f"ragged_einsum {subscripts!r}: x has one row letter, found {lead!r}")
-    groups, width = w.shape[0], math.prod(w.shape[1 + len(outs) :])
-    rows = x.reshape(x.shape[0], width)
-    out_shape = w.shape[1 : 1 + len(outs)]
-    if isinstance(w, QTensor):
-        y = _ragged_int8(rows, w, group_sizes, width)
+    lead, outs = _parse(subscripts, grouped=True)
+    if len(lead) != 1 or x.ndim != 2 or len(w.shape) != len(outs) + 2:
+        raise ValueError(
+            f"ragged_einsum {subscripts!r} does not fit shapes {x.shape} and {w.shape}, or x has "
+            "not one row letter"
+        )
+    if isinstance(w, CompressedTensor):
+        y = w.flat(keep=1).ragged_matmul(x, group_sizes)
     else:
-        y = _ragged_dot(rows.astype(w.dtype), w.reshape(groups, -1, width), group_sizes)
-    return y.astype(x.dtype).reshape(x.shape[0], *out_shape)
+        y = ragged_dot(x.astype(w.dtype), w.reshape(w.shape[0], -1, w.shape[-1]), group_sizes)
+    return y.astype(x.dtype).reshape(x.shape[0], *w.shape[1:-1])
 
 
 def take(table, ids: jax.Array, dtype) -> jax.Array:
     """Rows `ids [...]` of a table `[V, D]` as `[..., D]` of the given float dtype."""
-    if isinstance(table, QTensor):
-        rows = jnp.take(table.values, ids, axis=0, mode="clip").astype(jnp.float32)
-        return (rows * jnp.take(table.scale, ids, axis=0, mode="clip")[..., None]).astype(dtype)
+    if isinstance(table, CompressedTensor):
+        return table.rows(ids).astype(dtype)
     return jnp.take(table, ids, axis=0, mode="clip").astype(dtype)
 
 
-def _parse(subscripts: str, *, grouped: bool = False) -> tuple[str, str, str]:
-    """Letters of (rows of x, weight outputs, contracted inputs)."""
+def _parse(subscripts: str, *, grouped: bool = False) -> tuple[str, str]:
+    """Letters of (rows of x, weight outputs)."""
     operands, _, result = subscripts.partition("->")
     x, _, w = operands.partition(",")
     if grouped:
         w = w[1:]
-    n_in = next((n for n in range(min(len(x), len(w)), 0, -1) if x[-n:] == w[-n:]), 0)
-    lead, outs, ins = x[: len(x) - n_in], w[: len(w) - n_in], x[len(x) - n_in :]
-    if not ins or result != lead + outs:
+    if not x or x[-1:] != w[-1:] or result != x[:-1] + w[:-1]:
         raise ValueError(
-            f"einsum {subscripts!r}: want 'rows+in,out+in->rows+out' with the contracted letters "
+            f"einsum {subscripts!r}: want 'rows+in,out+in->rows+out' with the contracted letter "
             "last in both"
         )
-    return lead, outs, ins
+    return x[:-1], w[:-1]
 
 
-def _flat(w, width: int):
+def _flat(w):
     """The weight as `[O, I]`, whatever the leaf."""
-    if isinstance(w, QTensor):
-        return QTensor(w.values.reshape(-1, width), w.scale.reshape(-1), w.act_bits)
-    return w.reshape(-1, width)
-
-
-def _ragged_dot(rows, w, group_sizes):
-    numbers = jax.lax.RaggedDotDimensionNumbers(
-        dot_dimension_numbers=(((1,), (2,)), ((), ())),
-        lhs_ragged_dimensions=[0],
-        rhs_group_dimensions=[0],
-    )
-    return jax.lax.ragged_dot_general(
-        rows, w, group_sizes, numbers, preferred_element_type=jnp.float32
-    )
-
-
-def _ragged_int8(rows, w: QTensor, group_sizes, width: int):
-    values = w.values.reshape(w.shape[0], -1, width)
-    scale = w.scale.reshape(w.shape[0], -1)
-    of_row = jnp.repeat(scale, group_sizes, axis=0, total_repeat_length=rows.shape[0])
-    if w.act_bits == 8:
-        planes, row_scale = quantize_rows(rows)
-        # int8 steps are exact in bf16, and products of them accumulate in float32
-        y = _ragged_dot(planes.astype(jnp.bfloat16), values.astype(jnp.bfloat16), group_sizes)
-        return y * row_scale * of_row
-    dtype = jnp.float32 if rows.dtype == jnp.float32 else jnp.bfloat16
-    return _ragged_dot(rows.astype(dtype), values.astype(dtype), group_sizes) * of_row
+    return w.flat() if isinstance(w, CompressedTensor) else w.reshape(-1, w.shape[-1])

@@ -1,0 +1,187 @@
+"""`QTensor`: a weight quantized to int8, packed int4 or float8, with its matrix product.
+
+`weight = values * scale (+ offset)`; a scale belongs to an output channel or to a group of its
+inputs. How arrays become QTensors is `lepton_jax/compression/quantize.py`; the products of plain
+arrays are `dots.py`.
+"""
+
+import dataclasses
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+
+from lepton_jax.tensors import dots
+from lepton_jax.tensors.leaves import CompressedTensor, ParamSpec, register_leaf
+
+_STORED = {"int8": jnp.int8, "int4": jnp.uint8, "float8_e4m3fn": jnp.float8_e4m3fn}
+
+
+@register_leaf("values", "scale", "offset", "act_scale")
+@dataclasses.dataclass(frozen=True)
+class QTensor(CompressedTensor):
+    """A quantized weight `[*out, I]` of X groups of inputs.
+
+    Attributes:
+      values: int8 `[*out, I]` in -127..127, float8_e4m3fn `[*out, I]`, or uint8 `[*out, I/2]`: two
+        4-bit values of -8..7, each stored plus 8. Packing stays within a group: byte j of a group
+        has its value j in the low half and value j + group/2 in the high half.
+      scale: float32 `[*out]`, or bfloat16 `[*out, X]`.
+      act_bits: of the activations it is multiplied with. 16: as good as float (weight-only
+        quantization). 8: quantized while the program runs (W8A8), int8 or float8 like the weight.
+      offset: bfloat16 `[*out, X]` added to values * scale (asymmetric quantization), or None.
+      act_scale: float32 `[]`, the activations' scale where it was calibrated (static W8A8), or
+        None: from each row's largest magnitude.
+    """
+
+    values: Any
+    scale: Any
+    act_bits: int = 16
+    offset: Any = None
+    act_scale: Any = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *outs, stored = self.values.shape
+        return (*outs, 2 * stored if self.packed else stored)
+
+    @property
+    def packed(self) -> bool:
+        return self.values.dtype == jnp.uint8
+
+    @property
+    def grouped(self) -> bool:
+        return len(self.scale.shape) == len(self.values.shape)
+
+    @classmethod
+    def planned(
+        cls,
+        spec: ParamSpec,
+        *,
+        values: str = "int8",
+        group: int = 0,
+        asymmetric: bool = False,
+        static_activations: bool = False,
+        act_bits: int = 16,
+    ) -> Self:
+        """The leaf of ParamSpecs. `group` is the inputs of a scale; 0: one scale per output."""
+        if values not in _STORED:
+            raise ValueError(f"values={values!r}: allowed are {', '.join(_STORED)}")
+        if act_bits not in (8, 16):
+            raise ValueError(f"act_bits={act_bits}: allowed are 8 (W8A8) and 16 (weight-only)")
+        *outs, inputs = spec.shape
+        packed = values == "int4"
+        if group and (inputs % group or (packed and group % 2)):
+            raise ValueError(f"group={group} does not divide the {inputs} inputs evenly")
+        if (packed or asymmetric) and not group:
+            raise ValueError(f"values={values} asymmetric={asymmetric}: want a group")
+        if act_bits == 8 and group:
+            raise ValueError("act_bits=8 needs one scale per output: group must be 0")
+        if static_activations and act_bits != 8:
+            raise ValueError("static_activations need act_bits=8")
+
+        def part(shape, dtype):
+            axes = (*spec.axes[:-1], "groups")[: len(shape)]
+            return ParamSpec(tuple(shape), dtype, axes)
+
+        kept = ParamSpec(
+            (*outs, inputs // 2 if packed else inputs), _STORED[values], spec.axes, spec.inputs
+        )
+        per_group = part((*outs, inputs // group), jnp.bfloat16) if group else None
+        return cls(
+            values=kept,
+            scale=per_group or part(outs, jnp.float32),
+            act_bits=act_bits,
+            offset=per_group if asymmetric else None,
+            act_scale=ParamSpec((), jnp.float32, ()) if static_activations else None,
+        )
+
+    def static(self) -> dict[str, Any]:
+        """The arguments of `planned`."""
+        names = {jnp.dtype(dtype): name for name, dtype in _STORED.items()}
+        return dict(
+            values=names[jnp.dtype(self.values.dtype)],
+            group=self.shape[-1] // self.scale.shape[-1] if self.grouped else 0,
+            asymmetric=self.offset is not None,
+            static_activations=self.act_scale is not None,
+            act_bits=self.act_bits,
+        )
+
+    def flat(self, keep: int = 0) -> Self:
+        def flattened(array, inner: int):
+            if array is None:
+                return None
+            kept, inner_shape = array.shape[:keep], array.shape[len(array.shape) - inner :]
+            return array.reshape(*kept, -1, *inner_shape)
+
+        return dataclasses.replace(
+            self,
+            values=flattened(self.values, 1),
+            scale=flattened(self.scale, int(self.grouped)),
+            offset=flattened(self.offset, 1),
+        )
+
+    def matmul(self, x: jax.Array) -> jax.Array:
+        if self.grouped:
+            return self._grouped_matmul(x)
+        if self.values.dtype == jnp.float8_e4m3fn:
+            return self._float8_matmul(x)
+        if self.act_scale is not None:
+            return dots.static_int8_dot(x, self.values, self.act_scale) * self.scale
+        product = dots.int8_dot if self.act_bits == 8 else dots.precise_int8_dot
+        return product(x, self.values) * self.scale
+
+    def dense(self, dtype: Any) -> jax.Array:
+        values = self.values
+        if self.packed:
+            values = _unpack(values, self.scale.shape[-1])
+        wide = values.astype(jnp.float32)
+        if not self.grouped:
+            return (wide * self.scale[..., None]).astype(dtype)
+        parts = wide.reshape(*self.scale.shape, -1) * self.scale[..., None].astype(jnp.float32)
+        if self.offset is not None:
+            parts = parts + self.offset[..., None].astype(jnp.float32)
+        return parts.reshape(self.shape).astype(dtype)
+
+    def rows(self, ids: jax.Array) -> jax.Array:
+        taken = jax.tree.map(
+            lambda array: jnp.take(array, ids, axis=0, mode="clip") if array.ndim else array, self
+        )
+        return taken.dense(jnp.float32)
+
+    def ragged_matmul(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
+        if self.grouped or self.values.dtype != jnp.int8:
+            return super().ragged_matmul(x, group_sizes)
+        of_row = jnp.repeat(self.scale, group_sizes, axis=0, total_repeat_length=x.shape[0])
+        row_scale, dtype = 1.0, jnp.float32 if x.dtype == jnp.float32 else jnp.bfloat16
+        if self.act_bits == 8:
+            # int8 steps are exact in bf16, and products of them accumulate in float32
+            x, row_scale = dots.quantize_rows(x)
+            dtype = jnp.bfloat16
+        y = dots.ragged_dot(x.astype(dtype), self.values.astype(dtype), group_sizes)
+        return y * row_scale * of_row
+
+    def _float8_matmul(self, x):
+        if self.act_bits == 8:
+            x, row_scale = dots.float8_rows(x)
+            return dots.float8_dot(x, self.values) * row_scale * self.scale
+        return dots.upcast_dot(x, self.values) * self.scale
+
+    def _grouped_matmul(self, x):
+        """The compiler fuses unpacking and scaling into the product where it can (TPU, GPU)."""
+        dtype = x.dtype if x.dtype != jnp.float32 else jnp.bfloat16
+        return dots.dot(x.astype(dtype), self.dense(dtype), jnp.float32)
+
+
+def pack_int4(values: jax.Array, groups: int) -> jax.Array:
+    """int8 values of -8..7 `[*out, I]` as QTensor stores them: uint8 `[*out, I/2]`."""
+    *outs, inputs = values.shape
+    halves = (values + 8).astype(jnp.uint8).reshape(*outs, groups, 2, inputs // groups // 2)
+    return (halves[..., 0, :] | (halves[..., 1, :] << 4)).reshape(*outs, inputs // 2)
+
+
+def _unpack(stored: jax.Array, groups: int) -> jax.Array:
+    *outs, half = stored.shape
+    parts = stored.reshape(*outs, groups, half // groups)
+    both = jnp.concatenate([parts & 15, parts >> 4], axis=-1).astype(jnp.int8) - 8
+    return both.reshape(*outs, 2 * half)
