@@ -17,7 +17,8 @@ import jax
 
 from lepton_jax import compile_cache
 from lepton_jax.checkpoints import load as checkpoints
-from lepton_jax.compression.presets import compressor, preset_rules
+from lepton_jax.compression.presets import compressor
+from lepton_jax.compression.recipe import Recipe
 from lepton_jax.config import ModelSection, RunConfig, SamplingParams
 from lepton_jax.engine.loop import Engine
 from lepton_jax.jobs.rows import Prompt
@@ -66,7 +67,7 @@ class LeptonEngine:
           path: Hugging Face directory, `.gguf` file, our Orbax directory, `hf:org/name` or
           `demo:smollm2`.
           dtype: "auto", "float32" or "bfloat16".
-          compression: preset "none", "int8" or "w8a8".
+          compression: preset "none", "int8", "w8a8", "int4" or "fp8", instead of the config's.
           config: all settings at once; the arguments above go before it where they are given.
           progress: called with (done bytes, total bytes, parameter) after each parameter.
 
@@ -81,14 +82,17 @@ class LeptonEngine:
             dtype=dtype or section.dtype,
             tokenizer=section.tokenizer,
         )
-        rules = preset_rules(compression or self._config.compression.preset)
+        asked = self._config.compression
+        recipe = Recipe.of(preset=compression) if compression else Recipe.from_config(asked)
+        recipe.require_no_calibration(section.path)
         compile_cache.enable()
         # On a CPU bfloat16 is for weights: arithmetic between the products is faster in float32.
         activations = "float32" if jax.default_backend() == "cpu" else None
         options = dict(dtype=section.dtype, activation_dtype=activations)
         compress = None
-        if rules:
-            compress = compressor(rules, checkpoints.describe(section.path, **options).specs)
+        if recipe.rules:
+            specs = checkpoints.describe(section.path, **options).specs
+            compress = compressor(recipe.rules, specs)
         self.loaded = checkpoints.load(
             section.path, **options, compress=compress, progress=progress
         )

@@ -23,9 +23,11 @@ from lepton_jax.config import RunConfig, from_mapping, refuse_unknown
 SET_UP_FAILED = 2  # exit code
 _NO_CONFIG = "--config is missing: give a config file, --config=FILE.py, before its overrides"
 
-_SECTIONS = {field.name: field.default_factory for field in dataclasses.fields(RunConfig)}
-# Fields that may be None with the types of their values. A ConfigDict holds no dict with int keys.
-_OPEN_FIELDS = {"seed": int, "logprobs": int, "logit_bias": object}
+_SINGLE = {f.name: f for f in dataclasses.fields(RunConfig) if f.default is not dataclasses.MISSING}
+_SECTIONS = {f.name: f.default_factory for f in dataclasses.fields(RunConfig)}
+_SECTIONS = {name: section for name, section in _SECTIONS.items() if name not in _SINGLE}
+# Fields that may be None with the types of their values, and dicts whose keys are no fields.
+_OPEN_FIELDS = {"seed": int, "logprobs": int, "logit_bias": object, "recipes": object}
 
 
 def define_config() -> None:
@@ -45,6 +47,11 @@ def describe_fields() -> str:
             kind = kind or field.type.__name__
             meaning = field.metadata["doc"]
             lines.append(f"--config.{name}.{field.name} ({kind}, default {default!r}): {meaning}")
+    for name, field in _SINGLE.items():
+        meaning = field.metadata["doc"]
+        lines.append(
+            f"--config.{name} ({field.type.__name__}, default {field.default!r}): {meaning}"
+        )
     return "\n".join(lines)
 
 
@@ -56,8 +63,11 @@ def whole_config(overrides: Mapping[str, Any]) -> config_dict.ConfigDict:
     """
     if not isinstance(overrides, Mapping | config_dict.ConfigDict):
         raise ValueError(f"get_config returned {overrides!r}: want a dict of sections")
-    refuse_unknown(overrides, list(_SECTIONS), where="config")
-    config = config_dict.ConfigDict()
+    refuse_unknown(overrides, [*_SECTIONS, *_SINGLE], where="config")
+    config = config_dict.ConfigDict({name: field.default for name, field in _SINGLE.items()})
+    for name in _SINGLE:
+        if name in overrides:
+            _set(config, name, overrides[name], where="config")
     for name, section in _SECTIONS.items():
         fields = dataclasses.fields(section)
         mine = overrides.get(name, {})
@@ -76,16 +86,29 @@ def run_config(config: config_dict.ConfigDict) -> RunConfig:
     for name, section in _SECTIONS.items():
         values = {key: value for key, value in config[name].items() if value is not None}
         sections[name] = from_mapping(section, values, where=f"config.{name}")
-    return RunConfig(**sections)
+    return RunConfig(**sections, **{name: config[name] for name in _SINGLE})
 
 
-def run_driver(main: Callable[[RunConfig], int]) -> None:
-    """Parses the flags, calls `main` with the config, and exits with what it returns."""
+def run_driver(
+    main: Callable[[RunConfig], int], *, instead: Callable[[], int | None] = lambda: None
+) -> None:
+    """Parses the flags, calls `main` with the config, and exits with what it returns.
+
+    `instead` may do without a config what a driver's own flags ask for: its exit code, or None
+    where they ask for nothing. It is called first.
+    """
     define_config()
-    app.run(
-        lambda _: sys.exit(main(_parsed_config())),
-        flags_parser=_parse_flags,
-    )
+
+    def run(_: Sequence[str]) -> None:
+        code = instead()
+        if code is None:
+            with user_errors(ValueError):
+                if flags.FLAGS["config"].value is None:
+                    raise ValueError(_NO_CONFIG)
+            code = main(_parsed_config())
+        sys.exit(code)
+
+    app.run(run, flags_parser=_parse_flags)
 
 
 @contextlib.contextmanager
@@ -157,8 +180,6 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     with user_errors(flags.Error, ValueError, OSError):
         _check_overrides(argv)
         rest = flags.FLAGS(argv)
-        if flags.FLAGS["config"].value is None:
-            raise ValueError(_NO_CONFIG)
         if rest[1:]:
             raise ValueError(f"unknown arguments {' '.join(rest[1:])!r}: want --flag=value")
         return rest
@@ -174,9 +195,17 @@ def _check_overrides(argv: Sequence[str]) -> None:
             if "config" not in names:
                 raise ValueError(_NO_CONFIG)
             section, _, field = name.removeprefix("config.").partition(".")
-            refuse_unknown([section], list(_SECTIONS), where="config")
+            refuse_unknown([section], [*_SECTIONS, *_SINGLE], where="config")
+            if section in _SINGLE:
+                _refuse_parts(section, field)
+                continue
             known = [known.name for known in dataclasses.fields(_SECTIONS[section])]
             refuse_unknown([field], known, where=f"config.{section}")
+
+
+def _refuse_parts(name: str, field: str) -> None:
+    if field:
+        raise ValueError(f"config.{name} is one value and has no field {field!r}")
 
 
 def _parsed_config() -> RunConfig:

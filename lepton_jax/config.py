@@ -122,10 +122,60 @@ class EngineSection:
 
 @dataclasses.dataclass(frozen=True)
 class CompressionSection:
-    preset: str = _doc("none", "none, int8 (weights) or w8a8 (weights and activations)")
+    preset: str = _doc("none", "none, int8, w8a8, int4 or fp8")
+    rules: tuple[str, ...] = _doc(
+        (), "instead of a preset: PATTERN -> FIELD=VALUE ..., the first that matches a weight wins"
+    )
 
     def __post_init__(self):
         _check_types(self)
+        rules = (self.rules,) if isinstance(self.rules, str) else self.rules
+        good = isinstance(rules, (list, tuple)) and all(isinstance(rule, str) for rule in rules)
+        _check(self, "rules", good, "a list of texts such as 'embed|head -> weights=int8'")
+        object.__setattr__(self, "rules", tuple(rules))
+
+
+@dataclasses.dataclass(frozen=True)
+class ReceiptSection:
+    compare: bool = _doc(
+        True, "measure against the uncompressed model; false where that doesn't fit in memory"
+    )
+    text: str = _doc("", "held-out text to measure on; empty: the one that ships")
+    windows: int = _doc(20, "windows of held-out text")
+    window_tokens: int = _doc(512, "tokens in a window, which starts afresh")
+    prompts: int = _doc(16, "prompts whose greedy answers are compared; 0: none")
+    new_tokens: int = _doc(48, "tokens of each such answer")
+    repeats: int = _doc(3, "timed runs of prefill and of decode; 0: none")
+    seed: int = _doc(0, "of the bootstrap that gives confidence intervals")
+
+    def __post_init__(self):
+        _check_types(self)
+        _check(self, "windows", 2 <= self.windows <= _MOST, "2 or more")
+        _check(self, "window_tokens", 16 <= self.window_tokens <= _MOST, "16 or more")
+        _check(self, "new_tokens", 1 <= self.new_tokens <= _MOST, "1 or more")
+        _check(self, "prompts", 0 <= self.prompts <= self.windows, "0 to receipt.windows")
+        for name in ("repeats", "seed"):
+            _check(self, name, 0 <= getattr(self, name) <= _MOST, "0 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepSection:
+    recipes: Mapping[str, Mapping[str, Any]] = _doc(
+        {}, "name to fields of compression: compress tries each of them on the model"
+    )
+    keep: bool = _doc(False, "keep the compressed weights of each recipe, not just its receipt")
+
+    def __post_init__(self):
+        _check_types(self)
+        good = isinstance(self.recipes, Mapping) and all(
+            isinstance(name, str) and isinstance(fields, Mapping)
+            for name, fields in self.recipes.items()
+        )
+        _check(self, "recipes", good, "a mapping of names to fields of compression")
+        for name, fields in self.recipes.items():
+            plain = bool(name) and all(c.isalnum() or c in "-_" for c in name)
+            _check(self, "recipes", plain, "names of letters, digits, - and _")
+            from_mapping(CompressionSection, fields, where=f"sweep.recipes[{name!r}]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,3 +285,9 @@ class RunConfig:
     sampling: SamplingParams = dataclasses.field(default_factory=SamplingParams)
     job: JobSection = dataclasses.field(default_factory=JobSection)
     bench: BenchSection = dataclasses.field(default_factory=BenchSection)
+    receipt: ReceiptSection = dataclasses.field(default_factory=ReceiptSection)
+    sweep: SweepSection = dataclasses.field(default_factory=SweepSection)
+    output: str = _doc("", "new directory that compress writes")
+
+    def __post_init__(self):
+        _check_types(self)

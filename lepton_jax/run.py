@@ -21,17 +21,15 @@ def main(config: RunConfig) -> int:
     from lepton_jax.jobs.generate import GenerateJob
     from lepton_jax.jobs.output import JobError
 
-    preset = config.compression.preset
     with cli.user_errors(ValueError, OSError):
         job = GenerateJob(config)
         lepton = LeptonEngine()
-        lepton.load_model(
-            config.model.path, dtype=config.model.dtype, compression=preset, config=config
-        )
+        lepton.load_model(config.model.path, config=config)
         job.resume(lepton.fingerprint)
         lepton.start(workload=job.workload(lepton.tokenizer))
     with cli.user_errors(JobError):
         tally = job.run(lepton.engine, lepton.tokenizer)
+    preset = config.compression.preset
     cost = report.ModelCost.of(lepton.loaded.model, lepton.loaded.bytes, preset=preset)
     summary = report.summarize(tally, lepton.engine.stats(), cost=cost, output=job.output.path)
     report.write_summary(summary, job.output.summary)

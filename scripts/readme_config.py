@@ -18,12 +18,19 @@ def config_table() -> str:
     """Markdown, a row for each field of each section."""
     rows = ["| field | default | what it is |", "|---|---|---|"]
     for section in dataclasses.fields(RunConfig):
-        for field in dataclasses.fields(section.default_factory):
-            made = field.default is dataclasses.MISSING
-            default = field.default_factory() if made else field.default
-            doc = field.metadata["doc"].replace("|", "\\|").replace("<", "&lt;")
-            rows.append(f"| `{section.name}.{field.name}` | `{default!r}` | {doc} |")
+        if section.metadata:  # a field of its own
+            rows.append(_row(section, section.name))
+        else:
+            fields = dataclasses.fields(section.default_factory)
+            rows += [_row(field, f"{section.name}.{field.name}") for field in fields]
     return "\n".join(rows)
+
+
+def _row(field: dataclasses.Field, name: str) -> str:
+    made = field.default is dataclasses.MISSING
+    default = field.default_factory() if made else field.default
+    doc = field.metadata["doc"].replace("|", "\\|").replace("<", "&lt;")
+    return f"| `{name}` | `{default!r}` | {doc} |"
 
 
 def with_table(readme: str) -> str:

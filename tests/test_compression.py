@@ -81,7 +81,7 @@ def test_specs_tell_what_the_transform_makes(preset):
             assert (
                 leaf.act_bits
                 == told.act_bits
-                == (8 if (preset, path) == ("w8a8", "layers.0.out") else 16)
+                == (8 if preset in ("w8a8", "fp8") and path == "layers.0.out" else 16)
             )
             pairs = [(leaf.values, told.values), (leaf.scale, told.scale)]
         for array, s in pairs:
@@ -140,7 +140,7 @@ def test_groups_are_the_largest_even_divisors():
 
 
 def test_unknown_presets_and_schemes_that_can_not_be_are_refused():
-    with pytest.raises(ValueError, match="'int5' is unknown: allowed are none, int8, w8a8"):
+    with pytest.raises(ValueError, match="'int5' is unknown: allowed are none, int8, w8a8, int4, fp8"):
         preset_rules("int5")
     for fields, message in (
         (dict(weights="int3"), "weights='int3': allowed are int8, int4, float8"),

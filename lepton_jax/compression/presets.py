@@ -8,20 +8,28 @@ outliers: on SmolLM2-135M, KL to float32 over prose is 0.038 with int8 activatio
 0.013 so, and 0.004 with none (tests/test_quality_int8.py measures it).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from lepton_jax.compression.quantize import quantize
-from lepton_jax.compression.rules import Rule, assign
+from lepton_jax.compression.rules import Rule, assign, weights_of
 from lepton_jax.compression.scheme import Scheme
 from lepton_jax.tensors import ParamSpec
 
 _SENSITIVE = r"embed|head|layers\.\d+\.(qkv|down|experts_down)"
 _TOLERANT = r"layers\.\d+\.(out|gate_up|experts_gate_up)"
+_UNCHANGED = Scheme(weights="keep")
+_TABLES = "embed|head"
+_PRODUCTS = r"layers\.\d+\.(qkv|out|gate_up|down|experts_gate_up|experts_down)"
 
 PRESETS: dict[str, list[Rule[Scheme]]] = {
     "none": [],
     "int8": [Rule(f"{_SENSITIVE}|{_TOLERANT}", Scheme())],
     "w8a8": [Rule(_SENSITIVE, Scheme()), Rule(_TOLERANT, Scheme(activations="dynamic"))],
+    "int4": [Rule(_TABLES, Scheme()), Rule(_PRODUCTS, Scheme("int4", group=128, rounding="mse"))],
+    "fp8": [
+        Rule(_SENSITIVE, Scheme("float8")),
+        Rule(_TOLERANT, Scheme("float8", activations="dynamic")),
+    ],
 }
 
 
@@ -33,11 +41,17 @@ def preset_rules(name: str) -> list[Rule[Scheme]]:
     return PRESETS[name]
 
 
-def compressor(rules: list[Rule[Scheme]], paths) -> Callable:
-    """`compress(path, spec, array) -> leaf` for the loader; `paths` are all parameter paths of the
-    model.
-    """
-    actions = assign(rules, paths)
+def scheme_of_each(
+    rules: Sequence[Rule[Scheme]], specs: Mapping[str, ParamSpec]
+) -> dict[str, Scheme]:
+    """The scheme of each weight that changes. Raises ValueError on rules that nothing uses."""
+    actions = assign(rules, weights_of(specs))
+    return {path: scheme for path, scheme in actions.items() if scheme != _UNCHANGED}
+
+
+def compressor(rules: Sequence[Rule[Scheme]], specs: Mapping[str, ParamSpec]) -> Callable:
+    """`compress(path, spec, array) -> leaf` for the loader, of a model with these specs."""
+    actions = scheme_of_each(rules, specs)
 
     def compress(path: str, spec: ParamSpec, array):
         scheme = actions.get(path)
@@ -46,9 +60,9 @@ def compressor(rules: list[Rule[Scheme]], paths) -> Callable:
     return compress
 
 
-def compress_specs(rules: list[Rule[Scheme]], specs: Mapping[str, ParamSpec]) -> dict:
+def compress_specs(rules: Sequence[Rule[Scheme]], specs: Mapping[str, ParamSpec]) -> dict:
     """The specs of the compressed model, without touching a weight."""
-    actions = assign(rules, specs)
+    actions = scheme_of_each(rules, specs)
     return {
         path: actions[path].plan(spec) if path in actions else spec for path, spec in specs.items()
     }

@@ -1,12 +1,15 @@
 """One grammar for every method of compression: ordered regular expressions over parameter paths.
 
 The first rule whose pattern matches the whole path wins; a path that no rule matches is left as it
-is; a rule that no path uses is an error, because it is nearly always a misspelt path.
+is; a rule that no path uses is an error, because it is nearly always a misspelt path. Rules speak of
+the weights of matrix products only (`weights_of`). How they are written as text is `recipe.py`.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Generic, NamedTuple, TypeVar
+
+from lepton_jax.tensors import ParamSpec
 
 T = TypeVar("T")
 
@@ -16,6 +19,13 @@ class Rule(NamedTuple, Generic[T]):
 
     pattern: str
     action: T
+
+
+def weights_of(specs: Mapping[str, ParamSpec]) -> list[str]:
+    """Paths that rules may name: weights of products but for the routers of experts, which cost
+    nothing and decide much. Norm scales and biases are no weights of products.
+    """
+    return [path for path, s in specs.items() if s.inputs and not path.endswith(".router")]
 
 
 def assign(rules: Iterable[Rule[T]], paths: Iterable[str]) -> dict[str, T]:

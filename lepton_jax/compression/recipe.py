@@ -1,0 +1,137 @@
+"""`Recipe`: what becomes of a whole model, as a config says it and a receipt repeats it.
+
+    Recipe.of(preset="int8")
+    Recipe.of(rules=("embed|head -> weights=int8", r"layers\\.\\d+\\..* -> weights=int4 group=128"))
+
+A rule is `PATTERN -> FIELD=VALUE ...`: a regular expression that must match a whole parameter path,
+and fields of `Scheme`; `PATTERN -> keep` leaves those weights as they are. Rules are tried in their
+order (`rules.py`). Read next: `scheme.py` (the fields), `presets.py` (recipes with a name).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from lepton_jax.compression.presets import preset_rules
+from lepton_jax.compression.rules import Rule
+from lepton_jax.compression.scheme import Scheme
+from lepton_jax.config import CompressionSection
+
+KEEP = "keep"  # in place of fields
+_FIELDS = {field.name: field for field in dataclasses.fields(Scheme)}
+_TRUTHS = {"true": True, "false": False}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Rules for a model.
+
+    Attributes:
+      rules: first match wins.
+      preset: the name of the rules; "" where they are a user's own.
+    """
+
+    rules: tuple[Rule[Scheme], ...]
+    preset: str = ""
+
+    @classmethod
+    def of(cls, *, preset: str = "none", rules: Sequence[str] = ()) -> Recipe:
+        """A preset's rules, or those of rule texts. Raises ValueError naming what is wrong."""
+        if not rules:
+            return cls(tuple(preset_rules(preset)), preset)
+        if preset != "none":
+            raise ValueError(
+                f"compression.preset={preset!r} and compression.rules are both given: drop one "
+                "(the rules of a preset are in lepton_jax/compression/presets.py)"
+            )
+        return cls(tuple(parse_rule(text) for text in rules))
+
+    @classmethod
+    def from_config(cls, section: CompressionSection) -> Recipe:
+        """What a config's `compression` asks for."""
+        return cls.of(preset=section.preset, rules=section.rules)
+
+    def require_no_calibration(self, path: str) -> None:
+        """Raises ValueError, with the command to use, where loading `path` so isn't possible."""
+        if self.calibrated:
+            raise ValueError(
+                f"compression rule for {self.calibrated[0]!r} needs calibration, which loading "
+                "doesn't do: compress once, python -m lepton_jax.compress --config=CONFIG "
+                f"--config.model.path={path} --config.output=DIR, and load DIR with "
+                "compression.preset=none and no rules"
+            )
+
+    @property
+    def calibrated(self) -> list[str]:
+        """Patterns whose schemes must see activations first."""
+        return [rule.pattern for rule in self.rules if rule.action.calibrated]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For receipts: preset and rule texts."""
+        return {"preset": self.preset, "rules": [rule_text(rule) for rule in self.rules]}
+
+    @property
+    def title(self) -> str:
+        """In a few words, for tables: the preset, or what the schemes are."""
+        return self.preset or "; ".join(dict.fromkeys(scheme_text(r.action) for r in self.rules))
+
+
+def parse_rule(text: str) -> Rule[Scheme]:
+    """A rule from `PATTERN -> FIELD=VALUE ...`. Raises ValueError naming rule, field and value."""
+    pattern, arrow, action = (part.strip() for part in text.rpartition("->"))
+    if not (pattern and arrow and action):
+        raise ValueError(
+            f"compression rule {text!r}: want PATTERN -> FIELD=VALUE ..., or PATTERN -> {KEEP}"
+        )
+    if action == KEEP:
+        return Rule(pattern, Scheme(weights="keep"))
+    values: dict[str, Any] = {}
+    for word in action.split():
+        name, equals, value = word.partition("=")
+        if name not in _FIELDS or not equals:
+            raise ValueError(
+                f"compression rule {text!r}: {word!r} is no FIELD=VALUE; fields are "
+                f"{', '.join(_FIELDS)}"
+            )
+        if name in values:
+            raise ValueError(f"compression rule {text!r}: {name} is given twice")
+        values[name] = _value(text, name, value)
+    try:
+        return Rule(pattern, Scheme(**values))
+    except ValueError as error:
+        raise ValueError(f"compression rule {text!r}: {error}") from None
+
+
+def rule_text(rule: Rule[Scheme]) -> str:
+    """What `parse_rule` reads back."""
+    return f"{rule.pattern} -> {scheme_text(rule.action)}"
+
+
+def scheme_text(scheme: Scheme) -> str:
+    """The fields that aren't the defaults, and always `weights`."""
+    if scheme == Scheme(weights="keep"):
+        return KEEP
+    words = [f"weights={scheme.weights}"]
+    for name, field in _FIELDS.items():
+        value = getattr(scheme, name)
+        if name != "weights" and value != field.default:
+            words.append(f"{name}={str(value).lower() if isinstance(value, bool) else value}")
+    return " ".join(words)
+
+
+def _value(text: str, name: str, value: str) -> Any:
+    """A field's value in the type of its default."""
+    default = _FIELDS[name].default
+    if isinstance(default, bool):
+        if value.lower() not in _TRUTHS:
+            raise ValueError(f"compression rule {text!r}: {name}={value!r}: want true or false")
+        return _TRUTHS[value.lower()]
+    if isinstance(default, str):
+        return value
+    try:
+        return type(default)(value)
+    except ValueError:
+        wanted = "a whole number" if isinstance(default, int) else "a number"
+        raise ValueError(f"compression rule {text!r}: {name}={value!r}: want {wanted}") from None
