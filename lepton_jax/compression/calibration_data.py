@@ -1,0 +1,171 @@
+"""Windows of tokens from a text file, for calibration and for measuring quality.
+
+    drawn = draw_windows(CALIBRATION_TEXT, encode, windows=64, length=512, seed=0)
+    drawn.tokens   # int32 [windows, length]
+    drawn.receipt  # which file, and where in it each window begins
+
+A file is JSONL with a field "text" in each row, or plain text; it may be of any size, because it is
+read once, row by row, and only the drawn windows are held. Two texts in the public domain ship in
+`data/` (its SOURCES.md says which): one to calibrate on, and another to measure on.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+CALIBRATION_TEXT = Path(__file__).parent / "data" / "calibration.txt"
+HELD_OUT_TEXT = Path(__file__).parent / "data" / "heldout.txt"
+_PIECE = 4096  # characters of plain text that are tokenized at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """Tokens and where they are from.
+
+    Attributes:
+      tokens: int32 `[windows, length]`.
+      receipt: in JSON types: path, sha256 (of the file's bytes), unit ("line" or "row" of JSONL),
+        seed, length, tokens_in_file and starts: [number of the line or row, token in what was read
+        from there] of each window. Lines and rows count from 1.
+    """
+
+    tokens: np.ndarray
+    receipt: dict[str, Any]
+
+
+class _Piece(NamedTuple):
+    """Some text and the number of the line or row where it begins."""
+
+    start: int
+    text: str
+
+
+def draw_windows(
+    path: str | Path,
+    encode: Callable[..., Sequence[int]],
+    *,
+    windows: int,
+    length: int,
+    seed: int = 0,
+) -> Windows:
+    """`windows` windows of `length` tokens that don't overlap, each as likely as any other.
+
+    Args:
+      path: `.jsonl` (a row is an object with a string "text"), anything else is plain text, UTF-8.
+      encode: of a `lepton_jax.text.Tokenizer`. What it puts in front of a text (bos) stands at
+        the beginning of every window, as it would in a prompt.
+      windows: how many.
+      length: tokens of each, with what stands in front.
+      seed: of the draw.
+
+    Raises ValueError naming the file where it is too short or a row is none, OSError where it
+    can't be read.
+    """
+    if windows < 1 or length < 2:
+        raise ValueError(f"windows={windows} of length={length}: want at least 1 of 2 tokens")
+    path = Path(path)
+    front = _front(encode)
+    generator, digest = np.random.default_rng(seed), hashlib.sha256()
+    drawn: dict[int, tuple[int, list, list[int]]] = {}
+    count = total = 0
+    for start, ids in _spans(_pieces(path, digest), encode, length - len(front)):
+        total += len(ids)
+        if len(ids) < length - len(front):
+            continue
+        place = count if count < windows else int(generator.integers(count + 1))
+        if place < windows:  # reservoir sampling (Vitter, 1985, algorithm R)
+            drawn[place] = (count, start, [*front, *ids])
+        count += 1
+    if count < windows:
+        raise ValueError(
+            f"{path}: {windows} windows of {length} tokens need {windows * length} tokens, and the "
+            f"text has {total} ({count} windows): give a longer text, fewer or shorter windows"
+        )
+    chosen = [drawn[place] for place in sorted(drawn, key=lambda place: drawn[place][0])]
+    return Windows(
+        np.asarray([ids for _, _, ids in chosen], np.int32),
+        dict(
+            path=str(path),
+            sha256=digest.hexdigest(),
+            unit="row" if path.suffix == ".jsonl" else "line",
+            seed=seed,
+            length=length,
+            tokens_in_file=total,
+            starts=[start for _, start, _ in chosen],
+        ),
+    )
+
+
+def _front(encode: Callable[..., Sequence[int]]) -> list[int]:
+    """The ids that come before any text."""
+    whole, bare = list(encode("a")), list(encode("a", add_special=False))
+    at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+    return whole[:at]
+
+
+def _spans(
+    pieces: Iterator[_Piece], encode: Callable[..., Sequence[int]], size: int
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Consecutive ([line or row, token in it], ids): `size` ids each, fewer in the last one."""
+    ids: list[int] = []
+    start = [1, 0]
+    for piece in pieces:
+        fresh = encode(piece.text, add_special=False)
+        used = 0
+        while len(ids) + len(fresh) - used >= size:
+            if not ids:
+                start = [piece.start, used]
+            taken = size - len(ids)
+            yield start, [*ids, *fresh[used : used + taken]]
+            ids, used = [], used + taken
+        if used < len(fresh):
+            if not ids:
+                start = [piece.start, used]
+            ids.extend(fresh[used:])
+    if ids:
+        yield start, ids
+
+
+def _pieces(path: Path, digest) -> Iterator[_Piece]:
+    """Rows of JSONL, or lines of plain text some thousand characters at a time."""
+    start, lines, size = 1, [], 0
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            digest.update(raw)
+            line = _decoded(raw, path, number)
+            if path.suffix == ".jsonl":
+                if line.strip():
+                    yield _Piece(number, _text_of(line, path, number))
+                continue
+            start = number if not lines else start
+            lines.append(line)
+            size += len(line)
+            if size >= _PIECE:
+                yield _Piece(start, "".join(lines))
+                lines, size = [], 0
+    if lines:
+        yield _Piece(start, "".join(lines))
+
+
+def _decoded(raw: bytes, path: Path, number: int) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: line {number} is not UTF-8 ({error.reason})") from None
+
+
+def _text_of(line: str, path: Path, number: int) -> str:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: row {number} is not JSON: {error}") from None
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        raise ValueError(
+            f'{path}: row {number} has no string "text": want {{"text": "..."}} in each row'
+        )
+    return row["text"] + "\n"
