@@ -55,12 +55,16 @@ def fit_grid(parts: jax.Array, scheme: Scheme) -> Grid:
     full = _grid(parts, scheme, clip=1.0)
     if scheme.rounding == "nearest":
         return full
-    best, least = full, _squared_error(parts, full, scheme)
-    for clip in _CLIPS[1:]:
+
+    def try_clip(found, clip):
+        best, least = found
         grid = _grid(parts, scheme, clip=clip)
         error = _squared_error(parts, grid, scheme)
-        best = jax.tree.map(lambda a, b, better=error < least: jnp.where(better, a, b), grid, best)
-        least = jnp.minimum(error, least)
+        best = jax.tree.map(lambda a, b: jnp.where(error < least, a, b), grid, best)
+        return (best, jnp.minimum(error, least)), None
+
+    start = full, _squared_error(parts, full, scheme)
+    (best, _), _ = jax.lax.scan(try_clip, start, jnp.asarray(_CLIPS[1:], jnp.float32))
     return best
 
 
@@ -100,7 +104,7 @@ def make_leaf(
     )
 
 
-def _grid(parts, scheme: Scheme, *, clip: float) -> Grid:
+def _grid(parts, scheme: Scheme, *, clip: jax.Array | float) -> Grid:
     top, bottom = _TOP[scheme.weights], _BOTTOM[scheme.weights]
     if not scheme.asymmetric:
         largest = clip * jnp.max(jnp.abs(parts), axis=-1)
