@@ -1,13 +1,14 @@
 """THE LOOP: `Engine.step` is one beat of schedule, run, commit, and everything above the engine
 only calls it.
 
-The engine speaks token ids: `add_request`, `step`, `abort`, `has_work`. The host stays one beat
-ahead of the device: a plan is dispatched before the results of the one before are read. Text is
-`lepton_jax/text`, rows and files are `lepton_jax/jobs`. Read next: `scheduler.py` (what a beat
-does), `runner.py` (how it runs).
+The engine speaks token ids: `add_request`, `add_scoring`, `step`, `abort`, `has_work`. The host
+stays one beat ahead of the device: a plan is dispatched before the results of the one before are
+read. Text is `lepton_jax/text`, rows and files are `lepton_jax/jobs`. Read next: `scheduler.py`
+(what a beat does), `runner.py` (how it runs).
 """
 
 import hashlib
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -20,11 +21,15 @@ from lepton_jax.engine.request import Request, StepOutput
 from lepton_jax.engine.row_params import SampleSpec
 from lepton_jax.engine.runner import InFlight, Runner, Sizes
 from lepton_jax.engine.scheduler import Scheduler
+from lepton_jax.engine.scored import ScoreSpec, Scoring
 from lepton_jax.kernels.attention import backend_for
 from lepton_jax.models.build import Model
 from lepton_jax.tensors import CompressedTensor
 
+Workload = Sequence[tuple[int, SamplingParams | ScoreSpec]]  # (prompt tokens, what is asked)
+
 _DEFAULT_MAX_LEN = 4096
+_NO_OUTPUT = SamplingParams(max_tokens=1)  # of requests to score: nothing is sampled
 _DEVICE_SHARE = 0.9  # of a device's memory, less what the weights took, goes to the cache
 _HOST_SHARE = 1 / 64  # of the machine's memory where the device is the host itself
 
@@ -39,7 +44,7 @@ class Engine:
         *,
         section: EngineSection,
         eos_ids: Sequence[int] = (),
-        workload: Sequence[tuple[int, SamplingParams]] = (),
+        workload: Workload = (),
         strict: bool = False,
     ):
         """Plans memory; compiles nothing yet.
@@ -48,8 +53,7 @@ class Engine:
           model: the abstract model; `leaves` its weights in the order of its specs.
           section: sizes; 0 where the engine shall choose.
           eos_ids: ids that end a text unless a row ignores them.
-          workload: (prompt tokens, params) of the coming requests, where they are known: it bounds
-          the cache.
+          workload: of the coming requests, where they are known: it bounds the cache.
           strict: a program that the warm-up did not compile is an error instead of a warning.
         """
         platform = jax.default_backend()
@@ -86,8 +90,7 @@ class Engine:
         done, self._in_flight = self._in_flight, flight
         if done is None:
             return []
-        result = self.runner.read(done)
-        return self.scheduler.commit(done.plan, result)  # 3 commit
+        return self.scheduler.commit(done.plan, *self.runner.read(done))  # 3 commit
 
     @property
     def has_work(self) -> bool:
@@ -98,31 +101,53 @@ class Engine:
         self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams
     ) -> None:
         """Queues a request. Raises ValueError, saying why, on one that can never be served."""
-        vocab = self.runner.model.config.vocab_size
-        ids = [*prompt_ids, *params.stop_token_ids, *params.logit_bias]
-        bad = next((i for i in ids if not 0 <= i < vocab), None)
-        if bad is not None:
-            raise ValueError(f"token id {bad} is outside the model's vocabulary of {vocab}")
+        self._check_ids([*prompt_ids, *params.stop_token_ids, *params.logit_bias])
         request = Request(request_id, tuple(prompt_ids), params, seed=_seed(request_id, params))
         self.scheduler.add(request)
         self.runner.require(SampleSpec.of(params, self.eos_ids))
+
+    def add_scoring(self, request_id: str, prompt_ids: Sequence[int], scoring: Scoring) -> None:
+        """Queues a prompt to score; its one output has `.scored`. Raises ValueError as above."""
+        self._check_ids([*prompt_ids, *itertools.chain(*scoring.targets)])
+        if len(scoring.targets) > len(prompt_ids):
+            raise ValueError(
+                f"targets of {len(scoring.targets)} places of {len(prompt_ids)} tokens"
+            )
+        request = Request(request_id, tuple(prompt_ids), _NO_OUTPUT, scoring=scoring)
+        self.scheduler.add(request)
+        self.runner.require(ScoreSpec.of(scoring))
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        vocab = self.runner.model.config.vocab_size
+        bad = next((i for i in ids if not 0 <= i < vocab), None)
+        if bad is not None:
+            raise ValueError(f"token id {bad} is outside the model's vocabulary of {vocab}")
 
     def abort(self, request_id: str) -> None:
         """Drops a request wherever it is; nothing more comes out for it."""
         self.scheduler.abort(request_id)
 
-    def warm_up(self, workload: Sequence[tuple[int, SamplingParams]]) -> None:
-        """Compiles the programs that requests of (prompt tokens, params) can reach, and allocates
-        the cache.
-        """
-        for _, params in workload:
-            self.runner.require(SampleSpec.of(params, self.eos_ids))
-        tile, again = self.runner.backend.Q_TILE, self._may_preempt(workload)
-        counts = [count + again * params.max_tokens for count, params in workload]
-        tokens = sum(-(-count // tile) * tile for count in counts)
-        self.runner.warm_up(self.runner.shapes_for(tokens, len(workload)))
+    def warm_up(self, workload: Workload) -> None:
+        """Compiles the programs that requests of a workload can reach, and allocates the cache."""
+        for _, asked in workload:
+            scores = isinstance(asked, ScoreSpec)
+            self.runner.require(asked if scores else SampleSpec.of(asked, self.eos_ids))
+        scored = [(count, asked) for count, asked in workload if isinstance(asked, ScoreSpec)]
+        others = [(count, asked) for count, asked in workload if not isinstance(asked, ScoreSpec)]
+        shapes = []
+        if others:
+            shapes += self.runner.shapes_for(self._prefilled(others), len(others))
+        if scored:
+            shapes += self.runner.score_shapes_for(self._prefilled(scored))
+        self.runner.warm_up(shapes)
 
-    def _may_preempt(self, workload: Sequence[tuple[int, SamplingParams]]) -> bool:
+    def _prefilled(self, workload: Workload) -> int:
+        """Tokens that the prefills of a workload compute at most, padding to tiles included."""
+        tile, again = self.runner.backend.Q_TILE, self._may_preempt(workload)
+        counts = [count + again * asked.max_tokens for count, asked in workload]
+        return sum(-(-count // tile) * tile for count in counts)
+
+    def _may_preempt(self, workload: Workload) -> bool:
         """Whether pages can run out, so that rows must be prefilled again."""
         s = self.runner.sizes
         totals = (min(s.max_len, count + params.max_tokens) for count, params in workload)

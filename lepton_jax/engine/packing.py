@@ -8,11 +8,13 @@ because they fix the layouts.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lepton_jax.engine.request import Chunk
 from lepton_jax.engine.row_params import SampleSpec, width
 
 
@@ -71,17 +73,46 @@ class Layout:
         return buffer, self.split(buffer)
 
 
-def prefill_layout(shape: PrefillShape) -> Layout:
-    """Host to device. Unused lines have slot = the number of slots (dropped on the device)."""
-    T, R = shape.tokens, shape.rows
-    return Layout(
+def chunk_pieces(tokens: int, rows: int, pages: int) -> dict[str, tuple[int, ...]]:
+    """What every program over packed chunks gets: `place_chunks` fills it in."""
+    T, R = tokens, rows
+    return dict(
         tokens=(T,),
         positions=(T,),  # -1: padding
         rows=(T,),  # line of each token's prompt below
         num_seqs=(1,),
         cu_q_lens=(R + 1,),
-        slots=(R,),  # where the row's state lives
         kv_lens=(R,),
+        page_table=(R, pages),
+    )
+
+
+def place_chunks(view: dict[str, np.ndarray], chunks: Sequence[Chunk], *, tile: int) -> list[int]:
+    """Writes the pieces above, a line for each chunk; the index of each chunk's first token."""
+    view["positions"][:] = -1
+    view["num_seqs"][:] = len(chunks)
+    starts, start = [], 0
+    for line, chunk in enumerate(chunks):
+        count = len(chunk.tokens)
+        end, stop = start + count, chunk.start + count
+        starts.append(start)
+        view["tokens"][start:end] = chunk.tokens
+        view["positions"][start:end] = range(chunk.start, stop)
+        start_next = start + -(-count // tile) * tile
+        view["rows"][start:start_next] = line
+        view["cu_q_lens"][line + 1 :] = start_next
+        view["kv_lens"][line] = stop
+        view["page_table"][line, : len(chunk.pages)] = chunk.pages
+        start = start_next
+    return starts
+
+
+def prefill_layout(shape: PrefillShape) -> Layout:
+    """Host to device. Unused lines have slot = the number of slots (dropped on the device)."""
+    R = shape.rows
+    return Layout(
+        **chunk_pieces(shape.tokens, R, shape.pages),
+        slots=(R,),  # where the row's state lives
         last=(R,),  # index in tokens of the row's last token
         final=(R,),  # 1: sample the row's next token after its last one
         first=(R,),  # 1: the row starts here
@@ -90,7 +121,6 @@ def prefill_layout(shape: PrefillShape) -> Layout:
         ),  # position at which outputs begin (a preempted row is fed its own outputs again)
         produced=(R,),  # outputs before the one sampled now
         limit=(R,),  # most outputs of the row
-        page_table=(R, shape.pages),
         params=(R, width(shape.spec)),
     )
 

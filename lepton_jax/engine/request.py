@@ -2,7 +2,7 @@
 
 A `Request` is what a caller adds; a `Row` is the host's memory of it while it runs; a `Plan` is
 what one beat does; a `BlockResult` is what the device gave back for it; a `StepOutput` is what the
-caller gets. Plain data, no jax. Read next: `scheduler.py`.
+caller gets. Plain data, no jax. Read next: `scheduler.py`, and `scored.py` for requests to score.
 """
 
 import dataclasses
@@ -10,18 +10,28 @@ import dataclasses
 import numpy as np
 
 from lepton_jax.config import SamplingParams
+from lepton_jax.engine.scored import Scored, Scoring
 
 FINISH_REASONS = {1: "stop", 2: "length"}  # by the device's finish code; 0 is still running
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """Token ids to continue. `seed` is the one in effect for the row's random draws."""
+    """Token ids to continue, or to score where `scoring` is there.
+
+    `seed` is the one in effect for the row's random draws.
+    """
 
     id: str
     prompt_ids: tuple[int, ...]
     params: SamplingParams
     seed: int = 0
+    scoring: Scoring | None = None
+
+    @property
+    def first_scored(self) -> int:
+        """The first place with targets; the number of tokens where there is none."""
+        return len(self.prompt_ids) - len(self.scoring.targets)
 
 
 @dataclasses.dataclass(eq=False)
@@ -37,6 +47,7 @@ class Row:
       pages: the row's pages in order; `keys` the hashes of those full of known tokens.
       slot: line of the device's row state; None while the row has none.
       entering: its first token is sampled but not read.
+      scored: what came back of a scoring request so far.
       finished: nothing more comes out for it.
     """
 
@@ -49,6 +60,7 @@ class Row:
     keys: list[bytes] = dataclasses.field(default_factory=list)
     slot: int | None = None
     entering: bool = False
+    scored: Scored | None = None
     finished: bool = False
 
     @property
@@ -76,6 +88,12 @@ class Chunk:
     tokens: tuple[int, ...]
     final: bool
 
+    @property
+    def scored_places(self) -> range:
+        """Places of the chunk whose targets are asked (of a scoring request)."""
+        stop = self.start + len(self.tokens)
+        return range(min(stop, max(self.start, self.row.request.first_scored)), stop)
+
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
@@ -94,12 +112,17 @@ class Entry:
 class Plan:
     """One beat: a packed prefill, then a decode block of up to `steps` steps; either may be empty.
 
-    A block of 0 steps only reads the tokens with which its rows enter.
+    A block of 0 steps only reads the tokens with which its rows enter. The chunks are all of
+    requests to continue or, where `scoring`, all of requests to score.
     """
 
     chunks: tuple[Chunk, ...] = ()
     rows: tuple[Entry, ...] = ()
     steps: int = 0
+
+    @property
+    def scoring(self) -> bool:
+        return bool(self.chunks) and self.chunks[0].row.request.scoring is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,17 +147,19 @@ class BlockResult:
 
 @dataclasses.dataclass(frozen=True)
 class StepOutput:
-    """New tokens of a request.
+    """New tokens of a request, or what was asked of one to score.
 
     Attributes:
       token_ids: the new ids, a stop token included.
       logprobs: for each of them (log-probability, [(id, log-probability) of the likeliest]); None
         where not asked.
-      finish_reason: None while it runs, else "stop", "length", or "error" where the model gave no
-        finite logits.
+      finish_reason: None while it runs, else "stop", "length", "scored", or "error" where the
+        model gave no finite logits.
+      scored: of a scoring request that is done.
     """
 
     request_id: str
     token_ids: list[int]
     logprobs: list[tuple[float, list[tuple[int, float]]]] | None = None
     finish_reason: str | None = None
+    scored: Scored | None = None

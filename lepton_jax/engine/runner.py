@@ -20,10 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lepton_jax.engine import packing, steps
+from lepton_jax.engine import packing, scoring, steps
 from lepton_jax.engine.packing import DecodeShape, PrefillShape
 from lepton_jax.engine.request import BlockResult, Plan
 from lepton_jax.engine.row_params import SampleSpec, pack
+from lepton_jax.engine.scored import ScoreResult, ScoreSpec
+from lepton_jax.engine.scoring import ScoreShape
 from lepton_jax.models.build import Model
 
 log = logging.getLogger(__name__)
@@ -56,13 +58,15 @@ class Sizes:
 
 @dataclasses.dataclass
 class InFlight:
-    """A dispatched plan; `ran` and `result` are device arrays that will be ready when the programs
-    are.
+    """A dispatched plan; `ran`, `scores` and `result` are device arrays that will be ready when the
+    programs are.
     """
 
     plan: Plan
     dispatched: float
     ran: jax.Array | None = None
+    score_shape: ScoreShape | None = None
+    scores: jax.Array | None = None
     decode_shape: DecodeShape | None = None
     result: jax.Array | None = None
 
@@ -109,11 +113,11 @@ class Runner:
         strict: bool = False,
     ):
         self.model, self.sizes, self.strict = model, sizes, strict
-        self.spec = SampleSpec()
+        self.spec, self.score_spec = SampleSpec(), ScoreSpec()
         self.timings = Timings()
         self._leaves, self.backend, self._kv_dtype = tuple(leaves), backend, kv_dtype
         self._eos_ids = eos_ids
-        self._programs: dict[PrefillShape | DecodeShape, Any] = {}
+        self._programs: dict[PrefillShape | DecodeShape | ScoreShape, Any] = {}
         self._caches: tuple | None = None
         self._state: steps.RowState | None = None
         self._warm = False
@@ -133,9 +137,12 @@ class Runner:
         itemsize = jnp.dtype(self._kv_dtype).itemsize
         return self.model.config.num_layers * int(np.prod(self._cache_shape())) * itemsize
 
-    def require(self, spec: SampleSpec) -> None:
+    def require(self, spec: SampleSpec | ScoreSpec) -> None:
         """Makes the programs from now on serve rows of this spec too."""
-        self.spec = self.spec.union(spec)
+        if isinstance(spec, ScoreSpec):
+            self.score_spec = self.score_spec.union(spec)
+        else:
+            self.spec = self.spec.union(spec)
 
     def shapes_for(self, prompt_tokens: int, rows: int) -> list[PrefillShape | DecodeShape]:
         """The programs that a job can reach.
@@ -156,7 +163,12 @@ class Runner:
             ),
         ]
 
-    def warm_up(self, shapes: list[PrefillShape | DecodeShape]) -> None:
+    def score_shapes_for(self, prompt_tokens: int) -> list[ScoreShape]:
+        """The programs that a job of scoring can reach, by the tokens of all its prompts."""
+        most = self._fit(self._prefill_sizes, prompt_tokens)
+        return [self._score_shape(size) for size in self._prefill_sizes if size <= most]
+
+    def warm_up(self, shapes: list[PrefillShape | DecodeShape | ScoreShape]) -> None:
         """Compiles these programs, several at a time, and allocates caches and state."""
         started = time.perf_counter()
         with ThreadPoolExecutor(_COMPILE_THREADS) as pool:
@@ -174,12 +186,19 @@ class Runner:
         if plan.chunks:
             tile = self.backend.Q_TILE
             tiles = sum(-(-len(chunk.tokens) // tile) for chunk in plan.chunks)
-            shape = self._prefill_shape(self._fit(self._prefill_sizes, tiles * tile))
+            size = self._fit(self._prefill_sizes, tiles * tile)
+            shape = self._score_shape(size) if plan.scoring else self._prefill_shape(size)
             program = self._program(shape)
-            packed = self._pack_prefill(plan, shape)
-            self._caches, self._state, flight.ran = program(
-                self._leaves, self._caches, self._state, packed
-            )
+            if plan.scoring:
+                packed = scoring.pack_scores(plan.chunks, shape, tile=tile)
+                self._caches, flight.scores = program(self._leaves, self._caches, packed)
+                flight.scores.copy_to_host_async()
+                flight.score_shape = shape
+            else:
+                packed = self._pack_prefill(plan, shape)
+                self._caches, self._state, flight.ran = program(
+                    self._leaves, self._caches, self._state, packed
+                )
             real = sum(len(chunk.tokens) for chunk in plan.chunks)
             self.timings.prefill_tokens += real
             self.timings.prefill_padding += shape.tokens - real
@@ -195,9 +214,16 @@ class Runner:
             flight.decode_shape = shape
         return flight
 
-    def read(self, flight: InFlight) -> BlockResult | None:
-        """Waits for a plan; the result of its decode block, or None where it had none."""
-        waiting = time.perf_counter()
+    def read(self, flight: InFlight) -> tuple[BlockResult | None, ScoreResult | None]:
+        """Waits for a plan; the results of its decode block and of its prompts to score, each None
+        where it had none.
+        """
+        waiting, scores = time.perf_counter(), None
+        if flight.scores is not None:
+            buffer = np.asarray(flight.scores)
+            self.timings.prefill_seconds += self._lap(flight)
+            hidden_size = self.model.config.hidden_size
+            scores = scoring.read_scores(buffer, flight.score_shape, hidden_size)
         if flight.ran is not None:
             flight.ran.block_until_ready()
             self.timings.prefill_seconds += self._lap(flight)
@@ -209,7 +235,7 @@ class Runner:
             self._count_block(flight.decode_shape, pieces)
             result = _block_result(pieces, len(flight.plan.rows))
         self.timings.wait_seconds += time.perf_counter() - waiting
-        return result
+        return result, scores
 
     def _count_block(self, shape: DecodeShape, pieces: dict[str, np.ndarray]) -> None:
         steps_run, tokens = int(pieces["steps"][0]), int(pieces["count"].sum())
@@ -230,6 +256,10 @@ class Runner:
     def _prefill_shape(self, tokens: int) -> PrefillShape:
         rows = max(1, min(self.sizes.rows, tokens // self.backend.Q_TILE))
         return PrefillShape(tokens, rows, self.sizes.pages_per_row, self.spec)
+
+    def _score_shape(self, tokens: int) -> ScoreShape:
+        plain = self._prefill_shape(tokens)
+        return ScoreShape(plain.tokens, plain.rows, plain.pages, self.score_spec)
 
     def _decode_shape(self, rows: int, cached: int) -> DecodeShape:
         s = self.sizes
@@ -259,6 +289,8 @@ class Runner:
         return self._programs[shape]
 
     def _compile(self, shape):
+        if isinstance(shape, ScoreShape):
+            return self._compile_score(shape)
         prefill = isinstance(shape, PrefillShape)
         layout = (packing.prefill_layout if prefill else packing.decode_layout)(shape)
         step = functools.partial(
@@ -273,6 +305,13 @@ class Runner:
         )
         packed = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
         return jax.jit(step, donate_argnums=(1, 2)).lower(*arguments, packed).compile()
+
+    def _compile_score(self, shape: ScoreShape):
+        step = functools.partial(scoring.score, model=self.model, backend=self.backend, shape=shape)
+        leaves = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), self._leaves)
+        packed = jax.ShapeDtypeStruct((scoring.score_layout(shape).size,), jnp.int32)
+        program = jax.jit(step, donate_argnums=1)
+        return program.lower(leaves, self._abstract_caches(), packed).compile()
 
     def _cache_shape(self) -> tuple[int, ...]:
         c, s = self.model.config, self.sizes
@@ -299,30 +338,18 @@ class Runner:
         self._state = fresh if self._state is None else fresh.filled_from(self._state)
 
     def _pack_prefill(self, plan: Plan, shape: PrefillShape) -> np.ndarray:
-        tile = self.backend.Q_TILE
         buffer, view = packing.prefill_layout(shape).zeros()
-        view["positions"][:] = -1
+        starts = packing.place_chunks(view, plan.chunks, tile=self.backend.Q_TILE)
         view["slots"][:] = self.sizes.rows
-        view["num_seqs"][:] = len(plan.chunks)
-        start = 0
-        for line, chunk in enumerate(plan.chunks):
-            row, count = chunk.row, len(chunk.tokens)
-            end, stop = start + count, chunk.start + count
-            view["tokens"][start:end] = chunk.tokens
-            view["positions"][start:end] = range(chunk.start, stop)
-            start_next = start + -(-count // tile) * tile
-            view["rows"][start:start_next] = line
-            view["cu_q_lens"][line + 1 :] = start_next
+        for line, (chunk, start) in enumerate(zip(plan.chunks, starts, strict=True)):
+            row = chunk.row
             view["slots"][line] = chunk.slot
-            view["kv_lens"][line] = stop
-            view["last"][line] = end - 1
+            view["last"][line] = start + len(chunk.tokens) - 1
             view["final"][line] = chunk.final
             view["first"][line] = chunk.start == 0
             view["outputs_from"][line] = len(row.request.prompt_ids)
             view["produced"][line] = len(row.outputs)
             view["limit"][line] = row.limit
-            view["page_table"][line, : len(chunk.pages)] = chunk.pages
-            start = start_next
         self._pack_params(view, [chunk.row for chunk in plan.chunks], shape.spec)
         return buffer
 

@@ -3,7 +3,8 @@
 The device runs programs in the order of dispatch, so the scheduler may plan on what is dispatched
 but not yet read: a row whose last chunk is in a plan decodes in the same plan; a page is shareable
 as soon as the chunk that fills it is planned; a row that is sure to end in a block gives slot and
-pages up when the block is planned. A row's end by a stop token is known one beat late.
+pages up when the block is planned. A row's end by a stop token is known one beat late. A request to
+score ends with its prefill: it gives slot and pages up when its last chunk is planned.
 Pure Python, no jax. Read next: `request.py` (the data), `pages.py` (the memory).
 """
 
@@ -23,6 +24,7 @@ from lepton_jax.engine.request import (
     Row,
     StepOutput,
 )
+from lepton_jax.engine.scored import Scored, ScoreResult
 
 _BEAT_COST = (
     1  # steps that a beat's dispatch and prefill program cost: about one read of the weights
@@ -36,6 +38,7 @@ class Counters:
     prompt_tokens: int = 0
     prefix_hit_tokens: int = 0
     generated_tokens: int = 0
+    scored_tokens: int = 0
     preemptions: int = 0
 
 
@@ -130,13 +133,14 @@ class Scheduler:
             raise ValueError(f"request id {request.id!r} is already running: ids must differ")
         if not count:
             raise ValueError("the prompt has no tokens: want at least one")
-        if count >= self._max_len:
+        most = self._max_len - (request.scoring is None)  # a prompt to score needs no output
+        if count > most:
             raise ValueError(
                 f"the prompt has {count} tokens, but engine.max_len={self._max_len} leaves room for"
-                f" {self._max_len - 1}: shorten it or raise engine.max_len"
+                f" {most}: shorten it or raise engine.max_len"
             )
-        limit = min(request.params.max_tokens, self._max_len - count)
-        pages = pool.pages_for(count + limit - 1)
+        limit = 0 if request.scoring else min(request.params.max_tokens, self._max_len - count)
+        pages = pool.pages_for(count + max(limit - 1, 0))
         if pages > pool.num_pages - 1:
             raise ValueError(
                 f"a prompt of {count} tokens and {limit} outputs need {pages} pages of"
@@ -165,6 +169,9 @@ class Scheduler:
         if not self._make_room():
             return None
         chunks = self._prefill()
+        for chunk in chunks:  # not sooner: within a program nothing is free for another row
+            if chunk.final and chunk.row.request.scoring:
+                self._release(chunk.row)
         long_alone = len(chunks) == 1 and not chunks[0].final
         prefill_only = chunks and self._may_admit() and not self._starved and not long_alone
         rows, steps = ((), 0) if prefill_only else self._decode()
@@ -173,12 +180,16 @@ class Scheduler:
         self._unread += 1
         return Plan(tuple(chunks), rows, steps)
 
-    def commit(self, plan: Plan, result: BlockResult | None) -> list[StepOutput]:
+    def commit(
+        self, plan: Plan, result: BlockResult | None, scores: ScoreResult | None = None
+    ) -> list[StepOutput]:
         """Takes in what a plan produced, less what it produced for rows that ended meanwhile."""
         self._unread -= 1
+        scored = self._take_scores(plan, scores) if plan.scoring else []
         live = [(n, entry.row) for n, entry in enumerate(plan.rows) if not entry.row.finished]
         outputs = [self._take(row, result, line=line, steps=plan.steps) for line, row in live]
-        return [output for output in outputs if output.token_ids or output.finish_reason]
+        done = [output for output in outputs if output.token_ids or output.finish_reason]
+        return scored + done
 
     # Room
 
@@ -202,7 +213,7 @@ class Scheduler:
         """Pages that a row lacks for a block, by whose end all outputs but the last are cached."""
         steps = self._knobs.decode_block if steps is None else steps
         outputs = min(row.limit, (row.bound or len(row.outputs) + 1) + steps)
-        needed = self._pool.pages_for(len(row.request.prompt_ids) + outputs - 1)
+        needed = self._pool.pages_for(len(row.request.prompt_ids) + max(outputs - 1, 0))
         return max(0, needed - len(row.pages))
 
     def _preempt(self, row: Row) -> None:
@@ -210,7 +221,7 @@ class Scheduler:
         row.keys = self._pool.keys(row.tokens, row.keys)
         self._register(row)
         self._release(row)
-        row.bound, row.computed = 0, 0
+        row.bound, row.computed, row.scored = 0, 0, None
         self._waiting.appendleft(row)
         self.counters.preemptions += 1
 
@@ -228,12 +239,14 @@ class Scheduler:
         budget, chunks = self._knobs.prefill_chunk // self._tile, []  # in tiles
         self._starved = False
         for row in self._running:
-            if not row.ready and budget:
+            if not row.ready and budget and _joins(row, chunks):
                 chunks.append(self._chunk(row, budget * self._tile))
                 budget -= self._tiles(chunks[-1])
         while budget and self._may_admit():
             index = self.policy(self._waiting)
             row = self._waiting[index]
+            if not _joins(row, chunks):
+                break
             if not self._admit(row):
                 self._starved = True
                 break
@@ -255,8 +268,8 @@ class Scheduler:
         """
         tokens, pool = row.tokens, self._pool
         row.keys = pool.keys(tokens, row.keys)
-        usable = row.keys[: (len(tokens) - 1) // pool.page_size]  # the last token must be computed
-        row.pages = pool.match(usable) if self._shares(row) else []
+        usable = row.keys[: self._shareable(row) // pool.page_size]
+        row.pages = pool.match(usable)
         hits = len(row.pages)
         if self._pages_short(row) + self._growth() > pool.available:
             pool.release(row.pages)
@@ -269,18 +282,26 @@ class Scheduler:
         self.counters.prefix_hit_tokens += row.computed
         return True
 
-    def _shares(self, row: Row) -> bool:
-        """Rows with penalties compute their whole prompt: the device counts the tokens it sees."""
-        p = row.request.params
+    def _shareable(self, row: Row) -> int:
+        """Tokens that others may have computed: not the last, nor any with a result of its own.
+
+        Rows with penalties compute their whole prompt: the device counts the tokens it sees.
+        """
+        p, scoring = row.request.params, row.request.scoring
         penalties = (p.repetition_penalty, p.presence_penalty, p.frequency_penalty)
-        return self._prefix_cache and penalties == (1, 0, 0)
+        if not self._prefix_cache or penalties != (1, 0, 0):
+            return 0
+        if scoring is not None and scoring.pool == "mean":
+            return 0
+        before_last = len(row.tokens) - 1
+        return before_last if scoring is None else min(before_last, row.request.first_scored)
 
     def _chunk(self, row: Row, most: int) -> Chunk:
         """The row's next chunk, of at most so many tokens."""
         tokens, start = row.tokens, row.computed
         row.computed = stop = min(len(tokens), start + most)
         final = stop == len(tokens)
-        if final:
+        if final and row.request.scoring is None:
             row.bound = len(row.outputs) + 1
             row.entering = True
         self._register(row)
@@ -337,6 +358,29 @@ class Scheduler:
             )
         return StepOutput(row.request.id, ids, logprobs, reason)
 
+    def _take_scores(self, plan: Plan, result: ScoreResult) -> list[StepOutput]:
+        """Adds each chunk's part to its row; the outputs of the rows that are whole."""
+        outputs, start = [], 0
+        for line, chunk in enumerate(plan.chunks):
+            row, places = chunk.row, chunk.scored_places
+            lines = range(start, start + len(places))
+            start = lines.stop
+            if row.finished:
+                continue
+            scoring = row.request.scoring
+            row.scored = row.scored or Scored.empty(scoring)
+            if places:
+                row.scored.add(result, lines=lines, first=places[0] - row.request.first_scored)
+            if scoring.pool:
+                row.scored.add_pooled(result.pooled[line])
+            self.counters.scored_tokens += len(places)
+            if chunk.final:
+                self._finish(row)
+                finite = row.scored.is_finite(scoring)
+                end = ("scored", row.scored) if finite else ("error", None)
+                outputs.append(StepOutput(row.request.id, [], None, *end))
+        return outputs
+
     def _finish(self, row: Row) -> None:
         row.finished = True
         self._release(row)
@@ -363,3 +407,8 @@ def _logprobs(
         )
         for place in places
     ]
+
+
+def _joins(row: Row, chunks: Sequence[Chunk]) -> bool:
+    """Whether a row may be prefilled in one program with these chunks."""
+    return not chunks or (row.request.scoring is None) == (chunks[0].row.request.scoring is None)

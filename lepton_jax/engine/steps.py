@@ -129,7 +129,7 @@ def prefill(
     batch = PagedBatch(
         **{field.name: inputs[field.name] for field in dataclasses.fields(PagedBatch)}
     )
-    attend = _attend(backend, batch, decode=False)
+    attend = attend_pages(backend, batch, decode=False)
     hidden, caches = decoder(inputs["tokens"], inputs["positions"], caches, attend)
     logits = decoder.logits(hidden[inputs["last"]])
 
@@ -177,7 +177,7 @@ def decode_block(
         if shape.view:
             attend = _attend_view(backend, (shape.view - entry.lengths, shape.view + index))
         else:
-            attend = _attend(backend, batch, decode=True)
+            attend = attend_pages(backend, batch, decode=True)
         hidden, working = decoder(lines.tokens, batch.positions, working, attend)
         new = sample(
             decoder.logits(hidden),
@@ -209,7 +209,7 @@ def decode_block(
     return caches, state.put(inputs["slots"], lines), result
 
 
-def _attend(backend: ModuleType, batch: PagedBatch, *, decode: bool):
+def attend_pages(backend: ModuleType, batch: PagedBatch, *, decode: bool):
     """The decoder's `attend` over the paged cache of one layer."""
 
     def attend(q, k, v, cache, *, scale, window, soft_cap):

@@ -1,0 +1,118 @@
+"""What a request to score asks, and how its results come together from the chunks of its prefill.
+
+No loop of decoding: a prompt's log-probabilities and hidden states are there once it is prefilled,
+some with each chunk. Plain data and numpy, no jax. The device's side is `scoring.py`; when a
+request runs is `scheduler.py`'s to say.
+"""
+
+import dataclasses
+
+import numpy as np
+
+POOLS = ("", "last", "mean")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+    """What is asked of a prompt instead of new tokens.
+
+    Attributes:
+      targets: for each of the prompt's last `len(targets)` places the ids whose log-probabilities
+        after it are asked, one or more a place. So a text of n ids is scored as a prompt of its
+        first n - 1 with the next id of each place: its own last id needs no computing.
+      pool: "last" asks for the final hidden state of the last token, "mean" for the mean of all.
+    """
+
+    targets: tuple[tuple[int, ...], ...] = ()
+    pool: str = ""
+
+    def __post_init__(self):
+        if self.pool not in POOLS:
+            raise ValueError(f"pool={self.pool!r} is unknown: want one of {POOLS}")
+        if not self.targets and not self.pool:
+            raise ValueError("nothing is asked: give targets, or a pool for the hidden state")
+        if not all(self.targets):
+            raise ValueError("a place without targets: want one id or more at each")
+
+    @property
+    def width(self) -> int:
+        """Most targets of a place."""
+        return max(map(len, self.targets), default=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreSpec:
+    """What a program gives: log-probabilities of up to `targets` ids a place (0: none; otherwise a
+    power of 2), and hidden states where `pool`.
+    """
+
+    targets: int = 0
+    pool: bool = False
+
+    @classmethod
+    def of(cls, scoring: Scoring) -> "ScoreSpec":
+        """The least spec that serves a request."""
+        width = scoring.width
+        return cls(1 << (width - 1).bit_length() if width else 0, bool(scoring.pool))
+
+    def union(self, other: "ScoreSpec") -> "ScoreSpec":
+        """The least spec that serves both."""
+        return ScoreSpec(max(self.targets, other.targets), self.pool or other.pool)
+
+    @property
+    def max_tokens(self) -> int:
+        """In a workload it stands where SamplingParams do: nothing is generated."""
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreResult:
+    """What a scoring prefill gave.
+
+    Attributes:
+      logprobs: float32 `[places, C]`, a line for each scored place of the plan's chunks in order;
+        None, like the next one, where no row asks.
+      best: int32 `[places]`, the likeliest ids.
+      pooled: float32 `[chunks, D]`, each chunk's part of its prompt's hidden state; None where no
+        row asks.
+    """
+
+    logprobs: np.ndarray | None = None
+    best: np.ndarray | None = None
+    pooled: np.ndarray | None = None
+
+
+@dataclasses.dataclass(eq=False)
+class Scored:
+    """What was asked of a prompt.
+
+    Attributes:
+      logprobs: float32 `[places, width]`, of the targets of each place; meaningless beyond them.
+      best: int32 `[places]`, the likeliest id after each place.
+      pooled: float32 `[D]`, the hidden state after the final norm; None where not asked.
+    """
+
+    logprobs: np.ndarray
+    best: np.ndarray
+    pooled: np.ndarray | None = None
+
+    @classmethod
+    def empty(cls, scoring: Scoring) -> "Scored":
+        places = len(scoring.targets)
+        return cls(np.zeros((places, scoring.width), np.float32), np.zeros(places, np.int32))
+
+    def add(self, result: ScoreResult, *, lines: range, first: int) -> None:
+        """Takes over these lines of a result; the first of them is the place `first` of our own."""
+        where, lines = slice(first, first + len(lines)), slice(lines.start, lines.stop)
+        self.logprobs[where] = result.logprobs[lines, : self.logprobs.shape[1]]
+        self.best[where] = result.best[lines]
+
+    def add_pooled(self, part: np.ndarray) -> None:
+        self.pooled = part if self.pooled is None else self.pooled + part
+
+    def is_finite(self, scoring: Scoring) -> bool:
+        """Whether everything that was asked is a number; the likeliest -inf is one, NaN isn't."""
+        counts = np.array([len(ids) for ids in scoring.targets], np.int32)
+        asked = np.arange(self.logprobs.shape[1]) < counts[:, None]
+        pooled = self.pooled is None or np.isfinite(self.pooled).all()
+        return bool(pooled) and not np.isnan(self.logprobs[asked]).any()
