@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+FORMATS = ("jsonl", "csv", "parquet", "openai_batch")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _MOST = 2**31 - 1  # counts travel to the device as int32
 _MOST_ANSWERS = 256
@@ -146,7 +147,7 @@ class ReceiptSection:
     prompts: int = _doc(16, "prompts whose greedy answers are compared; 0: none")
     new_tokens: int = _doc(48, "tokens of each such answer")
     repeats: int = _doc(3, "timed runs of prefill and of decode; 0: none")
-    seed: int = _doc(0, "of the bootstrap that gives confidence intervals")
+    seed: int = _doc(0, "of the drawn windows and of the bootstrap that gives confidence intervals")
 
     def __post_init__(self):
         _check_types(self)
@@ -254,11 +255,20 @@ class SamplingParams:
 @dataclasses.dataclass(frozen=True)
 class JobSection:
     mode: str = _doc("generate", "what to do with the rows: generate")
-    input: str = _doc("", "JSONL file of rows")
-    output: str = _doc("", "JSONL file to write; <output>.summary.json goes beside it")
+    input: str = _doc("", "file of rows, URL, or glob of shards; may end in .gz or .zst")
+    output: str = _doc(
+        "", "file or URL to write, in the form of its ending; <output>.summary.json goes beside it"
+    )
+    format: str = _doc("", "of the input: jsonl, csv, parquet, openai_batch; empty: by its ending")
+    columns: str = _doc("", "the columns of fields, as in prompt=question,id=key")
+    keep: str = _doc("", "columns to copy to the output rows, as in label,source=url")
+    order: str = _doc("input", "of output rows: input, or finished (as they are done)")
+    restart: bool = _doc(False, "drop what an interrupted run with other settings has done")
 
     def __post_init__(self):
         _check_types(self)
+        _check(self, "format", self.format in ("", *FORMATS), f"one of {', '.join(FORMATS)}")
+        _check(self, "order", self.order in ("input", "finished"), "input or finished")
         _check(self, "mode", self.mode == "generate", "generate")
 
 

@@ -2,13 +2,15 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 from jobs_fakes import ByteTokenizer, FakeEngine
 
 from lepton_jax.config import EngineSection, JobSection, RunConfig, SamplingParams
-from lepton_jax.jobs.generate import GenerateJob
-from lepton_jax.jobs.output import JobError
+from lepton_jax.jobs.driver import Job
+from lepton_jax.jobs.files.places import JobError
+from lepton_jax.jobs.generate import GenerateMode
 
 
 class Killed(BaseException):
@@ -26,11 +28,13 @@ class MortalEngine(FakeEngine):
         return super().step()
 
 
-def config_for(tmp_path, *, rows=2, output="out/rows.jsonl", **sampling):
+def config_for(tmp_path, *, rows=2, output="out/rows.jsonl", restart=False, **sampling):
     return RunConfig(
         engine=EngineSection(rows=rows),
         sampling=SamplingParams(**sampling),
-        job=JobSection(input=str(tmp_path / "in.jsonl"), output=str(tmp_path / output)),
+        job=JobSection(
+            input=str(tmp_path / "in.jsonl"), output=str(tmp_path / output), restart=restart
+        ),
     )
 
 
@@ -40,12 +44,16 @@ def write_rows(tmp_path, rows):
 
 
 def run(config, engine=None, fingerprint="model"):
-    job = GenerateJob(config)
-    job.resume(fingerprint)
-    tokenizer = ByteTokenizer()
-    job.workload(tokenizer)
-    tally = job.run(engine or FakeEngine(), tokenizer)
-    return job, tally
+    with job_for(config) as job:
+        job.resume(fingerprint)
+        tokenizer = ByteTokenizer()
+        job.workload(tokenizer)
+        tally = job.run(engine or FakeEngine(), tokenizer)
+    return Path(job.output.path), tally
+
+
+def job_for(config):
+    return Job(config, GenerateMode(config.sampling))
 
 
 def rows_in(path):
@@ -57,8 +65,8 @@ PROMPTS = [{"id": f"r{i}", "prompt": "abc" * (7 - i % 7)} for i in range(20)]
 
 def test_answers_come_in_input_order_whatever_their_lengths(tmp_path):
     write_rows(tmp_path, PROMPTS)
-    job, tally = run(config_for(tmp_path))
-    rows = rows_in(job.output.path)
+    output, tally = run(config_for(tmp_path))
+    rows = rows_in(output)
     assert [row["id"] for row in rows] == [row["id"] for row in PROMPTS]
     assert [row["text"] for row in rows] == [row["prompt"] for row in PROMPTS]
     first = {"id": "r0", "text": "abc" * 7, "token_ids": [*b"abc" * 7, 256]}
@@ -81,8 +89,8 @@ def test_bad_rows_become_error_rows_and_the_others_are_untouched(tmp_path):
     write_rows(tmp_path, [PROMPTS[0], *bad, PROMPTS[1]])
     engine = FakeEngine()
     engine.fails = {"nan/0"}
-    job, tally = run(config_for(tmp_path), engine)
-    rows = rows_in(job.output.path)
+    output, tally = run(config_for(tmp_path), engine)
+    rows = rows_in(output)
     kinds = [row["error"]["type"] if "error" in row else row["text"] for row in rows]
     assert kinds == [
         "abc" * 7,
@@ -101,11 +109,11 @@ def test_bad_rows_become_error_rows_and_the_others_are_untouched(tmp_path):
 def test_several_choices_and_logprobs(tmp_path):
     sampling = {"n": 2, "logprobs": 1, "seed": 1}
     write_rows(tmp_path, [{"id": 7, "prompt": "ab", "sampling": sampling}])
-    job, tally = run(config_for(tmp_path))
+    output, tally = run(config_for(tmp_path))
     choice = {"text": "ab", "token_ids": [97, 98, 256], "finish_reason": "stop"}
     logprobs = [{"logprob": -float(t), "top": []} for t in choice["token_ids"]]
     choices = [choice | {"logprobs": logprobs}] * 2
-    assert rows_in(job.output.path) == [
+    assert rows_in(output) == [
         {"id": 7, "choices": choices, "prompt_tokens": 2, "completion_tokens": 6}
     ]
     assert tally.generated_tokens == 6
@@ -115,9 +123,9 @@ def test_the_workload_is_the_lengths_of_the_rows_that_can_be_served(tmp_path):
     own = {"id": "own", "prompt": "abcd", "sampling": {"n": 2, "seed": 3}}
     write_rows(tmp_path, [{"prompt": "ab"}, "{", own])
     config = config_for(tmp_path, max_tokens=9)
-    job = GenerateJob(config)
-    job.resume("model")
-    workload = job.workload(ByteTokenizer())
+    with job_for(config) as job:
+        job.resume("model")
+        workload = job.workload(ByteTokenizer())
     assert [count for count, _ in workload] == [2, 4, 4]
     assert [params.seed for _, params in workload] == [None, 3, 4]
     assert {params.max_tokens for _, params in workload} == {9}
@@ -133,8 +141,8 @@ def test_a_killed_run_goes_on_where_it_was_and_gives_the_same_file(tmp_path, bea
     done = len(rows_in(tmp_path / "out/rows.jsonl.partial"))
     assert not (tmp_path / "out/rows.jsonl").exists()
     engine = FakeEngine()
-    job, tally = run(config, engine)
-    assert job.output.path.read_bytes() == whole.output.path.read_bytes()
+    output, tally = run(config, engine)
+    assert output.read_bytes() == whole.read_bytes()
     assert (tally.rows, tally.errors, tally.resumed) == (21, 1, done)
     assert len(engine.added) == 20 - done + (done > 5)
     assert sorted(os.listdir(tmp_path / "out")) == ["rows.jsonl"]
@@ -148,9 +156,9 @@ def test_half_a_line_at_the_end_of_the_partial_file_is_written_again(tmp_path):
     partial = tmp_path / "out/rows.jsonl.partial"
     whole = partial.read_bytes()
     partial.write_bytes(whole + b'{"id": "r9", "te')
-    job, tally = run(config)
+    output, tally = run(config)
     assert tally.resumed == whole.count(b"\n") > 0
-    assert [row["id"] for row in rows_in(job.output.path)] == [row["id"] for row in PROMPTS]
+    assert [row["id"] for row in rows_in(output)] == [row["id"] for row in PROMPTS]
 
 
 def test_a_kill_between_the_renaming_and_the_end_leaves_a_job_that_can_run_again(tmp_path):
@@ -159,29 +167,44 @@ def test_a_kill_between_the_renaming_and_the_end_leaves_a_job_that_can_run_again
     with pytest.raises(Killed):
         run(config, MortalEngine(20))
     (tmp_path / "out/rows.jsonl.partial").rename(tmp_path / "out/rows.jsonl")
-    job, tally = run(config)
-    assert (tally.resumed, len(rows_in(job.output.path))) == (0, 20)
+    output, tally = run(config)
+    assert (tally.resumed, len(rows_in(output))) == (0, 20)
     assert sorted(os.listdir(tmp_path / "out")) == ["rows.jsonl"]
 
 
-@pytest.mark.parametrize("change", ["input", "model", "sampling", "ids"])
-def test_another_input_model_or_config_starts_over_with_a_notice(tmp_path, change, caplog):
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("input", "the input has changed: in.jsonl"),
+        ("model", "the model is another one"),
+        ("sampling", "sampling.max_tokens was 128, is 50"),
+        ("ids", "doesn't fit the input at row 2"),
+        ("meta", "nobody knows of what"),
+    ],
+)
+def test_another_input_model_or_config_is_refused_until_told_to_start_over(tmp_path, change, says):
     write_rows(tmp_path, PROMPTS)
-    config, fingerprint = config_for(tmp_path), "model"
+    own, fingerprint = {}, "model"
     with pytest.raises(Killed):
-        run(config, MortalEngine(20))
+        run(config_for(tmp_path), MortalEngine(20))
+    partial = tmp_path / "out/rows.jsonl.partial"
     if change == "input":
         write_rows(tmp_path, [*PROMPTS[:-1], {"id": "new", "prompt": "x"}])
     elif change == "model":
         fingerprint = "another"
     elif change == "sampling":
-        config = config_for(tmp_path, max_tokens=50)
+        own = {"max_tokens": 50}
+    elif change == "meta":
+        (tmp_path / "out/rows.jsonl.partial.meta").write_text("{")
     else:
-        partial = tmp_path / "out/rows.jsonl.partial"
         partial.write_bytes(partial.read_bytes().replace(b'"r1"', b'"x1"'))
-    _, tally = run(config, fingerprint=fingerprint)
+    kept = partial.read_bytes()
+    with pytest.raises(JobError, match=says) as refused:
+        run(config_for(tmp_path, **own), fingerprint=fingerprint)
+    assert "--config.job.restart=true" in str(refused.value)
+    assert partial.read_bytes() == kept
+    _, tally = run(config_for(tmp_path, restart=True, **own), fingerprint=fingerprint)
     assert (tally.resumed, tally.rows) == (0, 20)
-    assert "starting over" in caplog.text
 
 
 def test_other_sizes_of_the_engine_may_go_on(tmp_path):
@@ -210,10 +233,10 @@ def test_an_interrupted_run_leaves_no_request_in_the_engine(tmp_path):
 
 def test_files_that_cannot_be_are_named_before_anything_else(tmp_path):
     with pytest.raises(JobError, match=r"job.input is empty"):
-        GenerateJob(RunConfig())
+        job_for(RunConfig())
     config = config_for(tmp_path)
     with pytest.raises(JobError, match=r"in.jsonl' can't be read: No such file"):
-        GenerateJob(config)
+        job_for(config)
     write_rows(tmp_path, PROMPTS)
     (tmp_path / "file").write_text("")
     for output, says in [
@@ -222,22 +245,33 @@ def test_files_that_cannot_be_are_named_before_anything_else(tmp_path):
         ("in.jsonl", "is the input"),
     ]:
         with pytest.raises(JobError, match=says):
-            GenerateJob(config_for(tmp_path, output=output))
+            job_for(config_for(tmp_path, output=output))
     assert sorted(os.listdir(tmp_path)) == ["file", "in.jsonl"]
 
 
 def test_a_full_disk_ends_the_job_with_what_to_do(tmp_path):
     write_rows(tmp_path, PROMPTS)
-    job = GenerateJob(config_for(tmp_path))
-    job.resume("model")
-    job.output.open("key", 0)
-    job.output.close()
-    job.output._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
-    with pytest.raises(JobError, match="No space left.*make room and run the same command again"):
-        job.output.write({"id": 1})
+    with job_for(config_for(tmp_path)) as job:
+        job.resume("model")
+        job.output.open(0)
+        job.output._journal.close()
+        job.output._journal._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
+        with pytest.raises(JobError, match="No space left.*make room and run the same command"):
+            job.output.write(0, {"id": 1})
+
+
+def test_a_second_process_on_the_same_output_is_refused(tmp_path):
+    write_rows(tmp_path, PROMPTS)
+    config = config_for(tmp_path)
+    with job_for(config), pytest.raises(JobError, match=rf"written by process {os.getpid()}:"):
+        job_for(config)
+    (tmp_path / "out/rows.jsonl.lock").write_text("1\n")  # of a process that was killed
+    _, tally = run(config)
+    assert tally.rows == 20
+    assert sorted(os.listdir(tmp_path / "out")) == ["rows.jsonl"]
 
 
 def test_an_empty_input_gives_an_empty_output(tmp_path):
     write_rows(tmp_path, [""])
-    job, tally = run(config_for(tmp_path))
-    assert (job.output.path.read_bytes(), tally.rows) == (b"", 0)
+    output, tally = run(config_for(tmp_path))
+    assert (output.read_bytes(), tally.rows) == (b"", 0)

@@ -4,8 +4,10 @@ import json
 
 import pytest
 
-from lepton_jax.config import SamplingParams
-from lepton_jax.jobs.rows import BadRow, PromptRow, read_rows
+from lepton_jax.config import JobSection, SamplingParams
+from lepton_jax.jobs.files.source import Source
+from lepton_jax.jobs.generate import GenerateMode, PromptWork
+from lepton_jax.jobs.rows import BadRow, IdSet, read_rows
 
 GOOD = {"id": "good", "prompt": "hello"}
 
@@ -16,7 +18,8 @@ def rows_of(tmp_path, *lines, defaults=None):
     )
     path = tmp_path / "rows.jsonl"
     path.write_bytes(data)
-    return list(read_rows(path, defaults or SamplingParams()))
+    source = Source(JobSection(input=str(path)))
+    return list(read_rows(source, GenerateMode(defaults or SamplingParams())))
 
 
 def test_the_three_kinds_of_prompt(tmp_path):
@@ -25,15 +28,15 @@ def test_the_three_kinds_of_prompt(tmp_path):
         tmp_path, GOOD, {"id": 7, "messages": chat}, b"", b"  \r", {"prompt_tokens": [1, 2]}
     )
     assert [row.id for row in rows] == ["good", 7, "5"]
-    assert [row.prompt for row in rows] == ["hello", chat, [1, 2]]
+    assert [row.work.prompt for row in rows] == ["hello", chat, [1, 2]]
 
 
 def test_sampling_of_a_row_goes_over_the_defaults(tmp_path):
     defaults = SamplingParams(max_tokens=9, temperature=0.5, stop=("x",))
     row = GOOD | {"sampling": {"temperature": 1, "logit_bias": {"3": -1}}}
     plain, own = rows_of(tmp_path, GOOD, row | {"id": "own"}, defaults=defaults)
-    assert plain.sampling == defaults
-    assert own.sampling == SamplingParams(
+    assert plain.work.sampling == defaults
+    assert own.work.sampling == SamplingParams(
         max_tokens=9, temperature=1, stop=("x",), logit_bias={3: -1.0}
     )
 
@@ -77,14 +80,23 @@ def test_sampling_of_a_row_goes_over_the_defaults(tmp_path):
 )
 def test_a_bad_row_is_named_and_its_neighbours_untouched(tmp_path, line, kind, says):
     first, bad, last = rows_of(tmp_path, GOOD, line, {"id": "last", "prompt": "y"})
-    assert first == PromptRow("good", "hello", SamplingParams())
-    assert last == PromptRow("last", "y", SamplingParams())
+    assert (first.id, first.work) == ("good", PromptWork("hello", SamplingParams()))
+    assert (last.id, last.work) == ("last", PromptWork("y", SamplingParams()))
     assert isinstance(bad, BadRow)
     assert bad.type == kind
     assert says in bad.message
-    json.dumps(bad.as_json()).encode()
+    assert bad.record.line == 2
+    json.dumps(bad.result).encode()
 
 
 def test_ids_of_error_rows(tmp_path):
     lines = (b"{", {"id": "known", "prompt": ""}, {"id": 4, "promt": "x"}, {"promt": "x"})
     assert [row.id for row in rows_of(tmp_path, *lines)] == ["1", "known", 4, "4"]
+
+
+def test_ids_seen_before_are_found_in_a_table_that_grows():
+    ids = IdSet()
+    assert all(ids.add(f"row-{i}") for i in range(5_000))
+    assert not any(ids.add(f"row-{i}") for i in range(5_000))
+    assert ids.add(7) and not ids.add("7")
+    assert 8 * len(ids._slots) <= 22 * 5_001

@@ -8,7 +8,8 @@ import psutil
 import pytest
 
 from lepton_jax import compile_cache
-from lepton_jax.jobs.generate import Tally
+from lepton_jax.jobs.driver import Tally
+from lepton_jax.jobs.framing import PlainFraming
 from lepton_jax.jobs.summary import (
     ModelCost,
     preview_text,
@@ -69,9 +70,10 @@ def test_the_cost_of_a_model_is_what_one_token_visits():
 
 def test_a_summary_names_what_the_job_did(tmp_path):
     tally = Tally(rows=0, resumed=1, seconds=2.5)
-    tally.count({"id": "a", "text": "x", "prompt_tokens": 3, "completion_tokens": 4})
-    tally.count({"id": "b", "error": {"type": "refused", "message": ""}})
-    summary = summarize(tally, STATS, cost=COST, output=tmp_path / "out")
+    framing = PlainFraming(several_files=False)
+    tally.count({"id": "a", "text": "x", "prompt_tokens": 3, "completion_tokens": 4}, framing)
+    tally.count({"id": "b", "error": {"type": "refused", "message": ""}}, framing)
+    summary = summarize(tally, STATS, cost=COST, output="out.jsonl")
     wanted = {
         "rows": 2,
         "errors": 1,
@@ -88,7 +90,7 @@ def test_a_summary_names_what_the_job_did(tmp_path):
     }
     assert {name: summary[name] for name in wanted} == wanted
     assert summary["peak_memory_bytes"] > 2**20
-    write_summary(summary, tmp_path / "summary.json")
+    write_summary(summary, str(tmp_path / "summary.json"))
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     text = summary_text(summary)
     assert "2 (1 errors, 1 from an interrupted run)" in text
@@ -107,18 +109,30 @@ def test_shares_appear_in_the_text_where_the_peaks_are_known():
     assert "on the device 1,024 MiB" in text
 
 
-def test_a_preview_shows_the_first_answers_in_a_line_each(tmp_path):
+def test_a_summary_that_cannot_be_written_is_a_warning(tmp_path, caplog):
+    write_summary({}, str(tmp_path / "gone" / "summary.json"))
+    assert "summary.json can't be written: No such file" in caplog.text
+
+
+def test_a_preview_shows_the_first_answers_in_a_line_each():
     rows = [
-        {"id": "a", "text": "one\n two" + " x" * 200},
-        {"id": "b", "choices": [{"text": "first"}, {"text": "second"}]},
+        {"id": "a", "text": "one\n two" + " x" * 200, "token_ids": []},
+        {"id": "b", "choices": [{"text": "first", "token_ids": []}, {"text": "second"}]},
         {"id": "c", "error": {"type": "refused", "message": "too long"}},
-        *({"id": f"r{i}", "text": ""} for i in range(5)),
+        {"id": "d", "logprob": -1.5, "prompt_tokens": 3},
+        {"id": "e", "text": "", "token_ids": []},
     ]
-    (tmp_path / "out").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lines = preview_text(tmp_path / "out").splitlines()
+    tally = Tally()
+    for row in rows:
+        tally.count(row, PlainFraming(several_files=False))
+    lines = preview_text(tally).splitlines()
     assert lines[0].startswith("a: one two x x")
     assert lines[0].endswith("...") and len(lines[0]) < 170
-    assert lines[1:] == ["b: first", "c: (refused) too long", "r0: "]
+    assert lines[1:] == [
+        "b: first",
+        "c: (refused) too long",
+        'd: {"logprob": -1.5, "prompt_tokens": 3}',
+    ]
 
 
 def test_peak_memory_remembers_what_was_given_back():

@@ -1,160 +1,141 @@
-"""The generate job: a file of prompts to a file of answers, in input order, resumable after a kill.
+"""The mode generate: prompts become answers.
 
-    job = GenerateJob(config)           # checks input and output before a model is loaded
-    job.resume(fingerprint)             # what an interrupted run has left to do
-    workload = job.workload(tokenizer)  # lengths of the open rows, for plan and warm-up
-    tally = job.run(engine, tokenizer)
+    {"id": "a", "prompt": "Once upon a time", "sampling": {"max_tokens": 64}}
+    {"id": "b", "messages": [{"role": "user", "content": "Hello"}]}
+    {"id": "c", "prompt_tokens": [1, 338, 263]}
 
-Rows are read as the engine takes them and written as soon as all before them are done. An output
-row is {"id", "text", "token_ids", "finish_reason", "prompt_tokens", "completion_tokens"}, with
-"logprobs" where asked: [{"logprob", "top": [[id, logprob], ...]} for each token]. With n > 1 it is
-{"id", "choices": [{"text", "token_ids", "finish_reason"}, ...], "prompt_tokens",
-"completion_tokens"}, the last of all choices together.
-Read next: `rows.py`, `session.py`, `output.py`; `summary.py` makes a report of the tally.
+An output row is {"id", "text", "token_ids", "finish_reason", "prompt_tokens", "completion_tokens"},
+with "logprobs" where asked: [{"logprob", "top": [[id, logprob], ...]} for each token]. With n > 1
+it is {"id", "choices": [{"text", "token_ids", "finish_reason"}, ...], "prompt_tokens",
+"completion_tokens"}, the last of all choices together. Read next: `modes.py`, `session.py`.
 """
 
 import dataclasses
-import hashlib
-import itertools
-import json
-import logging
 import math
-import time
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Mapping
+from typing import Any
 
-from tqdm import tqdm
-
-from lepton_jax.config import RunConfig, SamplingParams
-from lepton_jax.jobs.output import JobError, OutputFile, check_input, file_digest
-from lepton_jax.jobs.rows import BadRow, PromptRow, RowError, read_rows
+from lepton_jax.config import SamplingParams, from_mapping, refuse_unknown
+from lepton_jax.jobs.modes import Progress
+from lepton_jax.jobs.rows import Prompt, RowError
 from lepton_jax.jobs.session import Choice, Completion, Engine, Session, encode, expand
 from lepton_jax.text.tokenizer import Tokenizer
 
-log = logging.getLogger(__name__)
-
-_LOOK_AHEAD = 4  # times the engine's rows: queued requests, so that freed slots are filled at once
-_MOST_UNWRITTEN = 50_000  # answers held while an earlier row runs; about 1 KB each
+PROMPT_FIELDS = ("prompt", "messages", "prompt_tokens")
 
 
-@dataclasses.dataclass
-class Tally:
-    """What a job has done; `resumed` of the rows by an earlier run, `seconds` of this one.
+@dataclasses.dataclass(frozen=True)
+class PromptWork:
+    """`prompt` is a text, a list of messages, or a list of token ids."""
 
-    `prompt_tokens` and `generated_tokens` are those of the rows in the output.
-    """
+    prompt: Prompt
+    sampling: SamplingParams
 
-    rows: int = 0
-    resumed: int = 0
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    seconds: float = 0.0
-    error_types: Counter = dataclasses.field(default_factory=Counter)
+
+class GenerateMode:
+    """Rows with a prompt each; `sampling` is what a row's own leaves open."""
+
+    fields = (*PROMPT_FIELDS, "sampling")
+
+    def __init__(self, sampling: SamplingParams):
+        self._sampling = sampling
+
+    def parse(self, values: Mapping[str, Any]) -> PromptWork:
+        """Raises RowError (invalid_row, invalid_sampling)."""
+        return PromptWork(_prompt(values), row_sampling(values, self._sampling))
+
+    def requests(self, work: PromptWork, tokenizer: Tokenizer) -> list[tuple[int, SamplingParams]]:
+        """Raises RowError (invalid_prompt)."""
+        count = len(encode(tokenizer, work.prompt))
+        return [(count, params) for params in expand(work.sampling)]
+
+    def open(self, engine: Engine, tokenizer: Tokenizer) -> "GenerateSession":
+        return GenerateSession(Session(engine, tokenizer))
+
+
+class GenerateSession:
+    """A `ModeSession` over a `Session`."""
+
+    def __init__(self, session: Session):
+        self._session = session
 
     @property
-    def errors(self) -> int:
-        return self.error_types.total()
+    def has_work(self) -> bool:
+        return self._session.has_work
 
-    def count(self, row: dict) -> None:
-        """Adds an output row."""
-        self.rows += 1
-        if "error" in row:
-            self.error_types[row["error"]["type"]] += 1
-        else:
-            self.prompt_tokens += row["prompt_tokens"]
-            self.generated_tokens += row["completion_tokens"]
+    def __len__(self) -> int:
+        return len(self._session)
 
+    def add(self, key: str, work: PromptWork) -> None:
+        self._session.add(key, work.prompt, work.sampling)
 
-class GenerateJob:
-    """One run over one file."""
-
-    def __init__(self, config: RunConfig):
-        """Raises JobError where the input can't be read or the output not be written."""
-        self._config = config
-        self._input = check_input(config.job.input)
-        self.output = OutputFile(config.job.output)
-        if self.output.path.exists() and self.output.path.samefile(self._input):
-            raise JobError(f"job.output={config.job.output!r} is the input: give another file")
-        self._key = ""
-        self._total = 0
-        self.tally = Tally()
-
-    def resume(self, fingerprint: str) -> None:
-        """Takes over what an interrupted run of this input, config and model has done."""
-        self._key = self._run_key(fingerprint)
-        for row, done in zip(self._rows(), self.output.done_rows(self._key), strict=False):
-            if done.get("id") != row.id:
-                log.warning("%s doesn't fit the input: starting over", self.output.partial)
-                self.tally = Tally()
-                return
-            self.tally.count(done)
-            self.tally.resumed += 1
-        if self.tally.resumed:
-            log.warning("going on after %d rows of an interrupted run", self.tally.resumed)
-
-    def workload(self, tokenizer: Tokenizer) -> list[tuple[int, SamplingParams]]:
-        """(prompt tokens, params) of each request that is still to be served."""
-        requests = []
-        self._total = self.tally.resumed
-        for row in self._open_rows():
-            self._total += 1
-            if isinstance(row, PromptRow):
-                try:
-                    count = len(encode(tokenizer, row.prompt))
-                except RowError:
-                    continue  # it becomes an error row when its turn comes
-                requests += [(count, params) for params in expand(row.sampling)]
-        return requests
-
-    def run(self, engine: Engine, tokenizer: Tokenizer) -> Tally:
-        """Serves the open rows and completes the output. Raises JobError where it can't be."""
-        started = time.perf_counter()
-        session = Session(engine, tokenizer)
-        look_ahead = _LOOK_AHEAD * self._config.engine.rows
-        self.output.open(self._key, self.tally.resumed)
-        try:
-            with _Progress(self._total, self.tally.resumed) as progress:
-                for row in _in_order(self._open_rows(), session, look_ahead, progress):
-                    self.output.write(row)
-                    self.tally.count(row)
-            self.output.finish()
-        finally:
-            session.close()
-            self.output.close()
-        self.tally.seconds = time.perf_counter() - started
-        return self.tally
-
-    def _rows(self) -> Iterator[PromptRow | BadRow]:
-        return read_rows(self._input, self._config.sampling)
-
-    def _open_rows(self) -> Iterator[PromptRow | BadRow]:
-        return itertools.islice(self._rows(), self.tally.resumed, None)
-
-    def _run_key(self, fingerprint: str) -> str:
-        """A digest of all that the answers depend on; sizes of the engine are no part of it."""
-        config = self._config
-        parts = [
-            file_digest(self._input),
-            fingerprint,
-            dataclasses.asdict(config.model),
-            dataclasses.asdict(config.compression),
-            dataclasses.asdict(config.sampling),
-            [config.engine.max_len, config.engine.kv_dtype],
+    def step(self) -> list[Progress]:
+        return [
+            Progress(
+                delta.key,
+                delta.new_tokens,
+                answer(delta.completion) if delta.completion else None,
+            )
+            for delta in self._session.step()
         ]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def close(self) -> None:
+        self._session.close()
 
 
-def output_row(row_id: str | int, completion: Completion) -> dict:
-    """The output row of an answered prompt; an error row where the model failed."""
+def answer(completion: Completion) -> dict:
+    """The output row, less its id, of an answered prompt; an error where the model failed."""
     if any(choice.finish_reason == "error" for choice in completion.choices):
         message = "the model gave logits that are not finite: try another dtype or preset"
-        return BadRow(row_id, "not_finite", message).as_json()
+        return {"error": {"type": "not_finite", "message": message}}
     pieces = [_choice(choice) for choice in completion.choices]
-    answer = pieces[0] if len(pieces) == 1 else {"choices": pieces}
-    return {"id": row_id, **answer} | {
+    return (pieces[0] if len(pieces) == 1 else {"choices": pieces}) | {
         "prompt_tokens": completion.prompt_tokens,
         "completion_tokens": sum(len(choice.token_ids) for choice in completion.choices),
     }
+
+
+def row_sampling(values: Mapping[str, Any], defaults: SamplingParams) -> SamplingParams:
+    """The defaults with a row's "sampling" over them. Raises RowError (invalid_sampling)."""
+    own = values.get("sampling", {})
+    if not isinstance(own, dict):
+        raise RowError("invalid_sampling", f"sampling is {_short(own)}: want an object")
+    if not own:
+        return defaults
+    known = [field.name for field in dataclasses.fields(SamplingParams)]
+    base = {name: getattr(defaults, name) for name in known}
+    try:
+        refuse_unknown(own, known, where="sampling")
+        return from_mapping(SamplingParams, base | own, where="sampling")
+    except ValueError as error:
+        raise RowError("invalid_sampling", str(error)) from error
+
+
+def _prompt(values: Mapping[str, Any]) -> Prompt:
+    given = [name for name in PROMPT_FIELDS if name in values]
+    if len(given) != 1:
+        found = " and ".join(given) or "none"
+        wanted = ", ".join(PROMPT_FIELDS)
+        raise RowError("invalid_row", f"the row has {found} of {wanted}: want exactly one")
+    name, prompt = given[0], values[given[0]]
+    if name == "prompt":
+        good, wanted = isinstance(prompt, str), "a text"
+    elif name == "messages":
+        good = isinstance(prompt, list) and all(isinstance(m, dict) for m in prompt)
+        wanted = 'a list of {"role", "content"} objects'
+    else:
+        good = isinstance(prompt, list) and all(type(i) is int for i in prompt)
+        wanted = "a list of token ids"
+    if not good:
+        raise RowError("invalid_row", f"{name} is {_short(prompt)}: want {wanted}")
+    if not prompt:
+        raise RowError("invalid_row", f"{name} is empty: want {wanted}")
+    return prompt
+
+
+def _short(value: object) -> str:
+    text = ascii(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _choice(choice: Choice) -> dict:
@@ -174,63 +155,3 @@ def _choice(choice: Choice) -> dict:
 def _finite(value: float) -> float | None:
     """JSON has no infinity: the logarithm of nothing becomes null."""
     return value if math.isfinite(value) else None
-
-
-def _in_order(
-    rows: Iterable[PromptRow | BadRow], session: Session, look_ahead: int, progress: "_Progress"
-) -> Iterator[dict]:
-    """Output rows in the order of the rows, each as soon as all before it are done."""
-    queue = enumerate(rows)
-    more = True
-    places: dict[str, tuple[int, str | int]] = {}  # by session key: the row's place and id
-    waiting: dict[int, dict] = {}  # output rows whose turn has not come, by place
-    due = 0
-    while more or session.has_work:
-        while more and len(session) < look_ahead and len(waiting) < _MOST_UNWRITTEN:
-            place, row = next(queue, (-1, None))
-            if row is None:
-                more = False
-            elif bad := row if isinstance(row, BadRow) else _add(session, row):
-                waiting[place] = bad.as_json()
-            else:
-                places[str(row.id)] = place, row.id
-        for delta in session.step() if session.has_work else ():
-            progress.add_tokens(delta.new_tokens)
-            if delta.completion:
-                place, row_id = places.pop(delta.key)
-                waiting[place] = output_row(row_id, delta.completion)
-        while due in waiting:
-            yield waiting.pop(due)
-            progress.add_row()
-            due += 1
-
-
-def _add(session: Session, row: PromptRow) -> BadRow | None:
-    try:
-        session.add(str(row.id), row.prompt, row.sampling)
-    except RowError as error:
-        return BadRow(row.id, error.kind, str(error))
-    return None
-
-
-class _Progress:
-    """A bar of rows with their ETA, and the tokens generated per second."""
-
-    def __init__(self, total: int, done: int):
-        self._bar = tqdm(total=total, initial=done, unit="row", dynamic_ncols=True)
-        self._started = time.perf_counter()
-        self._tokens = 0
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._bar.close()
-
-    def add_tokens(self, count: int) -> None:
-        self._tokens += count
-        rate = self._tokens / (time.perf_counter() - self._started)
-        self._bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
-
-    def add_row(self) -> None:
-        self._bar.update()

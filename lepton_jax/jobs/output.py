@@ -1,129 +1,221 @@
-"""The output file of a job: written in order, whole at the end, resumable before.
+"""The output of a job: resumable while it is written, whole once it has its name.
 
-Rows go to `<output>.partial`; `<output>.partial.meta` says for which input, config and model. A
-rerun with the same three goes on after the last whole row, any other starts over. The last step
-renames the file, so an output that exists is complete. Read next: `generate.py`.
+Rows go to `<output>.partial`, as JSON lines whatever the output's format; `<output>.partial.meta`
+says of which input, model and settings they are. The same command goes on after the last whole row;
+one that differs in any of these is refused, with what differs. The last step gives the file its
+form and its name, so an output that exists is complete. Below a URL the partial is a folder of
+pieces. `<output>.lock` keeps a second process away. Read next: `files/journal.py`, `driver.py`.
 """
 
-import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
-from io import RawIOBase
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+from lepton_jax.config import JobSection
+from lepton_jax.jobs.files import places, writers
+from lepton_jax.jobs.files.journal import BucketJournal, FileJournal, Journal, cannot_write
+from lepton_jax.jobs.files.lock import JobLock
+from lepton_jax.jobs.files.places import JobError, reason
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 1  # of output rows; a change makes older partial files start over
+_FORMAT = 2  # of output rows; a change makes older partial files refused
+_AGAIN = "to start over, add --config.job.restart=true"
+Parts = Mapping[str, Any]
 
 
-class JobError(ValueError):
-    """A job that can't begin or end; the message names the file or field and what to do."""
+class Output:
+    """What a job writes to `job.output`.
 
+    Attributes:
+      path: the finished file's path or URL; `summary` and `report` go beside it.
+      form: "jsonl", "csv" or "parquet".
+    """
 
-def check_input(path: str) -> Path:
-    """The input as a path. Raises JobError where it can't be read."""
-    if not path:
-        raise JobError("job.input is empty: give a JSONL file, --config.job.input=FILE")
-    place = Path(path).expanduser()
-    try:
-        with place.open("rb"):
-            return place
-    except OSError as error:
-        raise JobError(f"job.input={path!r} can't be read: {error.strerror}") from error
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content, in hex."""
-    with path.open("rb") as data:
-        return hashlib.file_digest(data, "sha256").hexdigest()
-
-
-class OutputFile:
-    """`path` and, beside it, `<path>.partial`, `<path>.partial.meta`, `<path>.summary.json`."""
-
-    def __init__(self, path: str):
-        """Raises JobError where it can't be written; its directory is made where it is missing."""
-        if not path:
+    def __init__(self, job: JobSection):
+        """Takes the lock. Raises JobError where the output can't be written or is taken."""
+        if not job.output:
             raise JobError("job.output is empty: give a file to write, --config.job.output=FILE")
-        self.path = Path(path).expanduser()
-        self.partial = self.path.with_name(self.path.name + ".partial")
-        self.meta = self.path.with_name(self.path.name + ".partial.meta")
-        self.summary = self.path.with_name(self.path.name + ".summary.json")
-        self._file: RawIOBase | None = None
-        if self.path.is_dir():
-            raise JobError(f"job.output={path!r} is a directory: give a file")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            probe = self.path.with_name(self.path.name + ".probe")
-            probe.write_bytes(b"")
-            probe.unlink()
-            if self.partial.exists():
-                self.partial.open("ab").close()
-        except OSError as error:
-            raise JobError(f"job.output={path!r} can't be written: {error.strerror}") from error
+        self._remote = places.is_remote(job.output)
+        self.path = job.output if self._remote else os.path.expanduser(job.output)
+        form, self._codec = places.form_of(self.path)
+        self.form = form or "jsonl"
+        writers.check_form(self.form, self._codec)
+        self._finished_order = job.order == "finished"
+        self._partial = self.path + ".partial"
+        self._meta = self.path + ".partial.meta"
+        self.summary = self.path + ".summary.json"
+        self.report = self.path + ".report.html"
+        if not self._remote:
+            self._check_writable(job.output)
+        self._journal: Journal = (
+            BucketJournal(self._partial) if self._remote else FileJournal(Path(self._partial))
+        )
+        self._lock = JobLock(self.path)
 
-    def done_rows(self, key: str) -> Iterator[dict]:
-        """The rows that an earlier, interrupted run with this key has written, in order."""
-        if not self.partial.exists():
-            return  # a kill right after the renaming leaves the meta file alone
-        if not self._meta_matches(key):
-            if self.partial.stat().st_size:
-                log.warning("%s is of another input, config or model: starting over", self.partial)
+    def begin(self, parts: Parts, *, restart: bool) -> None:
+        """Takes over the partial of an interrupted run, or makes sure that there is none.
+
+        Args:
+          parts: all that the answers depend on, by name; JSON.
+          restart: drop what another run has left.
+
+        Raises JobError, naming the parts that differ, where it is of another input, model or
+        settings.
+        """
+        # As it comes back from the file: tuples become lists and keys become texts.
+        parts = json.loads(json.dumps({"format": _FORMAT, **parts}))
+        if not restart and next(self._journal.lines(), None) is not None:
+            self._check_parts(parts)
             return
-        with self.partial.open("rb") as lines:
-            for line in lines:
-                try:
-                    row = json.loads(line) if line.endswith(b"\n") else None
-                except ValueError:
-                    row = None
-                if not isinstance(row, dict):
-                    return
-                yield row
+        try:
+            self._journal.remove()
+            places.write_small(self._meta, json.dumps(parts, indent=1).encode())
+        except OSError as error:
+            raise JobError(f"{self._meta} can't be written: {reason(error)}") from error
 
-    def open(self, key: str, keep_rows: int) -> None:
-        """Ready to write after the first `keep_rows` rows of the partial file."""
-        if keep_rows:
-            with self.partial.open("r+b") as file:
-                for _ in range(keep_rows):
-                    file.readline()
-                file.truncate(file.tell())
-        else:
-            self.partial.write_bytes(b"")
-            self.meta.write_text(json.dumps({"format": _FORMAT, "key": key}))
-        self._file = self.partial.open("ab", buffering=0)
+    def done_rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(place in the input, output row) of the rows that are done, as they were written."""
+        for number, line in enumerate(self._journal.lines()):
+            try:
+                place, row = self._parsed(number, line)
+            except ValueError:
+                return
+            yield place, row
 
-    def write(self, row: dict) -> None:
-        """Appends a row; the system has it once this returns, so a kill doesn't lose it.
+    def open(self, keep: int) -> None:
+        """Ready to write after the first `keep` rows. Raises JobError where it can't be."""
+        try:
+            self._journal.open(keep)
+        except OSError as error:
+            raise cannot_write(self._partial, error) from error
+
+    def write(self, place: int, row: dict[str, Any]) -> None:
+        """Adds the output row of the input's row at `place`, from 0.
 
         Raises JobError where it can't be written, as on a full disk; the rows before are kept.
         """
-        line = memoryview(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n")
-        try:
-            while line:
-                line = line[self._file.write(line) :]
-        except OSError as error:
-            raise JobError(
-                f"{self.partial} can't be written: {error.strerror}; the rows so far are kept: "
-                "make room and run the same command again"
-            ) from error
-
-    def close(self) -> None:
-        """Leaves the partial file for a later run."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        line = writers.encode_row(row)
+        self._journal.append(b"%d\t%b" % (place, line) if self._finished_order else line)
 
     def finish(self) -> None:
-        """Gives the complete file its name."""
-        os.fsync(self._file.fileno())
-        self.close()
-        os.replace(self.partial, self.path)
-        self.meta.unlink()
-
-    def _meta_matches(self, key: str) -> bool:
+        """Gives the complete file its form and its name. Raises JobError where it can't be."""
+        self._journal.sync()
+        self._journal.close()
         try:
-            return json.loads(self.meta.read_bytes()) == {"format": _FORMAT, "key": key}
-        except (OSError, ValueError):
-            return False
+            if self._is_final():
+                os.replace(self._partial, self.path)
+            else:
+                self._write_final()
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+        self._journal.remove()
+        self._remove_meta()
+
+    def close(self) -> None:
+        """Leaves what is done for a later run, and the output to others."""
+        try:
+            self._journal.close()
+        finally:
+            self._lock.release()
+
+    def _is_final(self) -> bool:
+        """Whether the journal already is what the output shall be."""
+        other_form = self.form != "jsonl" or self._codec
+        return not (other_form or self._remote or self._finished_order)
+
+    def _write_final(self) -> None:
+        if self._remote:
+            name = f"{os.path.basename(self.path)}.{os.getpid()}.tmp"
+            fresh = Path(tempfile.gettempdir()) / name
+        else:
+            fresh = Path(self.path + ".tmp")
+        try:
+            with fresh.open("wb") as file:
+                writers.write_rows(self._rows, file, form=self.form, codec=self._codec)
+                file.flush()
+                os.fsync(file.fileno())
+            places.put(fresh, self.path)
+        finally:
+            fresh.unlink(missing_ok=True)
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        return (row for _, row in self.done_rows())
+
+    def _parsed(self, number: int, line: bytes) -> tuple[int, dict[str, Any]]:
+        place = number
+        if self._finished_order:
+            head, _, line = line.partition(b"\t")
+            place = int(head)
+        row = json.loads(line)
+        if not isinstance(row, dict):
+            raise ValueError("not a row")
+        return place, row
+
+    def _check_parts(self, parts: Parts) -> None:
+        try:
+            theirs = json.loads(self._read_meta())
+        except (OSError, ValueError) as error:
+            raise JobError(
+                f"{self._partial} holds rows but {self._meta} can't be read, so nobody knows of "
+                f"what: {_AGAIN}"
+            ) from error
+        if theirs.get("format") != parts["format"]:
+            raise JobError(f"{self._partial} is of another version of lepton_jax: {_AGAIN}")
+        changes = [
+            _change(name, theirs.get(name), parts.get(name))
+            for name in sorted({*theirs, *parts})
+            if theirs.get(name) != parts.get(name)
+        ]
+        if changes:
+            raise JobError(
+                f"{self._partial} is of another run: {'; '.join(changes)}. Go back to what it was "
+                f"to go on with it; {_AGAIN}"
+            )
+
+    def _read_meta(self) -> bytes:
+        if self._remote:
+            files, inside = places.file_system(self._meta)
+            return files.cat_file(inside)
+        return Path(self._meta).read_bytes()
+
+    def _remove_meta(self) -> None:
+        if self._remote:
+            files, inside = places.file_system(self._meta)
+            files.rm_file(inside)
+        else:
+            Path(self._meta).unlink(missing_ok=True)
+
+    def _check_writable(self, given: str) -> None:
+        path = Path(self.path)
+        if path.is_dir():
+            raise JobError(f"job.output={given!r} is a directory: give a file")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            probe = Path(self.path + ".probe")
+            probe.write_bytes(b"")
+            probe.unlink()
+            if os.path.exists(self._partial):
+                open(self._partial, "ab").close()
+        except OSError as error:
+            raise JobError(f"job.output={given!r} can't be written: {reason(error)}") from error
+
+
+def _change(name: str, theirs: Any, mine: Any) -> str:
+    if name == "input":
+        return f"the input {_input_change(theirs or [], mine or [])}"
+    if name == "model":
+        return "the model is another one"
+    return f"{name} was {theirs!r}, is {mine!r}"
+
+
+def _input_change(theirs: list[list[str]], mine: list[list[str]]) -> str:
+    before, now = dict(theirs), dict(mine)
+    if list(before) != list(now):
+        return f"was {', '.join(before)}, is {', '.join(now)}"
+    changed = [name for name in now if now[name] != before[name]]
+    return f"has changed: {', '.join(changed)}"

@@ -6,21 +6,22 @@ decode, of this run, whereas rows and tokens count the whole output. Peaks of de
 """
 
 import dataclasses
-import itertools
 import json
+import logging
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from lepton_jax import compile_cache
-from lepton_jax.jobs.generate import Tally
+from lepton_jax.jobs.driver import Tally
+from lepton_jax.jobs.files.places import JobError, reason, write_small
 from lepton_jax.models.build import Model
 from lepton_jax.telemetry import StepStats, device_peaks, peak_memory_bytes, roofline
 
-_PREVIEW_ROWS = 4
+log = logging.getLogger(__name__)
+
 _PREVIEW_LENGTH = 160  # characters
 
 
@@ -51,7 +52,7 @@ class ModelCost:
 
 
 def summarize(
-    tally: Tally, stats: Mapping[str, float], *, cost: ModelCost, output: Path
+    tally: Tally, stats: Mapping[str, float], *, cost: ModelCost, output: str
 ) -> dict[str, Any]:
     """The summary of a finished job, in JSON types.
 
@@ -65,7 +66,7 @@ def summarize(
     device = jax.local_devices()[0]
     memory = device.memory_stats() or {}
     return {
-        "output": str(output),
+        "output": output,
         "rows": tally.rows,
         "errors": tally.errors,
         "error_types": dict(tally.error_types),
@@ -90,9 +91,12 @@ def summarize(
     }
 
 
-def write_summary(summary: Mapping[str, Any], path: Path) -> None:
-    """As one indented JSON object."""
-    path.write_text(json.dumps(summary, indent=2) + "\n")
+def write_summary(summary: Mapping[str, Any], path: str) -> None:
+    """As one indented JSON object. Where it can't be written a warning says so: the job is done."""
+    try:
+        write_small(path, (json.dumps(summary, indent=2) + "\n").encode())
+    except (OSError, JobError) as error:
+        log.warning("%s can't be written: %s; the output is complete", path, reason(error))
 
 
 def summary_text(summary: Mapping[str, Any]) -> str:
@@ -124,17 +128,9 @@ def summary_text(summary: Mapping[str, Any]) -> str:
     return "\n".join(f"{name:<16}{value}" for name, value in lines)
 
 
-def preview_text(output: Path) -> str:
-    """The first answers of an output file, shortened."""
-    with output.open("rb") as lines:
-        rows = [json.loads(line) for line in itertools.islice(lines, _PREVIEW_ROWS)]
-    return "\n".join(f"{row['id']}: {_shortened(_answer(row))}" for row in rows)
-
-
-def _answer(row: Mapping[str, Any]) -> str:
-    if "error" in row:
-        return f"({row['error']['type']}) {row['error']['message']}"
-    return row["choices"][0]["text"] if "choices" in row else row["text"]
+def preview_text(tally: Tally) -> str:
+    """The first rows of the output, shortened."""
+    return "\n".join(f"{row_id}: {_shortened(text)}" for row_id, text in tally.preview)
 
 
 def _shortened(text: str) -> str:

@@ -1,0 +1,275 @@
+"""A job: a file of rows to a file of output rows, in any mode, resumable after a kill.
+
+    job = Job(config, mode)             # checks input and output before a model is loaded
+    job.resume(fingerprint)             # what an interrupted run has left to do
+    workload = job.workload(tokenizer)  # lengths of the open rows, for plan and warm-up
+    tally = job.run(engine, tokenizer)
+
+Rows are read as the engine takes them and written as soon as their turn comes: in the order of the
+input, or as they are finished where `job.order` says so. What is held at any time: the rows in the
+engine, the answers that wait for an earlier row, and some bytes for each id (`rows.IdSet`).
+Read next: `modes.py`, `rows.py`, `output.py`; `summary.py` makes a report of the tally.
+"""
+
+import dataclasses
+import itertools
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from lepton_jax.config import RunConfig, SamplingParams
+from lepton_jax.jobs.files.places import JobError
+from lepton_jax.jobs.files.source import Source
+from lepton_jax.jobs.framing import Framing, PlainFraming
+from lepton_jax.jobs.modes import Mode, ModeSession
+from lepton_jax.jobs.openai_batch import BatchFraming, BatchMode
+from lepton_jax.jobs.output import Output
+from lepton_jax.jobs.rows import BadRow, Row, RowError, read_rows
+from lepton_jax.jobs.session import Engine
+from lepton_jax.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+_LOOK_AHEAD = 4  # times the engine's rows: queued requests, so that freed slots are filled at once
+_MOST_UNWRITTEN = 50_000  # answers held while an earlier row runs; about 1 KB each
+_MEASURED = 20_000  # requests whose lengths are known before the job begins
+_UNMEASURED = 2**30  # tokens: the longest that the engine serves
+_PREVIEW_ROWS = 4
+_NOT_FOR_ANSWERS = ("input", "output", "restart", "report")  # fields of the job
+
+
+@dataclasses.dataclass
+class Tally:
+    """What a job has done; `resumed` of the rows by an earlier run, `seconds` of this one.
+
+    `prompt_tokens` and `generated_tokens` are those of the rows in the output, `preview` its first
+    rows as (id, text).
+    """
+
+    rows: int = 0
+    resumed: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    seconds: float = 0.0
+    error_types: Counter = dataclasses.field(default_factory=Counter)
+    preview: list[tuple[Any, str]] = dataclasses.field(default_factory=list)
+
+    @property
+    def errors(self) -> int:
+        return self.error_types.total()
+
+    def count(self, row: dict, framing: Framing) -> None:
+        """Adds an output row."""
+        counts = framing.counts(row)
+        self.rows += 1
+        self.prompt_tokens += counts.prompt_tokens
+        self.generated_tokens += counts.generated_tokens
+        if counts.error_type:
+            self.error_types[counts.error_type] += 1
+        if len(self.preview) < _PREVIEW_ROWS:
+            self.preview.append((framing.row_id(row), counts.text))
+
+
+class Job:
+    """One run over one input. Use it as a context manager, or `close` it: it holds a lock."""
+
+    def __init__(self, config: RunConfig, mode: Mode):
+        """Raises JobError where the input can't be read or the output not be written."""
+        self._config = config
+        self._source = Source(config.job)
+        batch = self._source.format == "openai_batch"
+        self._mode = BatchMode(mode, config.sampling) if batch else mode
+        several = len(self._source.names) > 1
+        self._framing: Framing = BatchFraming() if batch else PlainFraming(several)
+        self._source.check_columns(list(mode.fields))
+        self.output = Output(config.job)
+        self._done = bytearray()  # a 1 at the place of each row that an earlier run has done
+        self._total: int | None = None
+        self.tally = Tally()
+        if self.output.path in self._source.names:
+            self.close()
+            raise JobError(f"job.output={config.job.output!r} is the input: give another file")
+        if batch and self.output.form != "jsonl":
+            self.close()
+            raise JobError("answers to batch requests are JSON lines: give a job.output in .jsonl")
+
+    def __enter__(self) -> "Job":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leaves the output to others. What is done stays for a later run."""
+        self.output.close()
+
+    def resume(self, fingerprint: str) -> None:
+        """Takes over what an interrupted run has done. Raises JobError where it is of another run.
+
+        Args:
+          fingerprint: of the model.
+        """
+        self.output.begin(self._parts(fingerprint), restart=self._config.job.restart)
+        self._total = self._source.rows
+        in_order = self._config.job.order == "input"
+        rows = self._rows() if in_order else None
+        for place, done in self.output.done_rows():
+            row = next(rows, None) if rows else None
+            if in_order and (row is None or row.id != self._framing.row_id(done)):
+                raise JobError(
+                    f"{self.output.path}.partial doesn't fit the input at row {place + 1}: to "
+                    "start over, add --config.job.restart=true"
+                )
+            self._mark(place)
+            self.tally.count(done, self._framing)
+            self.tally.resumed += 1
+        if self.tally.resumed:
+            log.warning("going on after %d rows of an interrupted run", self.tally.resumed)
+
+    def workload(self, tokenizer: Tokenizer) -> list[tuple[int, SamplingParams]]:
+        """(prompt tokens, params) of the requests that are still to be served.
+
+        Of a long input only the first are measured, and a last one stands for the longest that the
+        engine serves, because what comes later may be as long.
+        """
+        requests: list[tuple[int, SamplingParams]] = []
+        for row in self._open_rows():
+            if isinstance(row, Row):
+                try:
+                    requests += self._mode.requests(row.work, tokenizer)
+                except RowError:
+                    continue  # it becomes an error row when its turn comes
+            if len(requests) >= _MEASURED:
+                return [*requests, (_UNMEASURED, self._config.sampling)]
+        return requests
+
+    def run(self, engine: Engine, tokenizer: Tokenizer) -> Tally:
+        """Serves the open rows and completes the output. Raises JobError where it can't be."""
+        started = time.perf_counter()
+        session = self._mode.open(engine, tokenizer)
+        beats = _Beats(
+            session,
+            look_ahead=_LOOK_AHEAD * self._config.engine.rows,
+            in_order=self._config.job.order == "input",
+        )
+        try:
+            self.output.open(self.tally.resumed)
+            with _Bar(self._total, self.tally) as bar:
+                for row, result in beats.results(self._open_rows(), bar):
+                    line = self._framing.frame(row, result)
+                    self.output.write(row.place, line)
+                    self.tally.count(line, self._framing)
+                    bar.add_row(self.tally.errors)
+            self.output.finish()
+        finally:
+            session.close()
+            self.output.close()
+        self.tally.seconds = time.perf_counter() - started
+        return self.tally
+
+    def _rows(self) -> Iterator[Row | BadRow]:
+        source = self._source
+        return read_rows(source, self._mode, id_field=self._framing.id_field, strict=source.strict)
+
+    def _open_rows(self) -> Iterator[Row | BadRow]:
+        done = self._done
+        return (row for row in self._rows() if row.place >= len(done) or not done[row.place])
+
+    def _mark(self, place: int) -> None:
+        if place >= len(self._done):
+            self._done.extend(bytes(max(place + 1 - len(self._done), 2**16)))
+        self._done[place] = 1
+
+    def _parts(self, fingerprint: str) -> dict[str, Any]:
+        """All that the answers depend on; sizes of the engine are no part of it."""
+        config = self._config
+        job = {n: v for n, v in vars(config.job).items() if n not in _NOT_FOR_ANSWERS}
+        engine = {n: getattr(config.engine, n) for n in ("max_len", "kv_dtype")}
+        sections = {
+            "model": vars(config.model),
+            "compression": vars(config.compression),
+            "sampling": vars(config.sampling),
+            "engine": engine,
+            "job": job,
+        }
+        flat = {f"{s}.{name}": v for s, values in sections.items() for name, v in values.items()}
+        return {"input": self._source.digests(), "model": fingerprint} | flat
+
+
+class _Beats:
+    """Feeds a session and takes its results, in order or as they come."""
+
+    def __init__(self, session: ModeSession, *, look_ahead: int, in_order: bool):
+        self._session, self._look_ahead, self._in_order = session, look_ahead, in_order
+
+    def results(
+        self, rows: Iterable[Row | BadRow], bar: "_Bar"
+    ) -> Iterator[tuple[Row | BadRow, dict]]:
+        """(row, output row without its id) of all rows."""
+        session, queue = self._session, iter(rows)
+        open_rows: dict[str, tuple[int, Row]] = {}
+        waiting: dict[int, tuple[Row | BadRow, dict]] = {}
+        numbers = itertools.count()
+        more, turn = True, 0
+        while more or session.has_work:
+            while more and len(session) < self._look_ahead and len(waiting) < _MOST_UNWRITTEN:
+                row = next(queue, None)
+                if row is None:
+                    more = False
+                    break
+                number = next(numbers)
+                failure = row.result if isinstance(row, BadRow) else self._add(row)
+                if failure is None:
+                    open_rows[str(row.id)] = number, row
+                else:
+                    waiting[number] = row, failure
+                    if not self._in_order:
+                        break
+            for progress in session.step() if session.has_work else ():
+                bar.add_tokens(progress.tokens)
+                if progress.row is not None:
+                    number, row = open_rows.pop(progress.key)
+                    waiting[number] = row, progress.row
+            if self._in_order:
+                while turn in waiting:
+                    yield waiting.pop(turn)
+                    turn += 1
+            else:
+                yield from waiting.values()
+                waiting.clear()
+
+    def _add(self, row: Row) -> dict | None:
+        try:
+            self._session.add(str(row.id), row.work)
+        except RowError as error:
+            return {"error": {"type": error.kind, "message": str(error)}}
+        return None
+
+
+class _Bar:
+    """A bar of rows with their ETA, the tokens per second, and how many rows are errors."""
+
+    def __init__(self, total: int | None, tally: Tally):
+        total = None if total is None else max(total, tally.rows)
+        self._bar = tqdm(total=total, initial=tally.rows, unit="row", dynamic_ncols=True)
+        self._started = time.perf_counter()
+        self._tokens = 0
+        self._errors = tally.errors
+
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def add_tokens(self, count: int) -> None:
+        self._tokens += count
+
+    def add_row(self, errors: int) -> None:
+        rate = self._tokens / max(time.perf_counter() - self._started, 1e-9)
+        self._bar.set_postfix_str(f"{rate:.0f} tokens/s, {errors} errors", refresh=False)
+        self._bar.update()

@@ -1,0 +1,74 @@
+"""How a row's result becomes a line of the output, and what a line says when it is read again.
+
+`PlainFraming` is our own form, {"id", <kept columns>, <result>}; that of OpenAI's batches is
+`openai_batch.py`. Read next: `driver.py`.
+"""
+
+import dataclasses
+import json
+from typing import Any, Protocol
+
+from lepton_jax.jobs.files.places import JobError
+from lepton_jax.jobs.rows import BadRow, Row, RowId
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """What an output row adds to a tally; `text` is what a preview shows of it."""
+
+    error_type: str
+    prompt_tokens: int
+    generated_tokens: int
+    text: str
+
+
+class Framing(Protocol):
+    """One form of output rows; `id_field` is the input's field with the id."""
+
+    id_field: str
+
+    def frame(self, row: Row | BadRow, result: dict) -> dict: ...
+    def row_id(self, line: dict) -> RowId | None: ...
+    def counts(self, line: dict) -> Counts: ...
+
+
+class PlainFraming:
+    """{"id", <kept columns>, <result>}; an error also says in which line, and file, its row is."""
+
+    id_field = "id"
+
+    def __init__(self, several_files: bool):
+        self._several = several_files
+
+    def frame(self, row: Row | BadRow, result: dict) -> dict:
+        """Raises JobError where a kept column has the name of a field of the result."""
+        record = row.record
+        both = sorted({"id", "error", *result} & record.kept.keys())
+        if both:
+            raise JobError(
+                f"job.keep has {both[0]!r}, which is a field of the output rows: give it another "
+                f"name there, as in --config.job.keep=input_{both[0]}={both[0]}"
+            )
+        if "error" in result:
+            where: dict[str, Any] = {"line": record.line}
+            where |= {"file": record.shard} if self._several else {}
+            result = result | {"error": result["error"] | where}
+        return {"id": row.id, **record.kept, **result}
+
+    def row_id(self, line: dict) -> RowId | None:
+        return line.get("id")
+
+    def counts(self, line: dict) -> Counts:
+        error = line.get("error")
+        if error:
+            return Counts(error["type"], 0, 0, f"({error['type']}) {error['message']}")
+        tokens = line.get("prompt_tokens", 0), line.get("completion_tokens", 0)
+        return Counts("", *tokens, _shown(line))
+
+
+def _shown(line: dict) -> str:
+    choices = line.get("choices")
+    first = choices[0] if choices and isinstance(choices[0], dict) else line
+    if isinstance(first.get("text"), str) and "token_ids" in first:
+        return first["text"]
+    return json.dumps({k: v for k, v in line.items() if k != "id"}, ensure_ascii=False)
