@@ -3,7 +3,7 @@
     python -m lepton_jax.run --config=configs/quickstart.py [--config.section.field=value ...]
 
 `--helpfull` documents every field. Exit codes: 0 all rows answered, 1 some are error rows, 2 the
-set-up failed or the output could not be written. Read next: `jobs/generate.py` (what happens to the
+set-up failed or the output could not be written. Read next: `jobs/driver.py` (what happens to the
 rows), `api.py` (how a model becomes an engine).
 """
 
@@ -18,22 +18,25 @@ def main(config: RunConfig) -> int:
     # Imported here so that --help and mistakes in flags don't wait for jax.
     from lepton_jax.api import LeptonEngine
     from lepton_jax.jobs import summary as report
-    from lepton_jax.jobs.generate import GenerateJob
-    from lepton_jax.jobs.output import JobError
+    from lepton_jax.jobs.driver import Job
+    from lepton_jax.jobs.files.places import JobError
+    from lepton_jax.jobs.generate import GenerateMode
 
     with cli.user_errors(ValueError, OSError):
-        job = GenerateJob(config)
-        lepton = LeptonEngine()
-        lepton.load_model(config.model.path, config=config)
-        job.resume(lepton.fingerprint)
-        lepton.start(workload=job.workload(lepton.tokenizer))
-    with cli.user_errors(JobError):
-        tally = job.run(lepton.engine, lepton.tokenizer)
+        job = Job(config, GenerateMode(config.sampling))
+    with job:
+        with cli.user_errors(ValueError, OSError):
+            lepton = LeptonEngine()
+            lepton.load_model(config.model.path, config=config)
+            job.resume(lepton.fingerprint)
+            lepton.start(workload=job.workload(lepton.tokenizer))
+        with cli.user_errors(JobError):
+            tally = job.run(lepton.engine, lepton.tokenizer)
     preset = config.compression.preset
     cost = report.ModelCost.of(lepton.loaded.model, lepton.loaded.bytes, preset=preset)
     summary = report.summarize(tally, lepton.engine.stats(), cost=cost, output=job.output.path)
     report.write_summary(summary, job.output.summary)
-    print(f"{report.preview_text(job.output.path)}\n\n{report.summary_text(summary)}")
+    print(f"{report.preview_text(tally)}\n\n{report.summary_text(summary)}")
     return 1 if tally.errors else 0
 
 
