@@ -3,6 +3,7 @@
     with LeptonEngine() as engine:
         engine.load_model("demo:smollm2", compression="w8a8").start()
         print(engine.generate(["The capital of France is"])[0].text)
+        print(engine.predict(["Lovely soup!"], ["good", "bad"]))
 
 It only joins the rooms below: `checkpoints` and `compression` give leaves, `engine` runs them,
 `jobs/session.py` turns prompts into answers. Files of rows are `lepton_jax/run.py`.
@@ -14,14 +15,21 @@ from contextlib import closing
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from lepton_jax import compile_cache
 from lepton_jax.checkpoints import load as checkpoints
 from lepton_jax.compression.presets import compressor
 from lepton_jax.compression.recipe import Recipe
-from lepton_jax.config import ModelSection, RunConfig, SamplingParams
+from lepton_jax.config import ModelSection, RunConfig, SamplingParams, ScoringSection, from_mapping
 from lepton_jax.engine.loop import Engine
+from lepton_jax.jobs.classify import ClassifyMode
+from lepton_jax.jobs.embed import EmbedMode
+from lepton_jax.jobs.perplexity import PerplexityMode
+from lepton_jax.jobs.rank import RankMode
 from lepton_jax.jobs.rows import Prompt
+from lepton_jax.jobs.score import ScoreMode
+from lepton_jax.jobs.scoring import ScoringMode, score_all
 from lepton_jax.jobs.session import Completion, Delta, Session
 from lepton_jax.text import tokenizer as tokenizers
 
@@ -157,11 +165,83 @@ class LeptonEngine:
             for delta in session.deltas():
                 yield index[delta.key], delta
 
-    def _session(self) -> Session:
+    def score(self, items: Sequence[str | tuple[str, str] | Mapping]) -> list[dict]:
+        """How likely the model finds given texts: output rows of the mode score (`jobs/score.py`).
+
+        Args:
+          items: texts, (context, continuation), or mappings such as {"context", "choices"}.
+        """
+        mode = ScoreMode()
+        return self._score_all(mode, [mode.parse(_score_fields(item)) for item in items])
+
+    def predict(self, texts: Sequence[str], labels: Sequence[str] = (), **fields) -> np.ndarray:
+        """Probabilities of labels, float64 `[B, labels]`; each row adds up to 1.
+
+        Args:
+          texts: to classify.
+          labels: to choose from; by default those of the config.
+          fields: of `config.ScoringSection` where they shall differ from the config's: template,
+            chat, system, calibrate, normalize.
+        """
+        mode = ClassifyMode(self._scoring(labels=tuple(labels), **fields))
+        mode.calibrate(*self._started())
+        rows = self._score_all(mode, [mode.parse({"text": text}) for text in texts])
+        return np.array([list(row["probabilities"].values()) for row in rows])
+
+    def embed(self, texts: Sequence[str], *, pooling: str = "") -> np.ndarray:
+        """Vectors of length 1, float32 `[B, D]`: hidden states after the final norm.
+
+        Args:
+          texts: one vector each.
+          pooling: "last" token or "mean" of all; by default the config's.
+        """
+        mode = EmbedMode(self._scoring(pooling=pooling).pooling)
+        rows = self._score_all(mode, [mode.parse({"text": text}) for text in texts])
+        return np.stack([row["embedding"] for row in rows])
+
+    def rank(self, query: str, candidates: Sequence[str], **fields) -> list[tuple[int, float]]:
+        """(index, score) of the candidates, the best first.
+
+        Args:
+          query: what they shall fit.
+          candidates: two or more texts.
+          fields: of `config.ScoringSection`: rank_by, template, normalize, pooling.
+        """
+        mode = RankMode(self._scoring(**fields))
+        work = mode.parse({"query": query, "candidates": list(candidates)})
+        (row,) = self._score_all(mode, [work])
+        return [(int(index), float(row["scores"][index])) for index in row["ranking"]]
+
+    def perplexity(self, text: str, *, window: int = 0, stride: int = 0) -> float:
+        """exp of the mean loss a token over a text of any length, by sliding windows.
+
+        Args:
+          text: to foresee.
+          window: tokens of a window; 0: the config's.
+          stride: tokens from one window to the next; 0: the config's.
+        """
+        section = self._scoring(window=window, stride=stride)
+        mode = PerplexityMode(section.window, section.stride)
+        (row,) = self._score_all(mode, [mode.parse({"text": text})])
+        return row["perplexity"]
+
+    def _scoring(self, **fields) -> ScoringSection:
+        """The config's section with the fields that are given."""
+        given = {name: value for name, value in fields.items() if value or value is False}
+        return from_mapping(ScoringSection, vars(self._config.scoring) | given, where="scoring")
+
+    def _score_all(self, mode: ScoringMode, works: Sequence) -> list[dict]:
+        keys = [f"row-{next(self._numbers)}" for _ in works]
+        return score_all(mode, dict(zip(keys, works, strict=True)), *self._started())
+
+    def _started(self) -> tuple[Engine, tokenizers.Tokenizer]:
         self._need_model()
         if self.engine is None:
             self.start()
-        return Session(self.engine, self.tokenizer)
+        return self.engine, self.tokenizer
+
+    def _session(self) -> Session:
+        return Session(*self._started())
 
     def _add(self, session: Session, prompts, params: SamplingParams | None) -> list[str]:
         if isinstance(prompts, str) or (prompts and isinstance(prompts[0], (int, Mapping))):
@@ -175,3 +255,13 @@ class LeptonEngine:
         if self.loaded is None:
             raise RuntimeError("no model is loaded: call load_model(path) first")
         return self.loaded
+
+
+def _score_fields(item: str | tuple[str, str] | Mapping) -> dict:
+    """The fields of a row of the mode score."""
+    if isinstance(item, str):
+        return {"text": item}
+    if isinstance(item, Mapping):
+        return dict(item)
+    context, continuation = item
+    return {"context": context, "continuation": continuation}

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 FORMATS = ("jsonl", "csv", "parquet", "openai_batch")
+MODES = ("generate", "score", "classify", "embed", "rank", "perplexity")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _MOST = 2**31 - 1  # counts travel to the device as int32
 _MOST_ANSWERS = 256
@@ -254,7 +255,7 @@ class SamplingParams:
 
 @dataclasses.dataclass(frozen=True)
 class JobSection:
-    mode: str = _doc("generate", "what to do with the rows: generate")
+    mode: str = _doc("generate", f"what to do with the rows: {', '.join(MODES)}")
     input: str = _doc("", "file of rows, URL, or glob of shards; may end in .gz or .zst")
     output: str = _doc(
         "", "file or URL to write, in the form of its ending; <output>.summary.json goes beside it"
@@ -269,7 +270,44 @@ class JobSection:
         _check_types(self)
         _check(self, "format", self.format in ("", *FORMATS), f"one of {', '.join(FORMATS)}")
         _check(self, "order", self.order in ("input", "finished"), "input or finished")
-        _check(self, "mode", self.mode == "generate", "generate")
+        _check(self, "mode", self.mode in MODES, f"one of {', '.join(MODES)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoringSection:
+    """Of the modes classify, embed, rank and perplexity."""
+
+    labels: tuple[str, ...] = _doc((), "classify: the labels")
+    template: str = _doc(
+        "",
+        "classify: how a text with {text} and {label} reads; rank: with {query} and {candidate}; "
+        "empty: one under the other",
+    )
+    chat: bool = _doc(
+        False, "classify: the template is a message of the user, the label the model's answer"
+    )
+    system: str = _doc("", "classify with chat: the system message before it")
+    calibrate: bool = _doc(False, "classify: take off what labels get with a content-free text")
+    normalize: str = _doc(
+        "", "of several tokens' log-probabilities: sum or mean; empty: classify sum, rank mean"
+    )
+    pooling: str = _doc("last", "embed and similarity: hidden state of the last token, or the mean")
+    rank_by: str = _doc("likelihood", "rank: likelihood of the candidate, or similarity")
+    window: int = _doc(1024, "perplexity: tokens of a window")
+    stride: int = _doc(512, "perplexity: tokens from one window to the next")
+
+    def __post_init__(self):
+        _check_types(self)
+        labels = (self.labels,) if isinstance(self.labels, str) else self.labels
+        good = isinstance(labels, (list, tuple)) and all(isinstance(x, str) and x for x in labels)
+        _check(self, "labels", good, "a list of texts")
+        object.__setattr__(self, "labels", tuple(labels))
+        _check(self, "normalize", self.normalize in ("", "sum", "mean"), "sum or mean")
+        _check(self, "pooling", self.pooling in ("last", "mean"), "last or mean")
+        by = ("likelihood", "similarity")
+        _check(self, "rank_by", self.rank_by in by, " or ".join(by))
+        for name in ("window", "stride"):
+            _check(self, name, 1 <= getattr(self, name) <= _MOST, "1 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,6 +332,7 @@ class RunConfig:
     compression: CompressionSection = dataclasses.field(default_factory=CompressionSection)
     sampling: SamplingParams = dataclasses.field(default_factory=SamplingParams)
     job: JobSection = dataclasses.field(default_factory=JobSection)
+    scoring: ScoringSection = dataclasses.field(default_factory=ScoringSection)
     bench: BenchSection = dataclasses.field(default_factory=BenchSection)
     receipt: ReceiptSection = dataclasses.field(default_factory=ReceiptSection)
     sweep: SweepSection = dataclasses.field(default_factory=SweepSection)

@@ -1,15 +1,15 @@
 """What a job does with its rows, in a form that the file side needs not know: one protocol for all
 modes.
 
-    mode = make_mode(config.job, ...)           # a class of the files named below
+    mode = mode_for(config)                     # `mode_for.py`, by job.mode
     work = mode.parse(values)                   # a row without its id; RowError where it is wrong
-    sizes = mode.requests(work, tokenizer)      # (prompt tokens, params) of its engine requests
+    sizes = mode.requests(work, tokenizer)      # (prompt tokens, what is asked) of each request
     session = mode.open(engine, tokenizer)
     session.add(key, work)                      # RowError, and nothing queued, where refused
     for progress in session.step(): ...         # .row is the output row without its id, once done
 
 The driver of files reads rows and ids, keeps the order, writes, and resumes; a mode knows what the
-other fields mean. Read next: `scoring_session.py`, `score.py`, `classify.py`, `embed.py`.
+other fields mean. Read next: `generate.py`; `scoring.py` for the modes that score.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from lepton_jax.config import SamplingParams
+from lepton_jax.engine.scored import ScoreSpec
 from lepton_jax.jobs.session import Engine
 from lepton_jax.text.tokenizer import Tokenizer
 
@@ -67,8 +68,10 @@ class Mode(Protocol):
         No tokenizer is needed: rows can be checked before a model is loaded.
         """
 
-    def requests(self, work: Any, tokenizer: Tokenizer) -> list[tuple[int, SamplingParams]]:
-        """(prompt tokens, params) of the engine requests of a row, for plan and warm-up.
+    def requests(
+        self, work: Any, tokenizer: Tokenizer
+    ) -> list[tuple[int, SamplingParams | ScoreSpec]]:
+        """(prompt tokens, what is asked) of a row's engine requests, for plan and warm-up.
 
         Raises RowError where the tokenizer refuses it.
         """

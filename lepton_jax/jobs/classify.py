@@ -1,0 +1,112 @@
+"""The mode classify: which of some labels fits a text, as probabilities.
+
+    {"id": "a", "text": "The parcel came broken and nobody answers."}
+
+The config's `scoring.template` says how text and label stand to each other. The score of a label is
+the log-likelihood of its tokens after the template's text: their sum, which is the model's own
+probability of the label, or their mean, which doesn't favour short labels. Softmax over the labels
+gives probabilities that add up to 1. With `scoring.calibrate` each label's score first loses what
+the label gets with a content-free text (Zhao et al. 2021, "Calibrate Before Use").
+
+An output row is {"id", "label", "probability", "probabilities": {label: p}, "logprobs": {label:
+log-likelihood}, "prompt_tokens"}.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lepton_jax.config import ScoringSection
+from lepton_jax.engine.scored import Scored
+from lepton_jax.jobs.pairs import Likelihood, Questions, chat_pair, split_pair
+from lepton_jax.jobs.rows import RowError
+from lepton_jax.jobs.scoring import Asked, Engine, ScoringMode, ScoringSession, need_text, score_all
+from lepton_jax.text.tokenizer import Tokenizer
+
+CONTENT_FREE = ("N/A", "[MASK]", "")  # as in the paper; their probabilities are averaged
+
+
+class ClassifyMode(ScoringMode):
+    """Rows as above; labels and template are the config's."""
+
+    fields = ("text",)
+
+    def __init__(self, section: ScoringSection):
+        """Raises ValueError where the section names no labels or its template has no place for
+        text and label.
+        """
+        if len(section.labels) < 2 or len(set(section.labels)) < len(section.labels):
+            raise ValueError(f"scoring.labels={section.labels!r}: want two or more, all different")
+        self._section = section
+        self._before, self._after = _split_template(section)
+        self._bias = np.zeros(len(section.labels))
+
+    def parse(self, values: Mapping[str, Any]) -> str:
+        return need_text(values, "text", empty=True)
+
+    def ask(self, work: str, tokenizer: Tokenizer) -> Asked:
+        asked = Questions(self._pairs(work, tokenizer))
+
+        def answer(results: list[Scored]) -> dict:
+            found = asked.likelihoods(results)
+            labels, chances = self._section.labels, self._probabilities(found)
+            best = int(np.argmax(chances))
+            return {
+                "label": labels[best],
+                "probability": float(chances[best]),
+                "probabilities": dict(zip(labels, chances.tolist(), strict=True)),
+                "logprobs": {label: one.logprob for label, one in zip(labels, found, strict=True)},
+                "prompt_tokens": asked.tokens,
+            }
+
+        return Asked(tuple(asked.questions), answer)
+
+    def open(self, engine: Engine, tokenizer: Tokenizer) -> ScoringSession:
+        """Measures the content-free texts first, where the section asks for calibration."""
+        self.calibrate(engine, tokenizer)
+        return super().open(engine, tokenizer)
+
+    def calibrate(self, engine: Engine, tokenizer: Tokenizer) -> None:
+        """Sets what each label loses; nothing where the section doesn't ask for it."""
+        self._bias = np.zeros(len(self._section.labels))
+        if not self._section.calibrate:
+            return
+        works = {f"content-free-{number}": text for number, text in enumerate(CONTENT_FREE)}
+        rows = score_all(self, works, engine, tokenizer)
+        chances = [list(row["probabilities"].values()) for row in rows]
+        self._bias = np.log(np.mean(chances, axis=0))
+
+    def _probabilities(self, found: Sequence[Likelihood]) -> np.ndarray:
+        """float64 `[labels]`."""
+        by_mean = self._section.normalize == "mean"
+        scores = np.array([one.per_token if by_mean else one.logprob for one in found])
+        scores = scores - self._bias
+        weights = np.exp(scores - scores.max())
+        return weights / weights.sum()
+
+    def _pairs(self, text: str, tokenizer: Tokenizer) -> list:
+        before = self._before.replace("{text}", text)
+        if not self._section.chat:
+            labels = [label + self._after for label in self._section.labels]
+            return [split_pair(tokenizer, before, label) for label in labels]
+        system = self._section.system
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": before})
+        try:
+            context = tokenizer.apply_chat(messages)
+        except ValueError as error:
+            raise RowError("invalid_prompt", str(error)) from error
+        return [chat_pair(tokenizer, context, label) for label in self._section.labels]
+
+
+def _split_template(section: ScoringSection) -> tuple[str, str]:
+    """What stands before the label, with {text} in it, and after it."""
+    template = section.template or ("{text}" if section.chat else "{text}\nLabel: {label}")
+    before, label, after = template.partition("{label}")
+    if "{text}" not in before:
+        raise ValueError(f"scoring.template={template!r} has no place for the text: want {{text}}")
+    if bool(label) == section.chat:
+        wanted = "no {label}, the label is the answer" if section.chat else "{label} after {text}"
+        raise ValueError(f"scoring.template={template!r}: want {wanted}")
+    return before, after

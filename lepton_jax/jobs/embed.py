@@ -1,0 +1,54 @@
+"""The mode embed: a vector for each text, of length 1.
+
+    {"id": "a", "text": "Where is my parcel?"}
+
+An output row is {"id", "embedding": [D numbers], "prompt_tokens"}. The vector is the hidden state
+after the final norm, of the last token or the mean over all tokens (`scoring.pooling`). Other
+layers are not offered yet.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from lepton_jax.engine.scored import Scored, Scoring
+from lepton_jax.jobs.rows import RowError
+from lepton_jax.jobs.scoring import Asked, Question, ScoringMode, encode_text, need_text
+from lepton_jax.text.tokenizer import Tokenizer
+
+
+class EmbedMode(ScoringMode):
+    """Rows as above."""
+
+    fields = ("text",)
+
+    def __init__(self, pooling: str):
+        self._pooling = pooling
+
+    def parse(self, values: Mapping[str, Any]) -> str:
+        return need_text(values, "text")
+
+    def ask(self, work: str, tokenizer: Tokenizer) -> Asked:
+        question = embed_question(tokenizer, work, self._pooling)
+        return Asked(
+            (question,),
+            lambda results: {
+                "embedding": unit_vector(results[0]),
+                "prompt_tokens": len(question.ids),
+            },
+        )
+
+
+def embed_question(tokenizer: Tokenizer, text: str, pooling: str) -> Question:
+    """Asks for a text's hidden state. Raises RowError (invalid_row) where it has no tokens."""
+    ids = encode_text(tokenizer, text)
+    if not ids:
+        raise RowError("invalid_row", "the text has no tokens: want a longer one")
+    return Question(tuple(ids), Scoring(pool=pooling))
+
+
+def unit_vector(result: Scored) -> np.ndarray:
+    """float32 `[D]` of length 1; zeros stay zeros."""
+    vector = result.pooled.astype(np.float64)
+    return (vector / max(float(np.linalg.norm(vector)), 1e-30)).astype(np.float32)
