@@ -1,6 +1,11 @@
 """A byte tokenizer and an engine without a model: what it answers is known by hand."""
 
+from pathlib import Path
+
+from lepton_jax.config import EngineSection, JobSection, RunConfig, SamplingParams
 from lepton_jax.engine.request import StepOutput
+from lepton_jax.jobs.driver import Job
+from lepton_jax.jobs.generate import GenerateMode
 from lepton_jax.text.chat_template import ChatTemplateError, render
 
 EOS = 256
@@ -87,3 +92,39 @@ class FakeEngine:
             self._open[request_id] = (rest, params)
         logprobs = None if params.logprobs is None else [(-float(t), []) for t in new]
         return StepOutput(request_id, new, logprobs, reason)
+
+
+class Killed(BaseException):
+    """Stands for the end of the process between two beats."""
+
+
+class MortalEngine(FakeEngine):
+    """Lives for so many beats."""
+
+    def __init__(self, beats, **sizes):
+        super().__init__(**sizes)
+        self._beats = beats
+
+    def step(self):
+        if self.steps >= self._beats:
+            raise Killed
+        return super().step()
+
+
+def job_config(source, output, *, rows=2, sampling=None, **job):
+    """A config of these paths; `job` are more fields of its section."""
+    return RunConfig(
+        engine=EngineSection(rows=rows),
+        sampling=SamplingParams(**(sampling or {})),
+        job=JobSection(input=str(source), output=str(output), **job),
+    )
+
+
+def run_job(config, engine=None, *, fingerprint="model", mode=None):
+    """(output file, tally) of a job on a fake engine."""
+    with Job(config, mode or GenerateMode(config.sampling)) as job:
+        job.resume(fingerprint)
+        tokenizer = ByteTokenizer()
+        job.workload(tokenizer)
+        tally = job.run(engine or FakeEngine(), tokenizer)
+    return Path(job.output.path), tally

@@ -2,54 +2,25 @@
 
 import json
 import os
-from pathlib import Path
 
 import pytest
-from jobs_fakes import ByteTokenizer, FakeEngine
+from jobs_fakes import ByteTokenizer, FakeEngine, Killed, MortalEngine, job_config
+from jobs_fakes import run_job as run
 
-from lepton_jax.config import EngineSection, JobSection, RunConfig, SamplingParams
+from lepton_jax.config import RunConfig
 from lepton_jax.jobs.driver import Job
 from lepton_jax.jobs.files.places import JobError
 from lepton_jax.jobs.generate import GenerateMode
 
 
-class Killed(BaseException):
-    """Stands for the end of the process between two beats."""
-
-
-class MortalEngine(FakeEngine):
-    def __init__(self, beats, **sizes):
-        super().__init__(**sizes)
-        self._beats = beats
-
-    def step(self):
-        if self.steps >= self._beats:
-            raise Killed
-        return super().step()
-
-
 def config_for(tmp_path, *, rows=2, output="out/rows.jsonl", restart=False, **sampling):
-    return RunConfig(
-        engine=EngineSection(rows=rows),
-        sampling=SamplingParams(**sampling),
-        job=JobSection(
-            input=str(tmp_path / "in.jsonl"), output=str(tmp_path / output), restart=restart
-        ),
-    )
+    source, output = tmp_path / "in.jsonl", tmp_path / output
+    return job_config(source, output, rows=rows, sampling=sampling, restart=restart)
 
 
 def write_rows(tmp_path, rows):
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
-
-
-def run(config, engine=None, fingerprint="model"):
-    with job_for(config) as job:
-        job.resume(fingerprint)
-        tokenizer = ByteTokenizer()
-        job.workload(tokenizer)
-        tally = job.run(engine or FakeEngine(), tokenizer)
-    return Path(job.output.path), tally
 
 
 def job_for(config):

@@ -88,7 +88,7 @@ def _header(reader: Any, name: str) -> list[str]:
         header = next(reader, [])
     except csv.Error as error:
         raise JobError(f"job.input={name!r} has no CSV header: {error}") from error
-    if len(set(header)) < len(header) or not all(header):
+    if not header or len(set(header)) < len(header) or not all(header):
         raise JobError(
             f"job.input={name!r} has the header {header}: want a first line of names, each once"
         )
