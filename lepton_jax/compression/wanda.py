@@ -1,0 +1,13 @@
+"""Wanda: a weight matters as its magnitude times the norm of what it is multiplied with.
+
+Source: Sun et al. (arXiv 2306.11695). Weights of one output are compared with each other; which of
+them become 0 by these scores is `prune.py`.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def wanda_scores(weight: jax.Array, squares: jax.Array) -> jax.Array:
+    """float32 `[*, O, I]` from a weight of that shape and the squared norms `[*, I]` of inputs."""
+    return jnp.abs(weight.astype(jnp.float32)) * jnp.sqrt(squares)[..., None, :]
