@@ -120,6 +120,8 @@ class Runner:
         self._programs: dict[PrefillShape | DecodeShape | ScoreShape, Any] = {}
         self._caches: tuple | None = None
         self._state: steps.RowState | None = None
+        self._scratch: tuple = ()
+        self._scratch_of = (0, 0)  # rows and view that it is for
         self._warm = False
         self._last_done = 0.0
         tile = backend.Q_TILE
@@ -207,8 +209,13 @@ class Runner:
             shape = self._decode_shape(rows, max(entry.cached for entry in plan.rows))
             program = self._program(shape)
             packed = self._pack_decode(plan, shape)
-            self._caches, self._state, flight.result = program(
-                self._leaves, self._caches, self._state, packed
+            if self._scratch_of != (shape.rows, shape.view):
+                self._scratch = ()  # the old one goes before the new one comes
+                self._scratch = steps.empty_views(self.backend, self._caches, shape)
+                self._scratch_of = (shape.rows, shape.view)
+            memory = self._caches, self._scratch
+            (self._caches, self._scratch), self._state, flight.result = program(
+                self._leaves, memory, self._state, packed
             )
             flight.result.copy_to_host_async()
             flight.decode_shape = shape
@@ -299,12 +306,18 @@ class Runner:
             backend=self.backend,
             shape=shape,
         )
+        memory = self._abstract_caches()
+        if not prefill:
+            views = functools.partial(steps.empty_views, self.backend, shape=shape)
+            memory = memory, jax.eval_shape(views, memory)
         arguments = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype),
-            (self._leaves, self._abstract_caches(), self._abstract_state(shape.spec)),
+            (self._leaves, memory, self._abstract_state(shape.spec)),
         )
         packed = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
-        return jax.jit(step, donate_argnums=(1, 2)).lower(*arguments, packed).compile()
+        # Scratch is written only: kept as an argument, it is where the views are made.
+        program = jax.jit(step, donate_argnums=(1, 2), keep_unused=True)
+        return program.lower(*arguments, packed).compile()
 
     def _compile_score(self, shape: ScoreShape):
         step = functools.partial(scoring.score, model=self.model, backend=self.backend, shape=shape)

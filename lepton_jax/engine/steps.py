@@ -153,17 +153,18 @@ def prefill(
 
 def decode_block(
     leaves: tuple,
-    caches: tuple,
+    memory: tuple[tuple, tuple],
     state: RowState,
     packed: jax.Array,
     *,
     model: Model,
     backend: ModuleType,
     shape: DecodeShape,
-) -> tuple[tuple, RowState, jax.Array]:
+) -> tuple[tuple[tuple, tuple], RowState, jax.Array]:
     """Up to `steps` tokens for each listed row. The third result is laid out by
-    `packing.result_layout`.
+    `packing.result_layout`; `memory` is the caches and scratch, which begins as `empty_views(...)`.
     """
+    caches, scratch = memory
     inputs = packing.decode_layout(shape).split(packed)
     steps, table = inputs["steps"][0], inputs["page_table"]
     decoder = model.bind(leaves)
@@ -206,7 +207,24 @@ def decode_block(
         steps=ran[None], count=lines.produced - entry.produced, finish=lines.finish, **record
     )
     result = packing.result_layout(shape).join(pieces)
-    return caches, state.put(inputs["slots"], lines), result
+    memory = caches, working if shape.view else scratch
+    return memory, state.put(inputs["slots"], lines), result
+
+
+def empty_views(backend: ModuleType, caches: tuple, shape: DecodeShape) -> tuple:
+    """The scratch of `decode_block`: memory for the view of each layer, or () for none.
+
+    Fresh memory for every block would cost a CPU its page faults: 50,000 a block of 32 rows, a
+    sixth of its time (2026-11-24).
+    """
+    if not shape.view:
+        return ()
+    table = jnp.zeros((shape.rows, shape.pages), jnp.int32)
+    lengths = jnp.zeros(shape.rows, jnp.int32)
+    views = jax.eval_shape(
+        lambda: _open_views(backend, caches, table, lengths=lengths, shape=shape)
+    )
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), views)
 
 
 def attend_pages(backend: ModuleType, batch: PagedBatch, *, decode: bool):
@@ -235,10 +253,16 @@ def _open(
     backend: ModuleType, caches: tuple, table: jax.Array, *, entry: RowState, shape: DecodeShape
 ) -> tuple:
     """What the steps of a block work on, per layer: the caches themselves or views of them."""
-    if not shape.view:
-        return caches
+    return (
+        _open_views(backend, caches, table, lengths=entry.lengths, shape=shape)
+        if shape.view
+        else caches
+    )
+
+
+def _open_views(backend: ModuleType, caches: tuple, table: jax.Array, *, lengths, shape):
     return tuple(
-        backend.open_view(cache, table, entry.lengths, tokens=shape.view, steps=shape.steps)
+        backend.open_view(cache, table, lengths, tokens=shape.view, steps=shape.steps)
         for cache in caches
     )
 

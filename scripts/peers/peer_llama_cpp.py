@@ -82,7 +82,7 @@ class Contender:
 
     def _serve(self, prompts: list[list[int]], new: int) -> tuple[int, float]:
         """Serves all prompts. Returns the generated tokens and the moment after the first batch."""
-        waiting, free = list(reversed(prompts)), list(range(self._slots))
+        waiting, free = list(reversed(prompts)), list(reversed(range(self._slots)))
         running: dict[int, list[int]] = {}  # sequence: [last token, position, tokens generated]
         memory = lib.llama_get_memory(self._context)
         generated, began = 0, 0.0
