@@ -5,11 +5,8 @@ The fast tests end it between two beats or within its last step; the slow one ki
 
 import json
 import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import fsspec
@@ -198,61 +195,78 @@ def test_a_full_disk_keeps_the_rows_and_the_job_goes_on(tmp_path, source, name, 
     assert output.read_bytes() == whole.read_bytes()
 
 
-# A process of its own: an engine whose beats take time, so that there is a moment to be killed in.
-CHILD = """
-import sys, time
+# Jobs as processes of their own, forked from one that has imported everything, and killed at random.
+KILLER = """
+import json, os, random, signal, sys, time, traceback
 sys.path.insert(0, {tests!r})
 from jobs_fakes import FakeEngine, job_config, run_job
 
 class SlowEngine(FakeEngine):
     def step(self):
-        time.sleep(0.002)
+        time.sleep(0.001)
         return super().step()
 
-source, output, order = sys.argv[1:]
-engine = SlowEngine(rows=4, answer=lambda prompt: prompt[::-1] * 2)
-run_job(job_config(source, output, rows=4, order=order), engine)
+def start(source, output, order):
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        engine = SlowEngine(rows=4, answer=lambda prompt: prompt[::-1] * 2)
+        run_job(job_config(source, output, rows=4, order=order), engine)
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+def ended(pid):
+    done, status = os.waitpid(pid, os.WNOHANG)
+    return done and (status,)
+
+folder, kills_each, *cases = sys.argv[1:]
+draw, kills = random.Random(5), 0
+for case in cases:
+    name, order = case.split(":")
+    source, output = folder + "/in.jsonl", folder + "/killed-" + name
+    began = time.monotonic()
+    assert os.waitpid(start(source, folder + "/whole-" + name, order), 0)[1] == 0
+    took, mine = time.monotonic() - began, 0
+    while mine < int(kills_each):
+        pid = start(source, output, order)
+        time.sleep(draw.uniform(0, took))
+        if status := ended(pid):
+            assert status == (0,), status
+            os.unlink(output)  # it came through: from the start again
+        else:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            mine += 1
+    assert os.waitpid(start(source, output, order), 0)[1] == 0
+    kills += mine
+print(kills)
 """
 
 
 @pytest.mark.slow
 def test_fifty_kills_at_random_moments_change_nothing(tmp_path):
-    draw = random.Random(5)
-    source = tmp_path / "in.jsonl"
-    rows = [{"id": i, "prompt": "abcdefgh"[: 1 + i % 8] * 5} for i in range(100)]
-    source.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{\n")
-    script = tmp_path / "child.py"
-    script.write_text(CHILD.format(tests=str(ROOT / "tests")))
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-
-    def start(output, order="input"):
-        return subprocess.Popen(
-            [sys.executable, script, source, output, order],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-
-    cases = [(name, "input") for name in NAMES] + [("finished.jsonl", "finished")]
-    kills = dict.fromkeys(cases, 0)
-    for name, order in cases:
-        whole = tmp_path / f"whole-{name}"
-        began = time.monotonic()
-        assert start(whole, order).wait(60) == 0
-        took = time.monotonic() - began
-        output = tmp_path / f"killed-{name}"
-        while kills[name, order] < 9:
-            with start(output, order) as child:
-                try:
-                    child.wait(draw.uniform(0.3, 0.95) * took)
-                    output.unlink(missing_ok=True)  # it came through: once more
-                except subprocess.TimeoutExpired:
-                    child.send_signal(signal.SIGKILL)
-                    kills[name, order] += 1
-        assert start(output, order).wait(60) == 0
-        found, wanted = output.read_bytes(), whole.read_bytes()
+    rows = [{"id": i, "prompt": "abcdefgh"[: 1 + i % 8] * 5} for i in range(80)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows) + "{\n"
+    (tmp_path / "in.jsonl").write_text(lines)
+    script = tmp_path / "killer.py"
+    script.write_text(KILLER.format(tests=str(ROOT / "tests")))
+    cases = [f"{name}:input" for name in NAMES] + ["finished.jsonl:finished"]
+    done = subprocess.run(
+        [sys.executable, script, tmp_path, "9", *cases],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 50
+    for case in cases:
+        name, _, order = case.partition(":")
+        found, wanted = ((tmp_path / f"{kind}-{name}").read_bytes() for kind in ("killed", "whole"))
         if order == "finished":
             found, wanted = (sorted(data.splitlines()) for data in (found, wanted))
         assert found == wanted, name
-        assert not list(tmp_path.glob(f"killed-{name}.partial*"))
-    assert sum(kills.values()) >= 50
+    assert not list(tmp_path.glob("*.partial*")) + list(tmp_path.glob("*.tmp"))

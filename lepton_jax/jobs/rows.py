@@ -11,8 +11,6 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from lepton_jax.config import refuse_unknown
 from lepton_jax.jobs.files.source import Record, RowError
 
@@ -86,15 +84,14 @@ class IdSet:
         return True
 
     def _grow(self) -> None:
-        old = np.frombuffer(self._slots, np.uint64)
-        marks = old[old != 0].tolist()
-        slots = array("Q", bytes(16 * len(old)))
+        slots = array("Q", bytes(16 * len(self._slots)))
         mask = len(slots) - 1
-        for mark in marks:
-            place = mark & mask
-            while slots[place]:
-                place = (place + 1) & mask
-            slots[place] = mark
+        for mark in self._slots:
+            if mark:
+                place = mark & mask
+                while slots[place]:
+                    place = (place + 1) & mask
+                slots[place] = mark
         self._slots = slots
 
 

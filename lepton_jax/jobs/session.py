@@ -113,6 +113,8 @@ def encode(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
 
 def expand(params: SamplingParams) -> list[SamplingParams]:
     """The params of each of a prompt's `n` requests; a seed counts up from the first."""
+    if params.n == 1:
+        return [params]  # a row's usual case costs no checks
     if params.seed is None:
         return [dataclasses.replace(params, n=1)] * params.n
     return [dataclasses.replace(params, n=1, seed=params.seed + i) for i in range(params.n)]
@@ -124,6 +126,7 @@ class Session:
     def __init__(self, engine: Engine, tokenizer: Tokenizer):
         self._engine, self._tokenizer = engine, tokenizer
         self._prompts: dict[str, _OpenPrompt] = {}
+        self._unfinished = 0
 
     @property
     def has_work(self) -> bool:
@@ -132,7 +135,7 @@ class Session:
 
     def __len__(self) -> int:
         """Requests that are not finished."""
-        return sum(prompt.unfinished for prompt in self._prompts.values())
+        return self._unfinished
 
     def add(self, key: str, prompt: Prompt, params: SamplingParams) -> None:
         """Queues a prompt under a key of its own. Draws of rows without a seed depend on the key.
@@ -154,6 +157,7 @@ class Session:
             raise RowError("refused", str(error)) from error
         growing = [_GrowingChoice(self._tokenizer, params) for _ in added]
         self._prompts[key] = _OpenPrompt(growing, len(ids))
+        self._unfinished += len(growing)
 
     def step(self) -> list[Delta]:
         """One beat of the engine."""
@@ -172,12 +176,14 @@ class Session:
             for i in range(len(prompt.choices)):
                 self._engine.abort(f"{key}/{i}")
         self._prompts.clear()
+        self._unfinished = 0
 
     def _take(self, output: StepOutput) -> Delta:
         key, _, number = output.request_id.rpartition("/")
         prompt, i = self._prompts[key], int(number)
         choice = prompt.choices[i]
         text = choice.take(output)
+        self._unfinished -= choice.finish_reason is not None
         if choice.finish_reason and not output.finish_reason:
             self._engine.abort(output.request_id)
         completion = None

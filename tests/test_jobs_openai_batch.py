@@ -1,0 +1,128 @@
+"""Batch requests in, answers out: OpenAI's own types read them, errors have the API's form."""
+
+import json
+
+import pytest
+from jobs_fakes import FakeEngine, job_config, run_job
+from openai.types import Batch, Completion
+from openai.types.chat import ChatCompletion
+
+from lepton_jax.jobs.files.places import JobError
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+HI = [{"role": "user", "content": "hi"}]
+
+
+def request(custom_id, url=CHAT, **body):
+    given = {"model": "small", **({"messages": HI} if url == CHAT else {"prompt": "hi"}), **body}
+    return {"custom_id": custom_id, "method": "POST", "url": url, "body": given}
+
+
+def answers(tmp_path, *requests, name="out.jsonl", engine=None, **job):
+    lines = (line if isinstance(line, str) else json.dumps(line) for line in requests)
+    (tmp_path / "in.jsonl").write_text("".join(line + "\n" for line in lines))
+    output, tally = run_job(job_config(tmp_path / "in.jsonl", tmp_path / name, **job), engine)
+    return [json.loads(line) for line in output.read_text().splitlines()], tally
+
+
+def test_chat_completions_are_openais(tmp_path):
+    (line, two), tally = answers(
+        tmp_path,
+        request("a", logprobs=True, top_logprobs=2, temperature=0, user="me"),
+        request("b", n=2, max_completion_tokens=2, seed=1, stop=["x"], stream=False),
+    )
+    assert set(line) == {"id", "custom_id", "response", "error"}
+    assert (line["custom_id"], line["error"], line["response"]["status_code"]) == ("a", None, 200)
+    body = ChatCompletion.model_validate(line["response"]["body"], strict=True)
+    choice = body.choices[0]
+    assert (choice.message.content, choice.finish_reason, body.model) == ("u:hi;", "stop", "small")
+    assert (body.usage.prompt_tokens, body.usage.completion_tokens) == (5, 6)
+    assert [token.token for token in choice.logprobs.content] == [*"u:hi;", "<eos>"]
+    assert choice.logprobs.content[0].bytes == [ord("u")]
+    assert choice.logprobs.content[0].logprob == -float(ord("u"))
+    both = ChatCompletion.model_validate(two["response"]["body"], strict=True)
+    assert [(c.index, c.message.content, c.finish_reason) for c in both.choices] == [
+        (0, "u:", "length"),
+        (1, "u:", "length"),
+    ]
+    assert (tally.rows, tally.errors, tally.generated_tokens) == (2, 0, 10)
+    assert tally.preview == [("a", "u:hi;"), ("b", "u:")]
+
+
+def test_text_completions_are_openais(tmp_path):
+    lines, _ = answers(
+        tmp_path,
+        request("a", TEXT, logprobs=0, echo=False, best_of=1),
+        request("b", TEXT, prompt=[104, 105]),
+        request("c", TEXT, prompt=["hi"]),
+    )
+    bodies = [Completion.model_validate(line["response"]["body"], strict=True) for line in lines]
+    assert [body.choices[0].text for body in bodies] == ["hi", "hi", "hi"]
+    logprobs = bodies[0].choices[0].logprobs
+    assert (logprobs.tokens, logprobs.text_offset) == (["h", "i", "<eos>"], [0, 1, 2])
+    assert logprobs.token_logprobs == [-104.0, -105.0, -256.0]
+
+
+def test_content_in_parts_is_one_text(tmp_path):
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+    (line,), _ = answers(tmp_path, request("a", messages=[{"role": "user", "content": parts}]))
+    assert line["response"]["body"]["choices"][0]["message"]["content"] == "u:one two;"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"url": "/v1/images"}, "url is '/v1/images': want one of /v1/chat/completions"),
+        ({"method": "GET"}, "method is 'GET'"),
+        ({"body": None}, "body is missing"),
+        ({"extra": 1}, "unknown field 'extra'"),
+        ({"body": {"messages": HI, "tools": []}}, "unknown field 'tools'"),
+        ({"body": {"messages": HI, "stream": True}}, "stream=True: want False"),
+        ({"body": {"messages": HI, "temperature": -1}}, "temperature=-1"),
+        ({"body": {"messages": HI, "logprobs": 3}}, "logprobs=3: want true or false"),
+        ({"body": {"model": "small"}}, "body has no messages"),
+        ({"body": {"messages": []}}, "messages is empty"),
+        ({"body": {"messages": [{"role": "bad"}]}}, "messages[0].role is 'bad'"),
+        ({"body": {"messages": [{"role": "user", "content": [{"image_url": 1}]}]}}, "no text"),
+        ({"url": TEXT, "body": {"prompt": ["a", "b"]}}, "prompt has several texts"),
+        ({"url": TEXT, "body": {"prompt": "x" * 200}}, "over max_len"),
+    ],
+)
+def test_a_wrong_request_is_answered_as_the_api_does(tmp_path, wrong, says):
+    lines, tally = answers(tmp_path, request("a"), request("b") | wrong, request("c"))
+    assert [line["response"]["status_code"] for line in lines] == [200, 400, 200]
+    error = lines[1]["response"]["body"]["error"]
+    assert error["type"] == "invalid_request_error"
+    assert error["message"].startswith("line 2: ") and says in error["message"]
+    assert (lines[1]["custom_id"], lines[1]["error"], tally.errors) == ("b", None, 1)
+
+
+def test_a_line_that_is_no_request_and_a_model_that_fails(tmp_path):
+    engine = FakeEngine()
+    engine.fails = {"c/0"}
+    lines, tally = answers(tmp_path, request("a"), "{", request("a"), request("c"), engine=engine)
+    assert [line["error"] and line["error"]["code"] for line in lines] == [
+        None,
+        "invalid_json",
+        "duplicate_id",
+        None,
+    ]
+    assert lines[1]["response"] is None and lines[1]["custom_id"] == "2"
+    assert lines[3]["response"]["status_code"] == 500
+    assert tally.error_types == {"invalid_json": 1, "duplicate_id": 1, "not_finite": 1}
+
+
+def test_every_line_has_the_fields_that_a_batch_client_reads(tmp_path):
+    lines, _ = answers(tmp_path, request("a"), "{", name="out.jsonl")
+    ids = [line["id"] for line in lines]
+    assert len(set(ids)) == 2 and all(i.startswith("batch_req_") for i in ids)
+    assert "output_file_id" in Batch.model_fields  # the client that fetches such a file is there
+
+
+def test_the_format_is_seen_in_the_first_line_or_said(tmp_path):
+    (line,), _ = answers(tmp_path, request("a"), format="jsonl")
+    assert line["error"]["type"] == "invalid_row"
+    (line,), _ = answers(tmp_path, {"id": "a", "prompt": "hi"}, format="openai_batch")
+    assert line["response"]["status_code"] == 400
+    with pytest.raises(JobError, match="give a job.output in .jsonl"):
+        answers(tmp_path, request("a"), name="out.csv")
