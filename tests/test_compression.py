@@ -139,8 +139,25 @@ def test_groups_are_the_largest_even_divisors():
         scheme.group_of(577)
 
 
+MAGNITUDE = dict(prune="magnitude", sparsity=0.5)
+
+
+def test_a_pattern_says_what_it_keeps():
+    scheme = Scheme(prune="magnitude", pattern="2:4")
+    assert (scheme.n_of_m, scheme.tile) == ((2, 4), None)
+    scheme = Scheme(**MAGNITUDE, pattern="192x32")
+    assert (scheme.n_of_m, scheme.tile, scheme.kept_of(18)) == (None, (192, 32), 9)
+    kept = {p: Scheme(prune=p, sparsity=0.1, storage="sparse") for p in ("magnitude", "wanda")}
+    spec = ParamSpec((3, 16), jnp.float32, ("a", "embed"), 1)
+    assert {p: s.plan(spec).values.shape for p, s in kept.items()} == {
+        "magnitude": (48 - 5,),
+        "wanda": (3 * (16 - 2),),
+    }
+    assert not kept["magnitude"].calibrated and kept["wanda"].calibrated
+
+
 def test_unknown_presets_and_schemes_that_can_not_be_are_refused():
-    with pytest.raises(ValueError, match="'int5' is unknown: allowed are none, int8, w8a8, int4, fp8"):
+    with pytest.raises(ValueError, match="'int5' is unknown: .* none, int8, w8a8, int4, fp8"):
         preset_rules("int5")
     for fields, message in (
         (dict(weights="int3"), "weights='int3': allowed are int8, int4, float8"),
@@ -150,6 +167,19 @@ def test_unknown_presets_and_schemes_that_can_not_be_are_refused():
         (dict(asymmetric=True), "asymmetric needs a group"),
         (dict(activations="dynamic", group=8), "needs group=0"),
         (dict(activations="static", weights="float8"), "static activations need int8"),
+        (dict(weights="keep", group=8), "keep' quantizes nothing"),
+        (dict(sparsity=0.5), "without a method: set prune to one of magnitude"),
+        (dict(storage="sparse"), "without a method"),
+        (MAGNITUDE | dict(sparsity=1.0), "sparsity=1.0: want the share"),
+        (MAGNITUDE | dict(sparsity=0.0), "sparsity=0.0: want the share"),
+        (MAGNITUDE | dict(pattern="4:4"), "pattern='4:4': want 0 < N < M <= 16"),
+        (MAGNITUDE | dict(pattern="2:4", sparsity=0.3), "which is 0.5: leave sparsity out"),
+        (MAGNITUDE | dict(pattern="rows"), "pattern='rows': allowed are unstructured, N:M"),
+        (MAGNITUDE | dict(pattern="0x8"), "pattern='0x8': allowed"),
+        (MAGNITUDE | dict(prune="sparsegpt", pattern="8x8"), "want unstructured or N:M"),
+        (MAGNITUDE | dict(asymmetric=True, group=8), "may hold no 0"),
+        (MAGNITUDE | dict(weights="float8", storage="sparse"), "want int8 or keep"),
+        (MAGNITUDE | dict(activations="dynamic", storage="sparse"), "want int8 or keep"),
     ):
         with pytest.raises(ValueError, match=message):
             Scheme(**fields)

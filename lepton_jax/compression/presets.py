@@ -10,7 +10,7 @@ outliers: on SmolLM2-135M, KL to float32 over prose is 0.038 with int8 activatio
 
 from collections.abc import Callable, Mapping, Sequence
 
-from lepton_jax.compression.quantize import quantize
+from lepton_jax.compression.leaf import compress_weight
 from lepton_jax.compression.rules import Rule, assign, weights_of
 from lepton_jax.compression.scheme import Scheme
 from lepton_jax.tensors import ParamSpec
@@ -55,7 +55,7 @@ def compressor(rules: Sequence[Rule[Scheme]], specs: Mapping[str, ParamSpec]) ->
 
     def compress(path: str, spec: ParamSpec, array):
         scheme = actions.get(path)
-        return array if scheme is None else quantize(array, scheme)
+        return array if scheme is None else compress_weight(array, scheme)
 
     return compress
 

@@ -1,0 +1,99 @@
+"""`BitmaskTensor`: any places kept; one bit a weight, and the kept values one after another.
+
+Saves memory, not time: the weight is decompressed while the program runs. Figures: README. What
+else is sparse: `sparse.py`.
+"""
+
+import dataclasses
+import math
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+
+from lepton_jax.tensors.leaves import ParamSpec, register_leaf
+from lepton_jax.tensors.sparse import SparseTensor, flat_outputs, planned_values, rows_of
+
+
+@register_leaf("mask", "values", "starts", "scale")
+@dataclasses.dataclass(frozen=True)
+class BitmaskTensor(SparseTensor):
+    """A weight `[*out, I]` of which a number of values is kept.
+
+    Attributes:
+      mask: uint8 `[*out, I/8]`; bit i of byte j says whether input 8 j + i is kept.
+      values: `[kept]`, in the order of the weight.
+      starts: int32 `[*out]`, where an output's values begin.
+      scale: float32 `[*out]` of int8 values, or None.
+    """
+
+    mask: Any
+    values: Any
+    starts: Any
+    scale: Any = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.mask.shape[:-1], 8 * self.mask.shape[-1])
+
+    @classmethod
+    def planned(cls, spec: ParamSpec, *, kept: int, values: str = "float32") -> Self:
+        *outs, inputs = spec.shape
+        if inputs % 8:
+            raise ValueError(f"a bitmask needs inputs in multiples of 8, not {inputs}")
+        if not 0 < kept <= spec.size < 2**31:
+            raise ValueError(f"kept={kept}: want 1 to {spec.size} values, below 2**31")
+        stored, scale = planned_values(spec, values, (kept,), ("kept",))
+        return cls(
+            mask=ParamSpec((*outs, inputs // 8), jnp.uint8, spec.axes, spec.inputs),
+            values=stored,
+            starts=ParamSpec(tuple(outs), jnp.int32, spec.axes[:-1]),
+            scale=scale,
+        )
+
+    @classmethod
+    def of(cls, weight: jax.Array, mask: jax.Array, scale: Any = None, *, kept: int) -> Self:
+        """The leaf of the values where `mask` is true, at `kept` places; both are `[*out, I]`."""
+        *outs, inputs = weight.shape
+        if inputs % 8:
+            raise ValueError(f"a bitmask needs inputs in multiples of 8, not {inputs}")
+        flat = mask.reshape(-1, inputs)
+        counts = jnp.sum(flat, axis=-1, dtype=jnp.int32)
+        starts = jnp.cumsum(counts) - counts
+        places = starts[:, None] + jnp.cumsum(flat, axis=-1, dtype=jnp.int32) - 1
+        places = jnp.where(flat, places, kept)
+        values = jnp.zeros((kept,), weight.dtype)
+        values = values.at[places].set(weight.reshape(flat.shape), mode="drop")
+        bits = flat.reshape(-1, inputs // 8, 8).astype(jnp.uint8) << jnp.arange(8, dtype=jnp.uint8)
+        packed = jnp.sum(bits, axis=-1, dtype=jnp.uint8)
+        return cls(packed.reshape(*outs, -1), values, starts.reshape(outs), scale)
+
+    def static(self) -> dict[str, Any]:
+        return dict(kept=math.prod(self.values.shape), values=jnp.dtype(self.values.dtype).name)
+
+    def flat(self, keep: int = 0) -> Self:
+        return dataclasses.replace(
+            self,
+            mask=flat_outputs(self.mask, keep, 1),
+            starts=flat_outputs(self.starts, keep, 0),
+            scale=flat_outputs(self.scale, keep, 0),
+        )
+
+    def spread(self) -> jax.Array:
+        counts = jax.lax.population_count(self.mask).astype(jnp.int32)
+        before = self.starts[..., None] + jnp.cumsum(counts, axis=-1) - counts  # [*out, I/8]
+        bit = jnp.arange(8, dtype=jnp.uint8)
+        lower = self.mask[..., None] & ((jnp.uint8(1) << bit) - jnp.uint8(1))
+        places = before[..., None] + jax.lax.population_count(lower).astype(jnp.int32)
+        kept = self.values.at[places].get(mode="clip")
+        is_kept = (self.mask[..., None] >> bit) & 1
+        return jnp.where(is_kept == 1, kept, 0).reshape(self.shape)
+
+    def rows(self, ids: jax.Array) -> jax.Array:
+        taken = dataclasses.replace(
+            self,
+            mask=rows_of(self.mask, ids),
+            starts=rows_of(self.starts, ids),
+            scale=rows_of(self.scale, ids),
+        )
+        return taken.dense(jnp.float32)

@@ -1,0 +1,83 @@
+"""What the sparse leaf types share: values of some dtype, an optional scale, and a product by way
+of the dense weight.
+
+Types: `bitmask.py` (any places), `nm.py` (N of every M inputs), `block_sparse.py` (whole tiles,
+whose product skips what is empty). Which weights are kept is `lepton_jax/compression/prune.py`.
+"""
+
+import abc
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lepton_jax.tensors import dots
+from lepton_jax.tensors.leaves import CompressedTensor, ParamSpec
+
+VALUES = ("float32", "bfloat16", "float16", "int8")
+
+
+class SparseTensor(CompressedTensor):
+    """A weight `[*out, I]` most of which is zero.
+
+    Attributes:
+      values: what is kept, of a dtype in VALUES.
+      scale: float32 `[*out]` by which int8 values are multiplied; None with float values.
+    """
+
+    values: Any
+    scale: Any
+
+    @abc.abstractmethod
+    def spread(self) -> jax.Array:
+        """The stored values in their places `[*out, I]`, zeros elsewhere, without the scale."""
+
+    def matmul(self, x: jax.Array) -> jax.Array:
+        x, leaf = in_order(x, self)
+        return scaled(values_dot(x, leaf.spread()), leaf.scale)
+
+    def dense(self, dtype: Any) -> jax.Array:
+        wide = self.spread().astype(jnp.float32)
+        scale = None if self.scale is None else self.scale[..., None]
+        return scaled(wide, scale).astype(dtype)
+
+
+def in_order(x: jax.Array, leaf: Any) -> tuple[jax.Array, Any]:
+    """Both as they are, but a program decompresses the leaf no sooner than it has x.
+
+    Without it XLA may decompress all layers first and hold them: 30 layers of [3072, 576] took 203
+    MiB of temporaries and twice the time, 9 MiB with it (2-core CPU, jax 0.12.0.1, 2026-11-24).
+    """
+    return jax.lax.optimization_barrier((x, leaf))
+
+
+def values_dot(x: jax.Array, values: jax.Array) -> jax.Array:
+    """`x [M, I]` times the transpose of float or int8 values `[O, I]`: float32 `[M, O]`."""
+    return (dots.precise_int8_dot if values.dtype == jnp.int8 else dots.float_dot)(x, values)
+
+
+def scaled(y: jax.Array, scale: jax.Array | None) -> jax.Array:
+    return y if scale is None else y * scale
+
+
+def planned_values(
+    spec: ParamSpec, values: str, shape: tuple[int, ...], axes: tuple[str, ...]
+) -> tuple[ParamSpec, ParamSpec | None]:
+    """Specs of the values, in this shape and with these axes, and of the scale."""
+    if values not in VALUES:
+        raise ValueError(f"values={values!r}: allowed are {', '.join(VALUES)}")
+    scale = ParamSpec(spec.shape[:-1], jnp.float32, spec.axes[:-1]) if values == "int8" else None
+    return ParamSpec(shape, jnp.dtype(values), axes), scale
+
+
+def flat_outputs(array: Any, keep: int, inner: int) -> Any:
+    """An array with all but its first `keep` and last `inner` dimensions in one; None stays."""
+    if array is None:
+        return None
+    last = array.shape[len(array.shape) - inner :]
+    return array.reshape(*array.shape[:keep], -1, *last)
+
+
+def rows_of(array: Any, ids: jax.Array) -> Any:
+    """Rows `ids [...]` along the first dimension, clipped; None stays."""
+    return None if array is None else jnp.take(array, ids, axis=0, mode="clip")

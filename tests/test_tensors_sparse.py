@@ -1,0 +1,278 @@
+"""Sparse leaves: exact packings, promised bytes, the products of the weight they stand for.
+
+Masks and weights are numpy's; the packings are checked against slow loops over their definition.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lepton_jax.tensors import (
+    BitmaskTensor,
+    BlockSparseTensor,
+    NMTensor,
+    ParamSpec,
+    einsum,
+    einsum_parts,
+    ragged_einsum,
+    take,
+    tile_dots_tpu,
+)
+from lepton_jax.tensors.tile_dots import gathered_dot, tiled_dot
+
+KINDS = ["bitmask", "2:4", "4:8", "tiles"]
+DTYPES = ["float32", "bfloat16", "int8"]
+
+
+def random_weight(shape, dtype, seed=0):
+    """Values of a dtype `[*out, I]`, and a scale `[*out]` where they are int8."""
+    rng = np.random.default_rng(seed)
+    if dtype == "int8":
+        scale = jnp.asarray(rng.uniform(0.5, 2, shape[:-1]), jnp.float32)
+        return jnp.asarray(rng.integers(-127, 128, shape), jnp.int8), scale
+    return jnp.asarray(rng.normal(size=shape), dtype), None
+
+
+def n_of_m_mask(shape, n, m, seed=0):
+    order = np.argsort(np.random.default_rng(seed).random((*shape[:-1], shape[-1] // m, m)))
+    return (order < n).reshape(shape)
+
+
+def tile_choice(tile_rows, columns, kept, seed=0):
+    return np.argsort(np.random.default_rng(seed).random((tile_rows, columns))) < kept
+
+
+def sparse(kind, shape, dtype, seed=0):
+    """A leaf and, by hand, the float64 weight that it stands for."""
+    values, scale = random_weight(shape, dtype, seed)
+    if kind == "tiles":
+        chosen = tile_choice(int(np.prod(shape[:-1])) // 8, shape[-1] // 4, 3, seed)
+        leaf = BlockSparseTensor.of(values, jnp.asarray(chosen), scale, kept=3)
+        mask = np.repeat(np.repeat(chosen, 8, 0), 4, 1).reshape(shape)
+    elif kind == "bitmask":
+        mask = np.random.default_rng(seed).random(shape) < 0.4
+        leaf = BitmaskTensor.of(values, jnp.asarray(mask), scale, kept=int(mask.sum()))
+    else:
+        n, m = map(int, kind.split(":"))
+        mask = n_of_m_mask(shape, n, m, seed)
+        leaf = NMTensor.of(values, jnp.asarray(mask), scale, n=n, m=m)
+    wide = np.asarray(values, np.float64) * mask
+    return leaf, wide if scale is None else wide * np.asarray(scale, np.float64)[..., None]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_are_those_of_the_weight_they_stand_for(kind, dtype):
+    leaf, dense = sparse(kind, (2, 24, 32), dtype)
+    assert leaf.shape == dense.shape
+    np.testing.assert_allclose(leaf.dense(jnp.float32), dense, rtol=1e-6)
+    for rows in (1, 5):
+        x = np.random.default_rng(rows).normal(size=(rows, 32))
+        exact = np.einsum("td,cfd->tcf", x, dense)
+        tolerance = (2e-2 if dtype == "bfloat16" else 2e-4) * np.abs(exact).max()
+        got = jax.jit(lambda x, w: einsum("TD,CFD->TCF", x, w))(jnp.asarray(x, jnp.float32), leaf)
+        assert got.dtype == jnp.float32 and np.abs(got - exact).max() <= tolerance
+        parts = einsum_parts("TD,CFD->CTF", jnp.asarray(x, jnp.float32), leaf)
+        assert np.abs(np.stack(parts, 1) - exact).max() <= tolerance
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_and_rows(kind, dtype):
+    leaf, dense = sparse(kind, (3, 2, 8, 32), dtype)
+    x, sizes = np.random.default_rng(1).normal(size=(7, 32)), np.array([3, 0, 4])
+    exact = np.einsum("td,tcfd->tcf", x, dense[np.repeat(np.arange(3), sizes)])
+    got = ragged_einsum("TD,ECFD->TCF", jnp.asarray(x, jnp.float32), leaf, jnp.asarray(sizes))
+    assert np.abs(got - exact).max() <= 1e-2 * np.abs(exact).max()
+    table, dense = sparse(kind, (24, 32), dtype)
+    ids = jnp.asarray([[0, 23], [9, 500]])
+    got = take(table, ids, jnp.float32)
+    np.testing.assert_allclose(got, dense[np.asarray([[0, 23], [9, 23]])], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_by_activations_are_those_of_the_dense_weight(kind):
+    leaf, dense = sparse(kind, (16, 32), "float32")
+    x = jnp.asarray(np.random.default_rng(2).normal(size=(3, 32)), jnp.float32)
+
+    def slope(w):
+        return jax.grad(lambda x: jnp.sum(jnp.sin(einsum("TD,FD->TF", x, w))))(x)
+
+    np.testing.assert_allclose(slope(leaf), slope(jnp.asarray(dense, jnp.float32)), atol=1e-4)
+
+
+SHAPE = (4, 48, 64)
+WEIGHTS, OUTPUTS = 4 * 48 * 64, 4 * 48
+BYTES = {
+    "bitmask": lambda size, leaf: WEIGHTS / 8 + leaf.values.size * size + 4 * OUTPUTS,
+    "2:4": lambda size, leaf: WEIGHTS / 2 * (size + 2 / 8),
+    "4:8": lambda size, leaf: WEIGHTS / 2 * (size + 4 / 8),
+    "tiles": lambda size, leaf: WEIGHTS * 3 / 16 * (size + 4 / 32),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_bytes_are_what_the_format_promises_and_the_plan_tells(kind, dtype):
+    leaf, _ = sparse(kind, SHAPE, dtype)
+    size = jnp.dtype(dtype).itemsize
+    scales = 4 * OUTPUTS if dtype == "int8" else 0
+    assert leaf.nbytes == BYTES[kind](size, leaf) + scales
+    if kind == "bitmask":
+        assert leaf.values.size == np.count_nonzero(np.random.default_rng(0).random(SHAPE) < 0.4)
+    spec = ParamSpec(SHAPE, jnp.float32, ("a", "b", "embed"), 1)
+    planned = type(leaf).planned(spec, **leaf.static())
+    made = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), leaf)
+    assert planned.abstract() == made and planned.nbytes == leaf.nbytes
+    assert planned.shape == SHAPE and planned.static() == leaf.static()
+    for field in jax.tree.leaves(planned):
+        assert len(field.axes) == len(field.shape)
+
+
+# Few shapes and dtypes at a time: each is a compilation.
+shapes = st.sampled_from([(1, 1, 2), (3, 4, 3)])
+dtypes = st.sampled_from(["bfloat16", "int8"])
+
+
+@given(shapes, st.floats(0.05, 1), dtypes, st.integers(0, 99))
+@settings(max_examples=20, deadline=None)
+def test_bitmask_packing_is_exact(shape, share, dtype, seed):
+    shape = (*shape[:2], 8 * shape[2])
+    values, _ = random_weight(shape, dtype, seed)
+    mask = np.random.default_rng(seed).random(shape) < share
+    mask[0, 0, 0] = True
+    leaf = BitmaskTensor.of(values, jnp.asarray(mask), kept=int(mask.sum()))
+    kept, stored, before = iter(np.asarray(leaf.values)), np.asarray(leaf.mask), np.asarray(values)
+    for place in np.ndindex(*shape):  # the docstring, spelt out
+        *row, i = place
+        bit = (stored[(*row, i // 8)] >> (i % 8)) & 1
+        assert bit == mask[place]
+        if bit:
+            assert next(kept) == before[place]
+    assert_bits_equal(leaf.spread(), jnp.where(mask, values, 0))
+
+
+@given(
+    st.sampled_from([(1, 2), (2, 4), (3, 4), (5, 8)]),
+    dtypes,
+    st.integers(0, 99),
+)
+@settings(max_examples=20, deadline=None)
+def test_n_of_m_packing_is_exact(pattern, dtype, seed):
+    (n, m), outs, shape = pattern, 3, (3, 32)
+    values, _ = random_weight(shape, dtype, seed)
+    mask = n_of_m_mask(shape, n, m, seed)
+    leaf = NMTensor.of(values, jnp.asarray(mask), n=n, m=m)
+    bits, size, count = (2 if m <= 4 else 4), leaf.indices.shape[-1], shape[-1] // m
+    indices, kept, before = map(np.asarray, (leaf.indices, leaf.values, values))
+    for out in range(outs):
+        for group in range(count):
+            for rank, i in enumerate(np.flatnonzero(mask[out].reshape(count, m)[group])):
+                place = rank * count + group
+                assert (indices[out, place % size] >> (place // size * bits)) % 2**bits == i
+                assert kept[out, place] == before[out, group * m + i]
+    assert_bits_equal(leaf.spread(), jnp.where(mask, values, 0))
+
+
+@given(shapes, st.integers(1, 2), dtypes, st.integers(0, 99))
+@settings(max_examples=20, deadline=None)
+def test_tile_packing_is_exact(shape, kept, dtype, seed):
+    outs, tile_rows, columns = shape
+    shape = (outs, 4 * tile_rows, 3 * columns)
+    values, _ = random_weight(shape, dtype, seed)
+    chosen = tile_choice(outs * tile_rows, columns, kept, seed)
+    leaf = BlockSparseTensor.of(values, jnp.asarray(chosen), kept=kept)
+    tiles = np.asarray(leaf.tiles)
+    stored = np.asarray(leaf.values).reshape(len(tiles), 4, kept, 3)
+    before = np.asarray(values).reshape(len(tiles), 4, columns, 3)
+    for row, choice in enumerate(chosen):
+        assert list(tiles[row]) == list(np.flatnonzero(choice))
+        np.testing.assert_array_equal(stored[row], before[row][:, choice])
+    mask = np.repeat(np.repeat(chosen, 4, 0), 3, 1).reshape(shape)
+    assert_bits_equal(leaf.spread(), jnp.where(mask, values, 0))
+
+
+def assert_bits_equal(got, want):
+    assert got.dtype == want.dtype
+    assert np.asarray(got).tobytes() == np.asarray(want + jnp.zeros((), want.dtype)).tobytes()
+
+
+def test_groups_that_keep_fewer_are_filled_with_zeros():
+    mask = jnp.asarray([[1, 0, 0, 0, 0, 0, 0, 0] + [0, 1, 1, 0] * 2], bool)
+    values = jnp.arange(1.0, 17.0)[None]
+    leaf = NMTensor.of(values, mask, n=2, m=4)
+    np.testing.assert_array_equal(leaf.dense(jnp.float32), np.where(mask, values, 0))
+
+
+@pytest.mark.parametrize(
+    ("cls", "shape", "static", "message"),
+    [
+        (BitmaskTensor, (4, 12), dict(kept=3), "multiples of 8, not 12"),
+        (BitmaskTensor, (4, 16), dict(kept=0), "kept=0: want 1 to 64"),
+        (BitmaskTensor, (4, 16), dict(kept=65), "kept=65: want 1 to 64"),
+        (BitmaskTensor, (4, 16), dict(kept=3, values="int4"), "values='int4': allowed are float32"),
+        (NMTensor, (4, 16), dict(n=4, m=4), "4:4: want 0 < N < M <= 16"),
+        (NMTensor, (4, 18), dict(n=2, m=4), "2:4 does not fit 18 inputs"),
+        (NMTensor, (4, 8), dict(n=1, m=4), "1:4 does not fit 8 inputs.*whole bytes of 4"),
+        (BlockSparseTensor, (6, 16), dict(height=4, width=4, kept=1), "4x4 do not cover 6 outputs"),
+        (BlockSparseTensor, (8, 16), dict(height=4, width=4, kept=5), "kept=5: want 1 to 4 tiles"),
+        (BlockSparseTensor, (3, 4, 16), dict(height=6, width=4, kept=2), "those of one expert"),
+    ],
+)
+def test_plans_that_can_not_be(cls, shape, static, message):
+    axes = ("experts", "ffn", "embed")[-len(shape) :]
+    with pytest.raises(ValueError, match=message):
+        cls.planned(ParamSpec(shape, jnp.float32, axes, 1), **static)
+
+
+@pytest.mark.parametrize("rows", [1, 300])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_kernel_interpreted_equals_the_gather(rows, dtype):
+    values, _ = random_weight((96, 48), dtype)
+    chosen = tile_choice(3, 6, 3)
+    tiles = jnp.asarray([np.flatnonzero(row) for row in chosen], jnp.int32)
+    assert tile_dots_tpu.fits(values, tiles)
+    x = jnp.asarray(np.random.default_rng(3).normal(size=(rows, 96)), jnp.float32)
+    got = tile_dots_tpu.kernel_dot(x, values, tiles, interpret=True)
+    want = gathered_dot(x, values, tiles)
+    assert got.shape == want.shape == (rows, 96) and got.dtype == want.dtype == jnp.float32
+    np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
+
+
+def test_what_the_kernel_does_not_take():
+    def taken(outputs, kept, tile_rows, count):
+        values = jax.ShapeDtypeStruct((outputs, kept), jnp.float32)
+        return tile_dots_tpu.fits(values, jax.ShapeDtypeStruct((tile_rows, count), jnp.int32))
+
+    assert taken(64, 1024, 2, 8)
+    assert not taken(64, 1024, 4, 8)  # tiles of 16 outputs
+    assert not taken(64, 1024, 2, 256)
+    assert not taken(2**20, 1024, 2**15, 8)
+
+
+def test_less_work_with_fewer_tiles():
+    """The compiled product's operations fall with k/N, which a masked dense product's don't."""
+
+    def flops(kept):
+        values, tiles = jnp.zeros((768, 32 * kept)), jnp.zeros((4, kept), jnp.int32)
+        compiled = jax.jit(tiled_dot).lower(jnp.zeros((8, 512)), values, tiles).compile()
+        return compiled.cost_analysis()["flops"]
+
+    assert 0.45 < flops(8) / flops(16) < 0.55 and 0.2 < flops(4) / flops(16) < 0.3
+
+
+def test_layers_are_not_decompressed_ahead():
+    """Eight layers in a row need the temporaries of about one."""
+    leaf, dense = sparse("bitmask", (256, 256), "float32")
+    x = jnp.zeros((2, 256))
+
+    def layers(x, leaves):
+        for leaf in leaves:
+            x = jnp.tanh(einsum("TD,FD->TF", x, leaf))
+        return x
+
+    compiled = jax.jit(layers).lower(x, [leaf] * 8).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 3 * 4 * dense.size
