@@ -2,15 +2,19 @@
 beginnings, the same log-probabilities and hidden states.
 """
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from engine_reference import tiny
 
-from lepton_jax.config import EngineSection
+from lepton_jax.config import EngineSection, SamplingParams
 from lepton_jax.engine.loop import Engine
 from lepton_jax.engine.scored import Scored, ScoreSpec, Scoring
+from lepton_jax.engine.scoring import score, score_layout
 from lepton_jax.kernels.attention_reference import causal_attend
 
 MODEL, LEAVES = tiny("llama", layers=2)
@@ -30,11 +34,18 @@ def whole_text(tokens: list[int]) -> tuple[list[int], Scoring]:
     return tokens[:-1], Scoring(tuple((i,) for i in tokens[1:]))
 
 
+@jax.jit
+def _whole(tokens):
+    decoder, caches = MODEL.bind(LEAVES), (None,) * MODEL.config.num_layers
+    hidden, _ = decoder(tokens, jnp.arange(MAX_LEN), caches, causal_attend)
+    return jax.nn.log_softmax(decoder.logits(hidden)), hidden
+
+
 def forward(tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """Log-probabilities `[T, V]` after each token, and hidden states `[T, D]`."""
-    decoder, caches = MODEL.bind(LEAVES), (None,) * MODEL.config.num_layers
-    hidden, _ = decoder(jnp.asarray(tokens), jnp.arange(len(tokens)), caches, causal_attend)
-    return np.asarray(jax.nn.log_softmax(decoder.logits(hidden))), np.asarray(hidden)
+    padded = np.zeros(MAX_LEN, np.int32)
+    padded[: len(tokens)] = tokens
+    return tuple(np.asarray(a)[: len(tokens)] for a in _whole(padded))
 
 
 def check(got: Scored, prompt: list[int], scoring: Scoring) -> None:
@@ -43,7 +54,7 @@ def check(got: Scored, prompt: list[int], scoring: Scoring) -> None:
     for place, wanted in enumerate(scoring.targets):
         row = logprobs[first + place]
         assert got.logprobs[place, : len(wanted)] == pytest.approx(row[list(wanted)], abs=1e-4)
-        assert got.best[place] == row.argmax()
+        assert got.greedy[place, : len(wanted)].tolist() == [i == row.argmax() for i in wanted]
     if not scoring.pool:
         assert got.pooled is None
     else:
@@ -111,3 +122,117 @@ def test_a_text_is_computed_again_where_its_own_places_are_asked(tight):
     before = tight.stats()["prefix_hit_tokens"]
     serve(tight, {"a": REQUESTS["short"], "b": REQUESTS["short"]})
     assert tight.stats()["prefix_hit_tokens"] == before
+
+
+def test_the_likeliest_id_is_greedy_and_no_other(tight):
+    prompt = ids(20, 11)
+    best = forward(prompt)[0].argmax(-1)
+    targets = tuple((int(i), int(i) ^ 1) for i in best[-5:])
+    got = serve(tight, {"a": (prompt, Scoring(targets))})["a"]
+    assert got.greedy.tolist() == [[True, False]] * 5
+
+
+def test_scoring_and_generating_rows_take_turns(tight):
+    """Neither waits for the other to be done, and shared pages are written before they are read."""
+    prompt = ids(50, 12)
+    alone = Engine(MODEL, LEAVES, section=TIGHT)
+    params = SamplingParams(max_tokens=6, ignore_eos=True)
+    alone.add_request("a", prompt, params)
+    expected = []
+    while alone.has_work:
+        expected += [i for output in alone.step() for i in output.token_ids]
+    scorings = {f"s{n}": ([*prompt, n + 3], Scoring(((5,), (6,)))) for n in range(3)}
+    tight.add_request("a", prompt, params)
+    for name, request in scorings.items():
+        tight.add_scoring(name, *request)
+    tight.add_request("b", [*prompt[:48], 9], params)
+    tokens, got = [], {}
+    while tight.has_work:
+        for output in tight.step():
+            tokens += output.token_ids if output.request_id == "a" else []
+            if output.scored:
+                got[output.request_id] = output.scored
+    assert tokens == expected
+    for name, request in scorings.items():
+        check(got[name], *request)
+
+
+def test_abort_while_chunks_are_in_flight(tight):
+    tight.add_scoring("long", *REQUESTS["long"])
+    tight.add_scoring("short", *REQUESTS["short"])
+    tight.step()
+    tight.abort("long")
+    outputs = []
+    while tight.has_work:
+        outputs += tight.step()
+    assert [output.request_id for output in outputs] == ["short"]
+    check(outputs[0].scored, *REQUESTS["short"])
+
+
+def test_bad_requests_are_refused(tight):
+    too_long = whole_text(ids(MAX_LEN + 2, 13))
+    cases = [
+        ("token id 72 is outside", [5], Scoring(((VOCAB,),))),
+        ("token id -1 is outside", [-1], Scoring(((5,),))),
+        ("97 tokens, but engine.max_len=96 leaves room for 96", *too_long),
+        ("targets of 2 places of 1 tokens", [5], Scoring(((5,), (6,)))),
+        ("no tokens", [], Scoring(pool="last")),
+    ]
+    for message, prompt, scoring in cases:
+        with pytest.raises(ValueError, match=message):
+            tight.add_scoring("bad", prompt, scoring)
+    for fields in ({}, {"pool": "first"}, {"targets": ((5,), ())}):
+        with pytest.raises(ValueError, match=r"nothing is asked|is unknown|without targets"):
+            Scoring(**fields)
+    assert not tight.has_work
+
+
+def test_broken_numbers_are_errors(tight):
+    broken = dict(zip(MODEL.specs, LEAVES, strict=True))
+    broken["final_norm"] *= jnp.nan
+    engine = Engine(MODEL, tuple(broken.values()), section=TIGHT)
+    for name in ("short", "mean"):
+        engine.add_scoring(name, *REQUESTS[name])
+    outputs = [output for _ in range(3) for output in engine.step()]
+    assert {(o.request_id, o.finish_reason, o.scored) for o in outputs} == {
+        ("short", "error", None),
+        ("mean", "error", None),
+    }
+
+
+def test_a_warmed_up_engine_compiles_nothing_more():
+    request = ids(40, 14), Scoring(((5, 6), (7,)))
+    workload = [(40, ScoreSpec.of(request[1]))]
+    engine = Engine(MODEL, LEAVES, section=TIGHT, workload=workload, strict=True)
+    engine.warm_up(workload)
+    serve(engine, {"a": request})
+    assert engine.stats()["programs"] == 1 and engine.stats()["late_compiles"] == 0
+
+
+def test_logits_of_a_large_vocabulary_are_never_whole():
+    """Temporaries of the program stay below a few slices, far below T x V floats."""
+    model, leaves = tiny("llama", layers=1)
+    section = dataclasses.replace(TIGHT, prefill_chunk=512, rows=8)
+    engine = Engine(model, leaves, section=section)
+    engine.runner.require(ScoreSpec(1))
+    (shape,) = engine.runner.score_shapes_for(512)[-1:]
+    inputs = jax.ShapeDtypeStruct((score_layout(shape).size,), jnp.int32)
+
+    class Wide:
+        """Only its hidden states and logits: `V` = 262,144."""
+
+        def __call__(self, tokens, positions, caches, attend):
+            return jnp.zeros((tokens.shape[0], 8)), caches
+
+        def logits(self, hidden):
+            return hidden @ jnp.ones((8, 262_144))
+
+    class WideModel:
+        config = dataclasses.replace(model.config, vocab_size=262_144, hidden_size=8)
+
+        def bind(self, leaves):
+            return Wide()
+
+    run = functools.partial(score, model=WideModel(), backend=engine.runner.backend, shape=shape)
+    compiled = jax.jit(run).lower((), (), inputs).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 100 << 20

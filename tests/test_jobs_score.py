@@ -83,12 +83,14 @@ class FakeScorer:
             [logprob(ids[: first + n + 1], token) for token in targets]
             for n, targets in enumerate(scoring.targets)
         ]
-        best = [best_after(ids[: first + n + 1]) for n in range(len(lines))]
         table = np.zeros((len(lines), scoring.width), np.float32)
+        greedy = np.zeros(table.shape, bool)
         for n, line in enumerate(lines):
             table[n, : len(line)] = line
+            best = best_after(ids[: first + n + 1])
+            greedy[n, : len(line)] = [token == best for token in scoring.targets[n]]
         pooled = np.array([len(ids), ids[-1], 1.0], np.float32) if scoring.pool else None
-        return [StepOutput(request_id, [], None, "scored", Scored(table, np.array(best), pooled))]
+        return [StepOutput(request_id, [], None, "scored", Scored(table, greedy, pooled))]
 
 
 def alone(context, continuation) -> list[float]:

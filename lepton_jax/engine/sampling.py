@@ -105,7 +105,7 @@ def sample(
     """
     shaped = _shape(logits, params, index=index, history=history, spec=spec)
     best = jnp.max(shaped, -1)
-    tokens = first_of(shaped, best)
+    tokens = _first_of(shaped, best)
     if spec.stochastic:
         drawn = _sample_tokens(shaped, params, best=best, index=index, spec=spec)
         tokens = jnp.where(params.temperature > 0, drawn, tokens)
@@ -121,7 +121,7 @@ def sample(
     return Sampled(tokens, stopped, chosen - total, top_ids, top - total[:, None])
 
 
-def first_of(logits: jax.Array, best: jax.Array) -> jax.Array:
+def _first_of(logits: jax.Array, best: jax.Array) -> jax.Array:
     """The first id i32[B] whose logit is the best: argmax as compare and min.
 
     XLA's own argmax is a variadic reduce: 3.3 ms against 0.25 at [32, 49152] (CPU, 2026-11).

@@ -43,7 +43,7 @@ class Scoring:
 @dataclasses.dataclass(frozen=True)
 class ScoreSpec:
     """What a program gives: log-probabilities of up to `targets` ids a place (0: none; otherwise a
-    power of 2), and hidden states where `pool`.
+    power of 4), and hidden states where `pool`.
     """
 
     targets: int = 0
@@ -51,9 +51,11 @@ class ScoreSpec:
 
     @classmethod
     def of(cls, scoring: Scoring) -> "ScoreSpec":
-        """The least spec that serves a request."""
-        width = scoring.width
-        return cls(1 << (width - 1).bit_length() if width else 0, bool(scoring.pool))
+        """The least spec that serves a request: few widths mean few compiled programs."""
+        targets = 1 if scoring.targets else 0
+        while targets < scoring.width:
+            targets *= 4
+        return cls(targets, bool(scoring.pool))
 
     def union(self, other: "ScoreSpec") -> "ScoreSpec":
         """The least spec that serves both."""
@@ -72,13 +74,13 @@ class ScoreResult:
     Attributes:
       logprobs: float32 `[places, C]`, a line for each scored place of the plan's chunks in order;
         None, like the next one, where no row asks.
-      best: int32 `[places]`, the likeliest ids.
+      greedy: bool `[places, C]`: no id is likelier.
       pooled: float32 `[chunks, D]`, each chunk's part of its prompt's hidden state; None where no
         row asks.
     """
 
     logprobs: np.ndarray | None = None
-    best: np.ndarray | None = None
+    greedy: np.ndarray | None = None
     pooled: np.ndarray | None = None
 
 
@@ -88,24 +90,25 @@ class Scored:
 
     Attributes:
       logprobs: float32 `[places, width]`, of the targets of each place; meaningless beyond them.
-      best: int32 `[places]`, the likeliest id after each place.
+      greedy: bool `[places, width]`: no id is likelier than the target.
       pooled: float32 `[D]`, the hidden state after the final norm; None where not asked.
     """
 
     logprobs: np.ndarray
-    best: np.ndarray
+    greedy: np.ndarray
     pooled: np.ndarray | None = None
 
     @classmethod
     def empty(cls, scoring: Scoring) -> "Scored":
-        places = len(scoring.targets)
-        return cls(np.zeros((places, scoring.width), np.float32), np.zeros(places, np.int32))
+        shape = len(scoring.targets), scoring.width
+        return cls(np.zeros(shape, np.float32), np.zeros(shape, bool))
 
     def add(self, result: ScoreResult, *, lines: range, first: int) -> None:
         """Takes over these lines of a result; the first of them is the place `first` of our own."""
         where, lines = slice(first, first + len(lines)), slice(lines.start, lines.stop)
-        self.logprobs[where] = result.logprobs[lines, : self.logprobs.shape[1]]
-        self.best[where] = result.best[lines]
+        width = self.logprobs.shape[1]
+        self.logprobs[where] = result.logprobs[lines, :width]
+        self.greedy[where] = result.greedy[lines, :width]
 
     def add_pooled(self, part: np.ndarray) -> None:
         self.pooled = part if self.pooled is None else self.pooled + part

@@ -153,13 +153,11 @@ class Questions:
 
     def _likelihood(self, pair: Pair, results: Sequence[Scored]) -> Likelihood:
         first, *rest = pair.continuation
-        number = self._heads[pair.context]
-        head = results[number]
-        place = 0
-        logprobs = [head.logprobs[place, self._firsts[pair.context].index(first)]]
-        greedy = head.best[place] == first
+        head, column = results[self._heads[pair.context]], self._firsts[pair.context].index(first)
+        logprobs, greedy = [head.logprobs[:1, column]], [head.greedy[:1, column]]
         if rest:
             tail = results[self._numbers[pair.context + pair.continuation]]
-            logprobs += list(tail.logprobs[-len(rest) :, 0])
-            greedy = greedy and (tail.best[-len(rest) :] == rest).all()
-        return Likelihood(np.array(logprobs, np.float32), bool(greedy), pair.bytes)
+            logprobs.append(tail.logprobs[-len(rest) :, 0])
+            greedy.append(tail.greedy[-len(rest) :, 0])
+        every = bool(np.concatenate(greedy).all())
+        return Likelihood(np.concatenate(logprobs), every, pair.bytes)
