@@ -195,7 +195,7 @@ def test_a_full_disk_keeps_the_rows_and_the_job_goes_on(tmp_path, source, name, 
     assert output.read_bytes() == whole.read_bytes()
 
 
-# Jobs as processes of their own, forked from one that has imported everything, and killed at random.
+# Jobs as processes of their own, forked from one that has imported everything, killed at random.
 KILLER = """
 import json, os, random, signal, sys, time, traceback
 sys.path.insert(0, {tests!r})

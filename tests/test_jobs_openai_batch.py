@@ -2,11 +2,15 @@
 
 import json
 
+import numpy as np
 import pytest
 from jobs_fakes import FakeEngine, job_config, run_job
-from openai.types import Batch, Completion
+from openai.types import Batch, Completion, CreateEmbeddingResponse
 from openai.types.chat import ChatCompletion
 
+from lepton_jax.engine.request import StepOutput
+from lepton_jax.engine.scored import Scored
+from lepton_jax.jobs.embed import EmbedMode
 from lepton_jax.jobs.files.places import JobError
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -18,10 +22,11 @@ def request(custom_id, url=CHAT, **body):
     return {"custom_id": custom_id, "method": "POST", "url": url, "body": given}
 
 
-def answers(tmp_path, *requests, name="out.jsonl", engine=None, **job):
+def answers(tmp_path, *requests, name="out.jsonl", engine=None, mode="generate", **job):
     lines = (line if isinstance(line, str) else json.dumps(line) for line in requests)
     (tmp_path / "in.jsonl").write_text("".join(line + "\n" for line in lines))
-    output, tally = run_job(job_config(tmp_path / "in.jsonl", tmp_path / name, **job), engine)
+    config = job_config(tmp_path / "in.jsonl", tmp_path / name, **job, mode=mode)
+    output, tally = run_job(config, engine, mode=EmbedMode("last") if mode == "embed" else None)
     return [json.loads(line) for line in output.read_text().splitlines()], tally
 
 
@@ -63,6 +68,51 @@ def test_text_completions_are_openais(tmp_path):
     assert logprobs.token_logprobs == [-104.0, -105.0, -256.0]
 
 
+class PoolingEngine:
+    """The hidden state of a prompt is (its tokens, its last token)."""
+
+    max_len = 100
+
+    def __init__(self):
+        self._open = {}
+
+    @property
+    def has_work(self):
+        return bool(self._open)
+
+    def add_scoring(self, request_id, prompt_ids, scoring):
+        self._open[request_id] = np.array([len(prompt_ids), prompt_ids[-1]], np.float32)
+
+    def abort(self, request_id):
+        self._open.pop(request_id, None)
+
+    def step(self):
+        request_id, pooled = self._open.popitem()
+        nothing = np.zeros((0, 1), np.float32)
+        scored = Scored(nothing, nothing > 0, pooled)
+        return [StepOutput(request_id, [], None, "scored", scored)]
+
+
+def test_embeddings_are_openais(tmp_path):
+    url = "/v1/embeddings"
+    lines, tally = answers(
+        tmp_path,
+        {"custom_id": "a", "method": "POST", "url": url, "body": {"model": "m", "input": "ab"}},
+        {"custom_id": "b", "method": "POST", "url": url, "body": {"input": ["x", "y"]}},
+        request("c"),
+        engine=PoolingEngine(),
+        mode="embed",
+    )
+    body = CreateEmbeddingResponse.model_validate(lines[0]["response"]["body"], strict=True)
+    length = np.hypot(2, ord("b"))
+    assert body.data[0].embedding == pytest.approx([2 / length, ord("b") / length], abs=1e-6)
+    assert (body.model, body.usage.prompt_tokens) == ("m", 2)
+    said = [line["response"]["body"]["error"]["message"] for line in lines[1:]]
+    assert "give one text a request" in said[0]
+    assert "--config.job.mode=generate serves it" in said[1]
+    assert (tally.errors, tally.preview[0]) == (2, ("a", "2 numbers"))
+
+
 def test_content_in_parts_is_one_text(tmp_path):
     parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
     (line,), _ = answers(tmp_path, request("a", messages=[{"role": "user", "content": parts}]))
@@ -72,7 +122,8 @@ def test_content_in_parts_is_one_text(tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        ({"url": "/v1/images"}, "url is '/v1/images': want one of /v1/chat/completions"),
+        ({"url": "/v1/images"}, "url is '/v1/images': want /v1/chat/completions or /v1/compl"),
+        ({"url": "/v1/embeddings"}, "(--config.job.mode=embed serves it)"),
         ({"method": "GET"}, "method is 'GET'"),
         ({"body": None}, "body is missing"),
         ({"extra": 1}, "unknown field 'extra'"),

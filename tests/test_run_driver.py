@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -19,7 +20,12 @@ from lepton_jax.tensors import ParamSpec
 
 class LeptonEngine:
     fingerprint = "echo"
+    receipt = None
     tokenizer = ByteTokenizer()
+    def __enter__(self):
+        return self
+    def __exit__(self, *_):
+        pass
     def load_model(self, path, **options):
         if path != "echo":
             raise ValueError("model path " + repr(path) + " doesn't exist")
@@ -97,6 +103,42 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(files, arguments, says):
     assert says in done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_table_in_and_parquet_out(files):
+    (files / "in.csv").write_text("key,question,label\nk1,hi,x\nk2,,y\n")
+    done = drive(
+        files,
+        "--config=config.py",
+        "--config.job.input=in.csv",
+        "--config.job.output=out.parquet",
+        "--config.job.columns=prompt=question,id=key",
+        "--config.job.keep=label",
+    )
+    assert done.returncode == 1, done.stderr
+    rows = pyarrow.parquet.read_table(files / "out.parquet").to_pylist()
+    assert [(row["id"], row["label"], row["text"]) for row in rows] == [
+        ("k1", "x", "hi"),
+        ("k2", "y", None),
+    ]
+    assert "k1: hi" in done.stdout
+
+
+def test_another_run_is_refused_until_told_to_start_over(files):
+    (files / "out.jsonl.partial").write_text('{"id": "a", "text": ""}\n')
+    (files / "out.jsonl.partial.meta").write_text('{"format": 2, "model": "another"}')
+    done = drive(files, "--config=config.py")
+    assert done.returncode == 2
+    assert "the model is another one" in done.stderr and "Traceback" not in done.stderr
+    assert drive(files, "--config=config.py", "--config.job.restart=true").returncode == 1
+
+
+def test_a_summary_that_cannot_be_written_is_no_traceback(files):
+    (files / "out.jsonl.summary.json").mkdir()
+    done = drive(files, "--config=config.py")
+    assert done.returncode == 1
+    assert "summary.json can't be written" in done.stderr and "Traceback" not in done.stderr
+    assert "2 (1 errors)" in done.stdout
 
 
 def test_help_documents_every_field(files):

@@ -21,7 +21,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from lepton_jax.config import RunConfig, SamplingParams
+from lepton_jax.config import RunConfig
 from lepton_jax.jobs.files.places import JobError
 from lepton_jax.jobs.files.source import Source
 from lepton_jax.jobs.framing import Framing, PlainFraming
@@ -82,7 +82,7 @@ class Job:
         self._config = config
         self._source = Source(config.job)
         batch = self._source.format == "openai_batch"
-        self._mode = BatchMode(mode, config.sampling) if batch else mode
+        self._mode = BatchMode(mode, config.job.mode) if batch else mode
         several = len(self._source.names) > 1
         self._framing: Framing = BatchFraming() if batch else PlainFraming(several)
         self._source.check_columns(list(mode.fields))
@@ -130,13 +130,13 @@ class Job:
         if self.tally.resumed:
             log.warning("going on after %d rows of an interrupted run", self.tally.resumed)
 
-    def workload(self, tokenizer: Tokenizer) -> list[tuple[int, SamplingParams]]:
-        """(prompt tokens, params) of the requests that are still to be served.
+    def workload(self, tokenizer: Tokenizer) -> list[tuple[int, Any]]:
+        """(prompt tokens, what is asked) of the requests that are still to be served.
 
         Of a long input only the first are measured, and a last one stands for the longest that the
         engine serves, because what comes later may be as long.
         """
-        requests: list[tuple[int, SamplingParams]] = []
+        requests: list[tuple[int, Any]] = []
         for row in self._open_rows():
             if isinstance(row, Row):
                 try:
@@ -144,7 +144,7 @@ class Job:
                 except RowError:
                     continue  # it becomes an error row when its turn comes
             if len(requests) >= _MEASURED:
-                return [*requests, (_UNMEASURED, self._config.sampling)]
+                return [*requests, (_UNMEASURED, requests[-1][1])]
         return requests
 
     def run(self, engine: Engine, tokenizer: Tokenizer) -> Tally:
@@ -193,6 +193,7 @@ class Job:
             "model": vars(config.model),
             "compression": vars(config.compression),
             "sampling": vars(config.sampling),
+            "scoring": vars(config.scoring),
             "engine": engine,
             "job": job,
         }

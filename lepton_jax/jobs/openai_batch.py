@@ -1,7 +1,8 @@
 """OpenAI's batch files: requests {"custom_id", "method", "url", "body"} in, their answers out.
 
 Source: OpenAI's API reference, "Batch", "The request input object" and "The request output object";
-"Create chat completion", "Create completion". Served are /v1/chat/completions and /v1/completions.
+"Create chat completion", "Create completion", "Create embeddings". The mode generate serves
+/v1/chat/completions and /v1/completions, the mode embed /v1/embeddings.
 A body may also hold our own sampling fields, such as top_k; what it leaves open the config says, so
 an unset temperature is `sampling.temperature`, not 1. `created` is 0: an answer depends on no
 clock, and a job that was killed gives the same file. A request that is wrong is answered as the API
@@ -11,26 +12,29 @@ does, with status 400; a line that is no request has "error" and no response. Re
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lepton_jax.config import SamplingParams, refuse_unknown
+from lepton_jax.jobs.files.places import JobError
 from lepton_jax.jobs.framing import Counts
 from lepton_jax.jobs.modes import Mode, ModeSession, Progress
 from lepton_jax.jobs.rows import BadRow, Row, RowError, RowId
 from lepton_jax.jobs.session import Engine
 from lepton_jax.text.tokenizer import Tokenizer
 
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+CHAT, TEXT, EMBED = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
+URLS = {"generate": (CHAT, TEXT), "embed": (EMBED,)}  # by the mode that serves them
 _PROMPTS = {CHAT: "messages", TEXT: "prompt"}
 _SAMPLING = [field.name for field in dataclasses.fields(SamplingParams) if field.name != "logprobs"]
 # These change nothing of an answer here; whatever is neither here nor below is refused by name.
 _WITHOUT_EFFECT = ("model", "user", "metadata", "store", "service_tier", "safety_identifier")
-_ONLY = {  # fields with the only values that are served
-    "stream": (False,),
-    "echo": (False,),
-    "best_of": (1,),
-    "response_format": ({"type": "text"},),
+_ONLY = {  # fields with the only value that is served
+    "stream": False,
+    "echo": False,
+    "best_of": 1,
+    "response_format": {"type": "text"},
+    "encoding_format": "float",
 }
 _NO_LOGPROB = -9999.0  # OpenAI's for a token that can't be
 _UNREAD = ("invalid_json", "duplicate_id")
@@ -38,7 +42,7 @@ _UNREAD = ("invalid_json", "duplicate_id")
 
 @dataclasses.dataclass(frozen=True)
 class BatchWork:
-    """A request: where it goes, the name of its model, and the work of generate."""
+    """A request: where it goes, the name of its model, and the work of its mode."""
 
     url: str
     model: str
@@ -46,23 +50,32 @@ class BatchWork:
 
 
 class BatchMode:
-    """Requests as rows of the mode generate."""
+    """Requests as rows of another mode, `name` in the config."""
 
     fields = ("method", "url", "body")
 
-    def __init__(self, inner: Mode, defaults: SamplingParams):
-        self._inner, self._defaults = inner, defaults
+    def __init__(self, inner: Mode, name: str):
+        """Raises JobError where the mode serves no requests."""
+        if name not in URLS:
+            raise JobError(
+                f"job.mode={name!r} serves no batch requests: want one of {', '.join(URLS)}"
+            )
+        self._inner, self._urls = inner, URLS[name]
 
     def parse(self, values: Mapping[str, Any]) -> BatchWork:
         """Raises RowError (invalid_row, invalid_sampling)."""
         url, body = values.get("url"), values.get("body")
         if values.get("method", "POST") != "POST":
             raise RowError("invalid_row", f"method is {values['method']!r}: want 'POST'")
-        if not isinstance(url, str) or url not in _PROMPTS:
-            raise RowError("invalid_row", f"url is {url!r}: want one of {', '.join(_PROMPTS)}")
+        if url not in self._urls:
+            other = [name for name, urls in URLS.items() if url in urls]
+            hint = f" (--config.job.mode={other[0]} serves it)" if other else ""
+            wanted = " or ".join(self._urls)
+            raise RowError("invalid_row", f"url is {url!r}: want {wanted}{hint}")
         if not isinstance(body, dict):
             raise RowError("invalid_row", "body is missing or no object: want the request's")
-        row = _row(url, {name: value for name, value in body.items() if value is not None})
+        given = {name: value for name, value in body.items() if value is not None}
+        row = _text_row(given) if url == EMBED else _prompt_row(url, given)
         return BatchWork(url, str(body.get("model", "lepton_jax")), self._inner.parse(row))
 
     def requests(self, work: BatchWork, tokenizer: Tokenizer) -> list[tuple[int, SamplingParams]]:
@@ -73,7 +86,7 @@ class BatchMode:
 
 
 class BatchSession:
-    """A session of generate whose rows become the bodies of responses."""
+    """A session of that mode whose rows become the bodies of responses."""
 
     def __init__(self, inner: ModeSession, tokenizer: Tokenizer):
         self._inner, self._tokenizer = inner, tokenizer
@@ -102,7 +115,10 @@ class BatchSession:
         work = self._works.pop(progress.key)
         if "error" in progress.row:
             return progress
-        body = _body(progress.key, work, progress.row, self._tokenizer)
+        if work.url == EMBED:
+            body = _embedding_body(work, progress.row)
+        else:
+            body = _body(progress.key, work, progress.row, self._tokenizer)
         return dataclasses.replace(progress, row={"body": body})
 
 
@@ -138,24 +154,41 @@ class BatchFraming:
         if failure:
             return Counts(failure["code"], 0, 0, f"({failure['code']}) {failure['message']}")
         body = line["response"]["body"]
-        first = body["choices"][0]
-        text = first["message"]["content"] if "message" in first else first["text"]
         usage = body["usage"]
-        return Counts("", usage["prompt_tokens"], usage["completion_tokens"], text)
+        if "choices" in body:
+            first = body["choices"][0]
+            text = first["message"]["content"] if "message" in first else first["text"]
+        else:
+            text = f"{len(body['data'][0]['embedding'])} numbers"
+        return Counts("", usage["prompt_tokens"], usage.get("completion_tokens", 0), text)
 
 
-def _row(url: str, body: dict[str, Any]) -> dict[str, Any]:
+def _check(body: Mapping[str, Any], known: Sequence[str]) -> None:
+    try:
+        refuse_unknown(body, [*known, *_WITHOUT_EFFECT, *_ONLY], where="body")
+    except ValueError as error:
+        raise RowError("invalid_row", str(error)) from error
+    for name, only in _ONLY.items():
+        if name in body and body[name] != only:
+            raise RowError("invalid_row", f"body: {name}={body[name]!r}: want {only!r}")
+
+
+def _text_row(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The row of embed that a request's body means."""
+    _check(body, ["input"])
+    given = body.get("input")
+    if isinstance(given, list) and len(given) == 1:
+        given = given[0]
+    if not isinstance(given, str):
+        raise RowError("invalid_row", "body: input is no text: give one text a request")
+    return {"text": given}
+
+
+def _prompt_row(url: str, body: dict[str, Any]) -> dict[str, Any]:
     """The row of generate that a request's body means."""
     prompt = _PROMPTS[url]
     own = ["max_completion_tokens", "top_logprobs"] if url == CHAT else []
-    known = [prompt, "logprobs", *own, *_SAMPLING, *_WITHOUT_EFFECT, *_ONLY]
-    try:
-        refuse_unknown(body, known, where="body")
-    except ValueError as error:
-        raise RowError("invalid_row", str(error)) from error
-    for name, allowed in _ONLY.items():
-        if name in body and body[name] not in allowed:
-            raise RowError("invalid_row", f"body: {name}={body[name]!r}: want {allowed[0]!r}")
+    _check(body, [prompt, "logprobs", *own, *_SAMPLING])
     sampling = {name: body[name] for name in _SAMPLING if name in body}
     if "max_completion_tokens" in body:
         sampling["max_tokens"] = body["max_completion_tokens"]
@@ -218,6 +251,16 @@ def _body(key: str, work: BatchWork, result: dict, tokenizer: Tokenizer) -> dict
             "completion_tokens": used[1],
             "total_tokens": sum(used),
         },
+    }
+
+
+def _embedding_body(work: BatchWork, result: dict) -> dict[str, Any]:
+    used = result["prompt_tokens"]
+    return {
+        "object": "list",
+        "data": [{"object": "embedding", "index": 0, "embedding": result["embedding"]}],
+        "model": work.model,
+        "usage": {"prompt_tokens": used, "total_tokens": used},
     }
 
 
