@@ -20,10 +20,10 @@ def main(config: RunConfig) -> int:
     from lepton_jax.jobs import summary as report
     from lepton_jax.jobs.driver import Job
     from lepton_jax.jobs.files.places import JobError
-    from lepton_jax.jobs.generate import GenerateMode
+    from lepton_jax.jobs.mode_for import mode_for
 
     with cli.user_errors(ValueError, OSError):
-        job = Job(config, GenerateMode(config.sampling))
+        job = Job(config, mode_for(config))
     with job:
         with cli.user_errors(ValueError, OSError):
             lepton = LeptonEngine()
