@@ -17,7 +17,7 @@ from lepton_jax.engine.loop import Engine
 from lepton_jax.engine.packing import PrefillShape
 from lepton_jax.engine.request import StepOutput
 from lepton_jax.engine.row_params import SampleSpec
-from lepton_jax.engine.runner import LateCompileError
+from lepton_jax.engine.programs import LateCompileError
 from lepton_jax.engine.scheduler import Knobs
 from lepton_jax.models.build import Model
 
@@ -79,7 +79,7 @@ def expected() -> dict[str, Expected]:
 
 def make(section: EngineSection) -> Engine:
     engine = Engine(MODEL, LEAVES, section=section, eos_ids=EOS)
-    engine.runner._programs = PROGRAMS.setdefault(section, {})
+    engine.runner.programs.compiled = PROGRAMS.setdefault(section, {})
     return engine
 
 
@@ -204,12 +204,12 @@ def test_each_block_copies_one_buffer_each_way(tight, expected):
 
         return call
 
-    own = tight.runner._programs
-    tight.runner._programs = {shape: watched(program) for shape, program in own.items()}
+    own = tight.runner.programs.compiled
+    tight.runner.programs.compiled = {shape: watched(program) for shape, program in own.items()}
     try:
         serve(tight, {"greedy": REQUESTS["greedy"]})
     finally:
-        tight.runner._programs = own
+        tight.runner.programs.compiled = own
     assert len(calls) == 1 + -(-39 // TIGHT.decode_block)
     assert [(len(host), host[0].ndim, host[0].dtype) for host in calls] == [
         (1, 1, np.int32) for _ in calls
@@ -254,7 +254,7 @@ def test_strict_runner_refuses_what_was_not_warmed_up():
     engine.warm_up([(5, plain), (6, plain)])
     serve(engine, {"a": (ids(5, 1), plain), "b": (ids(6, 2), plain)})
     assert engine.stats()["programs"] == 2 and engine.stats()["late_compiles"] == 0
-    PROGRAMS.setdefault(TIGHT, {}).update(engine.runner._programs)
+    PROGRAMS.setdefault(TIGHT, {}).update(engine.runner.programs.compiled)
     engine.add_request("c", ids(5, 1), SamplingParams(temperature=1.0))
     with pytest.raises(LateCompileError, match="PrefillShape.*stochastic=True.*not part of"):
         engine.step()
@@ -281,7 +281,7 @@ def test_warm_up_counts_what_preempted_rows_compute_again(monkeypatch, num_pages
     engine = Engine(MODEL, LEAVES, section=section)
     monkeypatch.setattr(engine.runner, "_compile", lambda shape: shape)
     engine.warm_up([(6, SamplingParams(max_tokens=90))] * 2)
-    shapes = engine.runner._programs
+    shapes = engine.runner.programs.compiled
     largest = max(shape.tokens for shape in shapes if isinstance(shape, PrefillShape))
     assert (largest >= 2 * 96) == preempts
 
@@ -311,7 +311,7 @@ def test_broken_logits_end_a_row_with_an_error(tight):
     broken = dict(zip(MODEL.specs, LEAVES, strict=True))
     broken["final_norm"] *= jnp.nan
     engine = Engine(MODEL, tuple(broken.values()), section=TIGHT, eos_ids=EOS)
-    engine.runner.spec, engine.runner._programs = tight.runner.spec, PROGRAMS[TIGHT]
+    engine.runner.spec, engine.runner.programs.compiled = tight.runner.spec, PROGRAMS[TIGHT]
     got = serve(engine, {"a": REQUESTS["greedy"], "b": REQUESTS["one token"]})
     assert got == {name: StepOutput(name, [], None, "error") for name in ("a", "b")}
 

@@ -36,7 +36,7 @@ ROOMS = [
     "sharding",
     "tensors",
     "telemetry",
-    "config compat compile_cache",
+    "config compat compile_cache host_memory",
 ]
 FLOORS = {room: floor for floor, line in enumerate(reversed(ROOMS)) for room in line.split()}
 FLOORS["__init__"] = FLOORS["api"]  # the package's own names are those of api.py

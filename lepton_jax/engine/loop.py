@@ -127,8 +127,11 @@ class Engine:
         """Drops a request wherever it is; nothing more comes out for it."""
         self.scheduler.abort(request_id)
 
-    def warm_up(self, workload: Workload) -> None:
-        """Compiles the programs that requests of a workload can reach, and allocates the cache."""
+    def warm_up(self, workload: Workload, *, wait: bool = True) -> None:
+        """Compiles the programs that requests of a workload can reach, and allocates the cache.
+
+        `wait`: returns when all are ready. Otherwise steps wait for what they need.
+        """
         for _, asked in workload:
             scores = isinstance(asked, ScoreSpec)
             self.runner.require(asked if scores else SampleSpec.of(asked, self.eos_ids))
@@ -139,7 +142,7 @@ class Engine:
             shapes += self.runner.shapes_for(self._prefilled(others), len(others))
         if scored:
             shapes += self.runner.score_shapes_for(self._prefilled(scored))
-        self.runner.warm_up(shapes)
+        self.runner.warm_up(shapes, wait=wait)
 
     def _prefilled(self, workload: Workload) -> int:
         """Tokens that the prefills of a workload compute at most, padding to tiles included."""
@@ -156,7 +159,20 @@ class Engine:
 
     def stats(self) -> dict:
         """Counts and seconds since the engine was made."""
-        return vars(self.scheduler.counters) | vars(self.runner.timings)
+        programs = self.runner.programs
+        return (
+            vars(self.scheduler.counters)
+            | vars(self.runner.timings)
+            | dict(
+                programs=len(programs.compiled),
+                compile_seconds=programs.seconds,
+                late_compiles=programs.late,
+            )
+        )
+
+    def close(self) -> None:
+        """Stops compiling what was not needed so far. Running requests are not waited for."""
+        self.runner.programs.close()
 
 
 def _seed(request_id: str, params: SamplingParams) -> int:

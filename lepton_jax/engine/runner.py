@@ -2,17 +2,14 @@
 later.
 
 `dispatch` packs a plan into one buffer per program and enqueues them; `read` waits for what they
-produced. Programs are compiled ahead of time per shape (`compile`), called directly, and counted: a
-shape that was not warmed up is compiled late with a warning, or refused in strict mode. Which
+produced. Programs are compiled ahead of time per shape (`programs.py`) and called directly. Which
 shapes exist is decided in `ladder`. Read next: `steps.py` (what the programs do), `packing.py`
 (their buffers), `loop.py` (who calls this).
 """
 
 import dataclasses
 import functools
-import logging
 import time
-from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
 
@@ -22,22 +19,16 @@ import numpy as np
 
 from lepton_jax.engine import packing, scoring, steps
 from lepton_jax.engine.packing import DecodeShape, PrefillShape
+from lepton_jax.engine.programs import Programs
 from lepton_jax.engine.request import BlockResult, Plan
 from lepton_jax.engine.row_params import SampleSpec, pack
 from lepton_jax.engine.scored import ScoreResult, ScoreSpec
 from lepton_jax.engine.scoring import ScoreShape
 from lepton_jax.models.build import Model
 
-log = logging.getLogger(__name__)
-
-_COMPILE_THREADS = 2
 _SMALLEST_PREFILL = 128
 _SMALLEST_VIEW, _VIEW_STEP = 256, 64  # tokens
 _MOST_VIEW_BYTES = 256 << 20  # a block's copy of its rows' cache is at most this large
-
-
-class LateCompileError(RuntimeError):
-    """A strict runner met a program shape that its warm-up had not compiled."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +64,8 @@ class InFlight:
 
 @dataclasses.dataclass
 class Timings:
-    """Seconds and counts since the runner was made."""
+    """Seconds and counts since the runner was made; of compiling `Programs` keeps its own."""
 
-    compile_seconds: float = 0.0
-    programs: int = 0
-    late_compiles: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     wait_seconds: float = 0.0
@@ -112,17 +100,16 @@ class Runner:
         eos_ids: tuple[int, ...],
         strict: bool = False,
     ):
-        self.model, self.sizes, self.strict = model, sizes, strict
+        self.model, self.sizes = model, sizes
         self.spec, self.score_spec = SampleSpec(), ScoreSpec()
         self.timings = Timings()
         self._leaves, self.backend, self._kv_dtype = tuple(leaves), backend, kv_dtype
         self._eos_ids = eos_ids
-        self._programs: dict[PrefillShape | DecodeShape | ScoreShape, Any] = {}
+        self.programs = Programs(self._compile, strict=strict)
         self._caches: tuple | None = None
         self._state: steps.RowState | None = None
         self._scratch: tuple = ()
         self._scratch_of = (0, 0)  # rows and view that it is for
-        self._warm = False
         self._last_done = 0.0
         tile = backend.Q_TILE
         most = -(-sizes.prefill_chunk // tile)
@@ -147,7 +134,7 @@ class Runner:
             self.spec = self.spec.union(spec)
 
     def shapes_for(self, prompt_tokens: int, rows: int) -> list[PrefillShape | DecodeShape]:
-        """The programs that a job can reach.
+        """The programs that a job can reach, those first that its first beats need.
 
         Args:
           prompt_tokens: tokens of all prompts, each rounded up to a tile.
@@ -155,31 +142,27 @@ class Runner:
         """
         prefill = self._fit(self._prefill_sizes, prompt_tokens)
         decode = self._fit(self._decode_sizes, rows)
-        return [
-            *(self._prefill_shape(size) for size in self._prefill_sizes if size <= prefill),
-            *dict.fromkeys(
-                self._decode_shape(size, cached)
-                for size in self._decode_sizes
-                if size <= decode
-                for cached in self._view_sizes or [0]
-            ),
+        prefills = [self._prefill_shape(size) for size in self._prefill_sizes if size <= prefill]
+        decodes = [
+            self._decode_shape(size, cached)
+            for cached in self._view_sizes or [0]
+            for size in reversed(self._decode_sizes)
+            if size <= decode
         ]
+        return list(dict.fromkeys([prefills[-1], decodes[0], *prefills[::-1], *decodes]))
 
     def score_shapes_for(self, prompt_tokens: int) -> list[ScoreShape]:
         """The programs that a job of scoring can reach, by the tokens of all its prompts."""
         most = self._fit(self._prefill_sizes, prompt_tokens)
         return [self._score_shape(size) for size in self._prefill_sizes if size <= most]
 
-    def warm_up(self, shapes: list[PrefillShape | DecodeShape | ScoreShape]) -> None:
-        """Compiles these programs, several at a time, and allocates caches and state."""
-        started = time.perf_counter()
-        with ThreadPoolExecutor(_COMPILE_THREADS) as pool:
-            missing = [shape for shape in shapes if shape not in self._programs]
-            self._programs.update(zip(missing, pool.map(self._compile, missing), strict=True))
-        self.timings.programs = len(self._programs)
-        self.timings.compile_seconds += time.perf_counter() - started
+    def warm_up(self, shapes: list[PrefillShape | DecodeShape | ScoreShape], *, wait: bool) -> None:
+        """Compiles these programs in the background and allocates caches and state.
+
+        `wait`: returns when all are ready.
+        """
+        self.programs.warm_up(shapes, wait=wait)
         self._allocate()
-        self._warm = True
 
     def dispatch(self, plan: Plan) -> InFlight:
         """Enqueues the plan's prefill, then its decode block; returns before they have run."""
@@ -190,7 +173,7 @@ class Runner:
             tiles = sum(-(-len(chunk.tokens) // tile) for chunk in plan.chunks)
             size = self._fit(self._prefill_sizes, tiles * tile)
             shape = self._score_shape(size) if plan.scoring else self._prefill_shape(size)
-            program = self._program(shape)
+            program = self.programs.get(shape)
             if plan.scoring:
                 packed = scoring.pack_scores(plan.chunks, shape, tile=tile)
                 self._caches, flight.scores = program(self._leaves, self._caches, packed)
@@ -207,7 +190,7 @@ class Runner:
         if plan.rows:
             rows = self._fit(self._decode_sizes, len(plan.rows))
             shape = self._decode_shape(rows, max(entry.cached for entry in plan.rows))
-            program = self._program(shape)
+            program = self.programs.get(shape)
             packed = self._pack_decode(plan, shape)
             if self._scratch_of != (shape.rows, shape.view):
                 self._scratch = ()  # the old one goes before the new one comes
@@ -280,20 +263,6 @@ class Runner:
         view = self._fit(self._view_sizes, cached)
         token_bytes = self.kv_bytes // (self.sizes.num_pages * self.sizes.page_size)
         return view if rows * view * token_bytes <= _MOST_VIEW_BYTES else 0
-
-    def _program(self, shape):
-        if shape not in self._programs:
-            if self._warm:
-                self.timings.late_compiles += 1
-                message = f"{shape} was not part of the warm-up"
-                if self.strict:
-                    raise LateCompileError(message)
-                log.warning("compiling while the job runs: %s", message)
-            started = time.perf_counter()
-            self._programs[shape] = self._compile(shape)
-            self.timings.compile_seconds += time.perf_counter() - started
-            self.timings.programs = len(self._programs)
-        return self._programs[shape]
 
     def _compile(self, shape):
         if isinstance(shape, ScoreShape):
