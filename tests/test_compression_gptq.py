@@ -1,4 +1,7 @@
-"""GPTQ against the textbook loops in float64, on random layers with correlated inputs."""
+"""GPTQ against the textbook loops in float64, on random layers with correlated inputs.
+
+The one difference to the textbook is ours too: grids are fitted to GPTQ's loss, not to extremes.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +26,10 @@ def bf16(number):
     return np.asarray(jnp.asarray(number, jnp.float32).astype(jnp.bfloat16).astype(jnp.float32))
 
 
-def fit(rows, scheme):
-    """(scale, offset), each [O], of rows [O, n] by their extremes or the least squared error."""
+def fit(rows, scheme, importance):
+    """(scale, offset), each [O], of rows [O, n] by their extremes, or by the least squared error
+    with each of the n inputs weighed.
+    """
     top, bottom = {"int8": (127, -127), "int4": (7, -8)}[scheme.weights]
     kept = bf16 if scheme.group else np.float32
     best = None
@@ -38,7 +43,7 @@ def fit(rows, scheme):
             scale = kept(clip * np.abs(rows).max(1) / top)
             offset = np.zeros_like(scale)
         steps = np.clip(np.round((rows - offset[:, None]) / scale[:, None]), bottom, top)
-        error = ((steps * scale[:, None] + offset[:, None] - rows) ** 2).sum(1)
+        error = ((steps * scale[:, None] + offset[:, None] - rows) ** 2) @ importance
         if best is None:
             best = [scale, offset, error]
         better = error < best[2]
@@ -53,15 +58,18 @@ def textbook(weight, hessian, scheme, *, damp=0.01, order=None):
     order = np.arange(inputs) if order is None else order
     group = scheme.group_of(inputs) or inputs
     top, bottom = {"int8": (127, -127), "int4": (7, -8)}[scheme.weights]
-    fitted = [fit(w[:, g : g + group], scheme) for g in range(0, inputs, group)]
     dynamic = scheme.group and np.array_equal(order, np.arange(inputs))
     h = h[order][:, order] + damp * np.mean(np.diag(h)) * np.eye(inputs)
     upper = np.linalg.cholesky(np.linalg.inv(h)).T
+    importance = (1 / np.diag(upper) ** 2)[np.argsort(order)]
+    starts = range(0, inputs, group)
+    fitted = [fit(w[:, g : g + group], scheme, importance[g : g + group]) for g in starts]
     w = w[:, order]
     result = np.zeros_like(w)
     for i in range(inputs):
         if dynamic and i % group == 0:
-            fitted[i // group] = fit(w[:, i : i + group], scheme)
+            part = slice(i, i + group)
+            fitted[i // group] = fit(w[:, part], scheme, importance[part])
         scale, offset = fitted[order[i] // group]
         steps = np.clip(np.round((w[:, i] - offset) / scale), bottom, top)
         result[:, i] = steps * scale + offset

@@ -50,8 +50,11 @@ def in_groups(array: jax.Array, scheme: Scheme) -> jax.Array:
     return array.astype(jnp.float32).reshape(*array.shape[:-1], inputs // size, size)
 
 
-def fit_grid(parts: jax.Array, scheme: Scheme) -> Grid:
-    """The grid of `[*out, X, I/X]` by the scheme's rounding ("gptq" takes that of "mse")."""
+def fit_grid(parts: jax.Array, scheme: Scheme, importance: jax.Array | None = None) -> Grid:
+    """The grid of `[*out, X, I/X]` by the scheme's rounding ("gptq" takes that of "mse").
+
+    `importance [X, I/X]` weighs the squared errors of the inputs; 0 or more, by default all alike.
+    """
     full = _grid(parts, scheme, clip=1.0)
     if scheme.rounding == "nearest":
         return full
@@ -59,11 +62,11 @@ def fit_grid(parts: jax.Array, scheme: Scheme) -> Grid:
     def try_clip(found, clip):
         best, least = found
         grid = _grid(parts, scheme, clip=clip)
-        error = _squared_error(parts, grid, scheme)
+        error = _squared_error(parts, grid, scheme, importance)
         best = jax.tree.map(lambda a, b: jnp.where(error < least, a, b), grid, best)
         return (best, jnp.minimum(error, least)), None
 
-    start = full, _squared_error(parts, full, scheme)
+    start = full, _squared_error(parts, full, scheme, importance)
     (best, _), _ = jax.lax.scan(try_clip, start, jnp.asarray(_CLIPS[1:], jnp.float32))
     return best
 
@@ -119,5 +122,6 @@ def _stored(numbers, scheme: Scheme):
     return numbers.astype(jnp.bfloat16).astype(jnp.float32) if scheme.group else numbers
 
 
-def _squared_error(parts, grid: Grid, scheme: Scheme):
-    return jnp.sum((on_grid(round_to_grid(parts, grid, scheme), grid) - parts) ** 2, axis=-1)
+def _squared_error(parts, grid: Grid, scheme: Scheme, importance):
+    errors = (on_grid(round_to_grid(parts, grid, scheme), grid) - parts) ** 2
+    return jnp.sum(errors if importance is None else errors * importance, axis=-1)

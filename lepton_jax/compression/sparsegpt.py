@@ -51,16 +51,22 @@ def sparsegpt(
       damp: share of the Hessian's mean diagonal that is added to the diagonal.
       block: inputs that are chosen from together; with groups of a grid, those of one group.
 
-    Raises ValueError where the pattern is of tiles, or M doesn't divide a block.
+    Raises ValueError where M doesn't divide a block.
     """
     weight = weight.astype(jnp.float32)
     inputs = weight.shape[1]
-    grids = ColumnGrids(weight, scheme, order=jnp.arange(inputs), block=block, fitted=False)
-    keep, among = _pattern(scheme, grids.block, inputs)
+    factor = inverse_factor(hessian, damp)
+    grids = ColumnGrids(weight, scheme, factor, order=jnp.arange(inputs), block=block, fitted=False)
+    keep, among = scheme.n_of_m or (0, 0)
+    if among and grids.block % among:
+        raise ValueError(
+            f"scheme: pattern={scheme.pattern!r} does not divide blocks of {grids.block} inputs "
+            f"(of {inputs}): take another M or another group"
+        )
 
     def begin(part, diagonal, start):
         mask = jnp.ones(part.shape, bool) if among else _largest(part, diagonal, scheme.sparsity)
-        return _Choice(grids.begin(jnp.where(mask, part, 0.0), start), mask, diagonal)
+        return _Choice(grids.begin(jnp.where(mask, part, 0.0), diagonal, start), mask, diagonal)
 
     def settle(part, choice, i):
         mask = choice.mask
@@ -79,7 +85,7 @@ def sparsegpt(
         return jax.lax.dynamic_update_slice_in_dim(mask, rank < keep, i, axis=0)
 
     columns, ((values, kept), choices) = compensate(
-        weight.T, inverse_factor(hessian, damp), size=grids.block, begin=begin, settle=settle
+        weight.T, factor, size=grids.block, begin=begin, settle=settle
     )
     settled = grids.settled(columns, values.reshape(columns.shape), choices.place)
     return settled, kept.reshape(columns.shape).T
@@ -91,21 +97,3 @@ def _largest(part, diagonal, sparsity: float):
     order = jnp.argsort(score.reshape(-1))
     dropped = order[: round(sparsity * order.size)]
     return jnp.ones(order.size, bool).at[dropped].set(False).reshape(part.shape)
-
-
-def _pattern(scheme: Scheme, block: int, inputs: int) -> tuple[int, int]:
-    """(N, M), or (0, 0) where the pattern is unstructured."""
-    if scheme.pattern == "unstructured":
-        return 0, 0
-    keep, colon, among = scheme.pattern.partition(":")
-    if not colon:
-        raise ValueError(
-            f"scheme: prune='sparsegpt' pattern={scheme.pattern!r}: want unstructured or N:M "
-            "(tiles are pruned by magnitude or wanda)"
-        )
-    if block % int(among):
-        raise ValueError(
-            f"scheme: pattern={scheme.pattern!r} does not divide blocks of {block} inputs (of "
-            f"{inputs}): take another M or another group"
-        )
-    return int(keep), int(among)
