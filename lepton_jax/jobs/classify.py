@@ -60,7 +60,7 @@ class ClassifyMode(ScoringMode):
                 "prompt_tokens": asked.tokens,
             }
 
-        return Asked(tuple(asked.questions), answer)
+        return Asked(asked.questions, answer)
 
     def open(self, engine: Engine, tokenizer: Tokenizer) -> ScoringSession:
         """Measures the content-free texts first, where the section asks for calibration."""

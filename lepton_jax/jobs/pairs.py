@@ -114,7 +114,10 @@ def _checked(pair: Pair, continuation: str) -> Pair:
 
 
 class Questions:
-    """The questions that give the likelihoods of some pairs."""
+    """The questions that give the likelihoods of some pairs.
+
+    One prompt is asked once: pairs that differ in their last id alone share a question.
+    """
 
     def __init__(self, pairs: Sequence[Pair]):
         self._pairs = list(pairs)
@@ -123,11 +126,14 @@ class Questions:
             ids = self._firsts.setdefault(pair.context, [])
             if pair.continuation[0] not in ids:
                 ids.append(pair.continuation[0])
-        self._numbers: dict[tuple[int, ...], int] = {}  # question of a whole prompt, less its end
         self._heads: dict[tuple[int, ...], int] = {}  # question that has a context's last place
-        self.questions: list[Question] = []
-        for pair in self._pairs:
-            self._ask(pair)
+        self._tails: dict[tuple[int, tuple[int, ...]], int] = {}  # by context's length and prompt
+        self._targets: list[list[list[int]]] = []  # of each question, by place
+        prompts = [self._ask(pair) for pair in self._pairs]
+        self.questions = tuple(
+            Question(prompt, Scoring(tuple(map(tuple, targets))))
+            for prompt, targets in zip(filter(None, prompts), self._targets, strict=True)
+        )
 
     def likelihoods(self, results: Sequence[Scored]) -> list[Likelihood]:
         """In the order of the pairs."""
@@ -138,26 +144,35 @@ class Questions:
         """Of all contexts and continuations, each counted once."""
         return sum(map(len, self._firsts)) + sum(len(pair.continuation) for pair in self._pairs)
 
-    def _ask(self, pair: Pair) -> None:
-        """Adds what the questions before leave open."""
-        context, rest = pair.context, pair.continuation[1:]
-        targets = tuple((token,) for token in rest)
-        if context not in self._heads:
-            self._heads[context] = len(self.questions)
-            targets = (tuple(self._firsts[context]), *targets)
-        elif not rest or (context + pair.continuation) in self._numbers:
-            return
-        self._numbers[context + pair.continuation] = len(self.questions)
-        ids = context + pair.continuation[:-1]
-        self.questions.append(Question(ids, Scoring(targets)))
+    def _ask(self, pair: Pair) -> tuple[int, ...] | None:
+        """The prompt of a new question for what those before leave open; None where they do not."""
+        context, (*path, last) = pair.context, pair.continuation
+        prompt = (*context, *path)
+        is_head = context not in self._heads
+        if not is_head and not path:
+            return None
+        key = len(context), prompt
+        if key in self._tails:
+            ids = self._targets[self._tails[key]][-1]
+            ids += [last] * (last not in ids)
+            return None
+        self._tails[key] = len(self._targets)
+        targets = [[token] for token in pair.continuation[1:]]
+        if is_head:
+            self._heads[context] = len(self._targets)
+            targets.insert(0, self._firsts[context])
+        self._targets.append(targets)
+        return prompt
 
     def _likelihood(self, pair: Pair, results: Sequence[Scored]) -> Likelihood:
         first, *rest = pair.continuation
-        head, column = results[self._heads[pair.context]], self._firsts[pair.context].index(first)
-        logprobs, greedy = [head.logprobs[:1, column]], [head.greedy[:1, column]]
+        column = self._firsts[pair.context].index(first)
+        cells = [(results[self._heads[pair.context]], 0, column)]
         if rest:
-            tail = results[self._numbers[pair.context + pair.continuation]]
-            logprobs.append(tail.logprobs[-len(rest) :, 0])
-            greedy.append(tail.greedy[-len(rest) :, 0])
-        every = bool(np.concatenate(greedy).all())
-        return Likelihood(np.concatenate(logprobs), every, pair.bytes)
+            prompt = (*pair.context, *pair.continuation[:-1])
+            number = self._tails[len(pair.context), prompt]
+            columns = [*[0] * (len(rest) - 1), self._targets[number][-1].index(rest[-1])]
+            cells += [(results[number], n - len(rest), c) for n, c in enumerate(columns)]
+        logprobs = [result.logprobs[place, column] for result, place, column in cells]
+        greedy = all(result.greedy[place, column] for result, place, column in cells)
+        return Likelihood(np.array(logprobs, np.float32), bool(greedy), pair.bytes)

@@ -65,7 +65,7 @@ class RankMode(ScoringMode):
             scores = [one.per_token if by_mean else one.logprob for one in found]
             return _ranked(np.array(scores), asked.tokens)
 
-        return Asked(tuple(asked.questions), answer)
+        return Asked(asked.questions, answer)
 
     def _by_similarity(self, work: RankWork, tokenizer: Tokenizer) -> Asked:
         texts = [work.query, *work.candidates]

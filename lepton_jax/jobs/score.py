@@ -59,7 +59,7 @@ class ScoreMode(ScoringMode):
                 "best_per_byte": int(np.argmax([one.per_byte for one in found])),
             } | count
 
-        return Asked(tuple(asked.questions), answer)
+        return Asked(asked.questions, answer)
 
 
 def _need_context(values: Mapping[str, Any], name: str) -> str:

@@ -20,6 +20,8 @@ CONTENDERS = {
     "ours": "peer_ours",
     "transformers": "peer_transformers",
     "llama.cpp": "peer_llama_cpp",
+    "our scoring": "scoring_ours",
+    "transformers scoring": "scoring_transformers",
 }
 
 
