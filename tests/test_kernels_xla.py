@@ -46,15 +46,16 @@ def prefill_batch(rng, spans, tile):
 @pytest.mark.parametrize(
     ("window", "soft_cap"), [(0, 0.0), (5, 0.0), (40, 0.0), (0, 2.0), (9, 3.0)]
 )
-@pytest.mark.parametrize("decode", [True, False])
-def test_matches_reference(decode, window, soft_cap, dtype):
-    rng = np.random.default_rng(0)
+@pytest.mark.parametrize("kind", ["decode", "packed", "aligned"])
+def test_matches_reference(kind, window, soft_cap, dtype):
+    rng, decode = np.random.default_rng(0), kind == "decode"
     if decode:
         lengths = jnp.asarray([0, 3, 150, 64, 7], jnp.int32)
         rng_table = jnp.concatenate([page_table(rng, 4), jnp.zeros((1, 20), jnp.int32)])
         batch = decode_batch(lengths, jnp.asarray([1, 1, 1, 1, 0], bool), rng_table)
     else:
-        batch = prefill_batch(rng, [(0, 70), (130, 20), (0, 1)], attention_xla.Q_TILE)
+        spans = [(0, 70), (130, 20), (0, 1), (31, 2)]
+        batch = prefill_batch(rng, spans, attention_xla.Q_TILE if kind == "packed" else 32)
     tokens = batch.positions.shape[0]
     q = jnp.asarray(rng.normal(size=(tokens, K, G, H)), jnp.float32)
     new = [jnp.asarray(rng.normal(size=(tokens, K, H)), jnp.float32) for _ in range(2)]

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from lepton_jax.kernels.attention import PagedBatch
 from lepton_jax.kernels.attention_reference import MASKED, slots, valid_tokens
 
-Q_TILE = 32  # queries of one prompt that a prefill works on at once
+Q_TILE = 1  # sequences of a prefill may start at any token
+_QUERIES = 32  # of one prompt, that a prefill works on at once
 _BLOCK = 128  # cached tokens visited at once
 
 
@@ -45,8 +46,8 @@ def attend(
     """Attention of q `[T, K, G, H]` over the cache `[P, 2, K, Z, H]`; `[T, K, G, H]` in q's dtype.
 
     A query at position p sees the positions <= p of its row, with `window` > 0 only those > p -
-    window. Padding gives 0. With `decode`, token t belongs to row t; otherwise every aligned tile
-    of `Q_TILE` tokens belongs to one row.
+    window. Padding gives 0. With `decode`, token t belongs to row t; otherwise a row's tokens lie
+    side by side from its place in `cu_q_lens`.
     """
     if decode:
         out = _decode(q, cache, batch, scale=scale, window=window, soft_cap=soft_cap)
@@ -157,31 +158,46 @@ def _decode(q, cache, batch, *, scale, window, soft_cap):
 
 
 def _prefill(q, cache, batch, *, scale, window, soft_cap):
-    tile = min(Q_TILE, q.shape[0])
-    tiles = q.shape[0] // tile
+    """Tile by tile of a row's queries, in order: what a row's last tile writes beyond the row's end
+    is garbage that the next row's first tile overwrites.
+    """
     table, span = _blocks(batch.page_table, cache.shape[3])
-    positions = batch.positions.reshape(tiles, tile)
-    queries = q.reshape(tiles, tile, *q.shape[1:]).transpose(
-        0, 2, 3, 1, 4
-    )  # [tiles, K, G, tile, H]
-    rows = batch.rows.reshape(tiles, tile)[:, 0]
+    starts, tiles = _tile_starts(batch)
+    beyond = (0, _QUERIES)
+    queries = jnp.pad(q, (beyond, (0, 0), (0, 0), (0, 0)))
+    positions = jnp.pad(batch.positions, beyond, constant_values=-1)
+    rows = jnp.pad(batch.rows, beyond)
 
     def one_tile(index, out):
-        where = positions[index][None]
+        start = starts[index]
+        tile, where, whose = (
+            jax.lax.dynamic_slice_in_dim(a, start, _QUERIES) for a in (queries, positions, rows)
+        )
+        where = jnp.where(whose == whose[0], where, -1)[None]
         o = _running_softmax(
-            queries[index][None],
+            tile.transpose(1, 2, 0, 3)[None],  # [1, K, G, _QUERIES, H]
             cache,
-            table[rows[index]][None],
+            table[whose[0]][None],
             where,
             blocks=_range(where[0, 0] - window, where.max(), span, window),
             scale=scale,
             window=window,
             soft_cap=soft_cap,
         )
-        return jax.lax.dynamic_update_slice(out, o.astype(q.dtype), (index, 0, 0, 0, 0))
+        o = o[0].transpose(2, 0, 1, 3).astype(q.dtype)
+        return jax.lax.dynamic_update_slice(out, o, (start, 0, 0, 0))
 
     out = jax.lax.fori_loop(0, tiles, one_tile, jnp.zeros(queries.shape, q.dtype))
-    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
+    return out[: q.shape[0]]
+
+
+def _tile_starts(batch):
+    """Where tiles begin, in order, and how many there are: every `_QUERIES` tokens of a row."""
+    tokens, rows = batch.positions.shape[0], batch.page_table.shape[0]
+    inside = jnp.arange(tokens) - batch.cu_q_lens[batch.rows]
+    begins = (batch.positions >= 0) & (inside % _QUERIES == 0)
+    (starts,) = jnp.nonzero(begins, size=tokens // _QUERIES + rows, fill_value=0)
+    return starts, jnp.sum(begins)
 
 
 def _blocks(page_table, page_size):
