@@ -264,7 +264,14 @@ class JobSection:
     columns: str = _doc("", "the columns of fields, as in prompt=question,id=key")
     keep: str = _doc("", "columns to copy to the output rows, as in label,source=url")
     order: str = _doc("input", "of output rows: input, or finished (as they are done)")
+    exact: bool = _doc(
+        True,
+        "a resumed job gives the bytes of one that never stopped: it computes the last 64 x "
+        "engine.rows rows again; false: only rows that aren't written, and rounding may differ",
+    )
     restart: bool = _doc(False, "drop what an interrupted run with other settings has done")
+    report: bool = _doc(False, "write <output>.report.html, a page of rates, lengths and latencies")
+    tensorboard: str = _doc("", "folder for TensorBoard's event files of the run; empty: none")
 
     def __post_init__(self):
         _check_types(self)
