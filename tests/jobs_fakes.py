@@ -44,6 +44,7 @@ class FakeEngine:
         self.added, self.aborted, self.steps = [], [], 0
         self.most_open = 0
         self.fails = set()
+        self.forgotten = []  # the steps before which it was as new
 
     @property
     def has_work(self):
@@ -66,6 +67,11 @@ class FakeEngine:
     def abort(self, request_id):
         if self._open.pop(request_id, None):
             self.aborted.append(request_id)
+
+    def forget(self):
+        if self._open:
+            raise ValueError("requests are open")
+        self.forgotten.append(self.steps)
 
     def step(self):
         self.steps += 1

@@ -3,16 +3,19 @@
 The fast tests end it between two beats or within its last step; the slow one kills real processes.
 """
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import fsspec
 import pytest
-from jobs_fakes import Killed, MortalEngine, job_config, run_job
+from jobs_fakes import EOS, Killed, MortalEngine, job_config, run_job
 
+from lepton_jax.jobs import driver
 from lepton_jax.jobs import output as output_module
 from lepton_jax.jobs.files import journal
 from lepton_jax.jobs.files.places import JobError
@@ -43,12 +46,13 @@ def where(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", PLACES)
-@pytest.mark.parametrize("beats", [9, 20, 35])
-def test_a_job_cut_between_beats_goes_on(tmp_path, source, name, beats, monkeypatch):
+@pytest.mark.parametrize(("beats", "exact"), [(9, False), (9, True), (20, True), (35, False)])
+def test_a_job_cut_between_beats_goes_on(tmp_path, source, name, beats, exact, monkeypatch):
     monkeypatch.setattr(journal, "_PIECE_LINES", 3)
+    monkeypatch.setattr(driver, "_BLOCK", 1)
     whole = where(tmp_path, name.replace("out", "whole"))
-    run_job(job_config(source, whole))
-    config = job_config(source, where(tmp_path, name))
+    run_job(job_config(source, whole, exact=exact))
+    config = job_config(source, where(tmp_path, name), exact=exact)
     resumed = 0
     for _ in range(100):
         try:
@@ -65,7 +69,7 @@ def test_a_job_cut_between_beats_goes_on(tmp_path, source, name, beats, monkeypa
 
 def test_a_bucket_loses_only_the_piece_that_was_not_sent(tmp_path, source, monkeypatch):
     monkeypatch.setattr(journal, "_PIECE_LINES", 4)
-    config = job_config(source, "memory://resume/out.jsonl")
+    config = job_config(source, "memory://resume/out.jsonl", exact=False)
     # The end of a process sends nothing more; here the piece is lost as it would be then.
     with monkeypatch.context() as dying:
         dying.setattr(journal.BucketJournal, "close", lambda self: None)
@@ -76,6 +80,53 @@ def test_a_bucket_loses_only_the_piece_that_was_not_sent(tmp_path, source, monke
     assert pieces == [f"/resume/out.jsonl.partial/{i:08}.jsonl" for i in range(len(pieces))]
     _, tally = run_job(config)
     assert tally.resumed == 4 * len(pieces) > 0
+
+
+class RoundingEngine(MortalEngine):
+    """What it answers depends on the rows it computes together, and on all since it was new."""
+
+    def step(self):
+        together = sorted(self._open)[: self._rows]
+        since = self.steps - (self.forgotten or [0])[-1]
+        shift = zlib.crc32(repr((since, together)).encode())
+        return [
+            dataclasses.replace(
+                output,
+                token_ids=[t if t == EOS else 97 + (t + shift) % 26 for t in output.token_ids],
+            )
+            for output in super().step()
+        ]
+
+
+@pytest.mark.parametrize("order", ["input", "finished"])
+@pytest.mark.parametrize("beats", [25, 40, 70, 71, 72])
+def test_rounding_by_batch_changes_nothing(tmp_path, source, beats, order, monkeypatch):
+    monkeypatch.setattr(driver, "_BLOCK", 3)
+    config = job_config(source, tmp_path / "out.jsonl", order=order)
+    whole, _ = run_job(
+        job_config(source, tmp_path / "whole.jsonl", order=order), RoundingEngine(10**9)
+    )
+    for _ in range(20):
+        engine = RoundingEngine(beats)
+        try:
+            output, tally = run_job(config, engine)
+            break
+        except Killed:
+            assert not (tmp_path / "out.jsonl").exists()
+    assert output.read_bytes() == whole.read_bytes()
+    assert 0 < tally.resumed < len(ROWS) and len(engine.added) <= len(ROWS) - tally.resumed + 6
+
+
+def test_without_blocks_such_rounding_shows(tmp_path, source):
+    """The engine of the test above is what it says."""
+    files = []
+    for name, beats in [("whole.jsonl", 10**9), ("out.jsonl", 40)]:
+        config = job_config(source, tmp_path / name, exact=False)
+        try:
+            files.append(run_job(config, RoundingEngine(beats))[0])
+        except Killed:
+            files.append(run_job(config, RoundingEngine(10**9))[0])
+    assert files[0].read_bytes() != files[1].read_bytes()
 
 
 def die(*_):
@@ -199,6 +250,8 @@ def test_a_full_disk_keeps_the_rows_and_the_job_goes_on(tmp_path, source, name, 
 KILLER = """
 import json, os, random, signal, sys, time, traceback
 sys.path.insert(0, {tests!r})
+from lepton_jax.jobs import driver
+driver._BLOCK = 3
 from jobs_fakes import FakeEngine, job_config, run_job
 
 class SlowEngine(FakeEngine):

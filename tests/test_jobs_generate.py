@@ -15,7 +15,8 @@ from lepton_jax.jobs.generate import GenerateMode
 
 def config_for(tmp_path, *, rows=2, output="out/rows.jsonl", restart=False, **sampling):
     source, output = tmp_path / "in.jsonl", tmp_path / output
-    return job_config(source, output, rows=rows, sampling=sampling, restart=restart)
+    job = {"restart": restart, "exact": False}
+    return job_config(source, output, rows=rows, sampling=sampling, **job)
 
 
 def write_rows(tmp_path, rows):

@@ -83,6 +83,9 @@ class PoolingEngine:
     def add_scoring(self, request_id, prompt_ids, scoring):
         self._open[request_id] = np.array([len(prompt_ids), prompt_ids[-1]], np.float32)
 
+    def forget(self):
+        assert not self._open
+
     def abort(self, request_id):
         self._open.pop(request_id, None)
 

@@ -127,6 +127,16 @@ class Engine:
         """Drops a request wherever it is; nothing more comes out for it."""
         self.scheduler.abort(request_id)
 
+    def forget(self) -> None:
+        """As if nothing had been served: what comes next doesn't depend on what came before, down
+        to the rounding. Raises ValueError while a request is open.
+        """
+        if self.scheduler.has_work:
+            raise ValueError("requests are open: forget only when all are answered or aborted")
+        while self._in_flight is not None:
+            self.step()
+        self.scheduler.forget()
+
     def warm_up(self, workload: Workload, *, wait: bool = True) -> None:
         """Compiles the programs that requests of a workload can reach, and allocates the cache.
 

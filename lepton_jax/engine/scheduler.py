@@ -159,6 +159,10 @@ class Scheduler:
                 self._waiting.remove(row)
             self._finish(row)
 
+    def forget(self) -> None:
+        """Drops the cache of prompts. Raises ValueError while a request is open."""
+        self._pool.forget()
+
     def schedule(self) -> Plan | None:
         """The next beat; None where nothing can be planned before what is in flight is committed.
 

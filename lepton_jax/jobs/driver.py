@@ -8,12 +8,17 @@
 Rows are read as the engine takes them and written as soon as their turn comes: in the order of the
 input, or as they are finished where `job.order` says so. What is held at any time: the rows in the
 engine, the answers that wait for an earlier row, and some bytes for each id (`rows.IdSet`).
-Read next: `modes.py`, `rows.py`, `output.py`; `summary.py` makes a report of the tally.
+
+Rounding depends on which rows are computed together, and a sampled token on rounding. Therefore,
+with `job.exact`, rows go through the engine in blocks: each begins in an engine that is as new, so
+that a resumed job can compute the block at hand again just as it was, and adds what is not written
+yet. Read next: `modes.py`, `rows.py`, `output.py`; `summary.py` makes a report of the tally.
 """
 
 import dataclasses
 import itertools
 import logging
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -22,7 +27,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from lepton_jax.config import RunConfig
-from lepton_jax.jobs.files.places import JobError
+from lepton_jax.jobs.files.places import JobError, need
 from lepton_jax.jobs.files.source import Source
 from lepton_jax.jobs.framing import Framing, PlainFraming
 from lepton_jax.jobs.modes import Mode, ModeSession
@@ -30,16 +35,18 @@ from lepton_jax.jobs.openai_batch import BatchFraming, BatchMode
 from lepton_jax.jobs.output import Output
 from lepton_jax.jobs.rows import BadRow, Row, RowError, read_rows
 from lepton_jax.jobs.session import Engine
+from lepton_jax.jobs.trace import Trace
 from lepton_jax.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
 _LOOK_AHEAD = 4  # times the engine's rows: queued requests, so that freed slots are filled at once
 _MOST_UNWRITTEN = 50_000  # answers held while an earlier row runs; about 1 KB each
+_BLOCK = 64  # times the engine's rows: a block; its end leaves slots idle for 1/64 of it at most
 _MEASURED = 20_000  # requests whose lengths are known before the job begins
 _UNMEASURED = 2**30  # tokens: the longest that the engine serves
 _PREVIEW_ROWS = 4
-_NOT_FOR_ANSWERS = ("input", "output", "restart", "report")  # fields of the job
+_NOT_FOR_ANSWERS = ("input", "output", "restart", "report", "tensorboard")  # fields of the job
 
 
 @dataclasses.dataclass
@@ -81,6 +88,8 @@ class Job:
         """Raises JobError where the input can't be read or the output not be written."""
         self._config = config
         self._source = Source(config.job)
+        if config.job.tensorboard:
+            need("tensorboardX", "tensorboard", why="job.tensorboard")
         batch = self._source.format == "openai_batch"
         self._mode = BatchMode(mode, config.job.mode) if batch else mode
         several = len(self._source.names) > 1
@@ -88,6 +97,7 @@ class Job:
         self._source.check_columns(list(mode.fields))
         self.output = Output(config.job)
         self._done = bytearray()  # a 1 at the place of each row that an earlier run has done
+        self._block = _BLOCK * config.engine.rows if config.job.exact else sys.maxsize
         self._total: int | None = None
         self.tally = Tally()
         if self.output.path in self._source.names:
@@ -131,13 +141,14 @@ class Job:
             log.warning("going on after %d rows of an interrupted run", self.tally.resumed)
 
     def workload(self, tokenizer: Tokenizer) -> list[tuple[int, Any]]:
-        """(prompt tokens, what is asked) of the requests that are still to be served.
+        """(prompt tokens, what is asked) of the requests, also of those that are already served:
+        programs and sizes must be those that another run of this input has.
 
         Of a long input only the first are measured, and a last one stands for the longest that the
         engine serves, because what comes later may be as long.
         """
         requests: list[tuple[int, Any]] = []
-        for row in self._open_rows():
+        for row in self._rows():
             if isinstance(row, Row):
                 try:
                     requests += self._mode.requests(row.work, tokenizer)
@@ -147,19 +158,27 @@ class Job:
                 return [*requests, (_UNMEASURED, requests[-1][1])]
         return requests
 
-    def run(self, engine: Engine, tokenizer: Tokenizer) -> Tally:
-        """Serves the open rows and completes the output. Raises JobError where it can't be."""
+    def run(self, engine: Engine, tokenizer: Tokenizer, *, trace: Trace | None = None) -> Tally:
+        """Serves the open rows and completes the output. Raises JobError where it can't be.
+
+        `trace` listens, where a report is wanted.
+        """
         started = time.perf_counter()
         session = self._mode.open(engine, tokenizer)
         beats = _Beats(
+            engine,
             session,
+            block=self._block,
             look_ahead=_LOOK_AHEAD * self._config.engine.rows,
             in_order=self._config.job.order == "input",
+            trace=trace,
         )
         try:
             self.output.open(self.tally.resumed)
             with _Bar(self._total, self.tally) as bar:
                 for row, result in beats.results(self._open_rows(), bar):
+                    if self._is_done(row):
+                        continue  # of a block that is computed again
                     line = self._framing.frame(row, result)
                     self.output.write(row.place, line)
                     self.tally.count(line, self._framing)
@@ -168,6 +187,8 @@ class Job:
         finally:
             session.close()
             self.output.close()
+            if trace:
+                trace.close()
         self.tally.seconds = time.perf_counter() - started
         return self.tally
 
@@ -176,8 +197,14 @@ class Job:
         return read_rows(source, self._mode, id_field=self._framing.id_field, strict=source.strict)
 
     def _open_rows(self) -> Iterator[Row | BadRow]:
-        done = self._done
-        return (row for row in self._rows() if row.place >= len(done) or not done[row.place])
+        """What is to be computed: with `job.exact` from the beginning of the block at hand."""
+        if self._config.job.exact:
+            first = self.tally.resumed // self._block * self._block
+            return (row for row in self._rows() if row.place >= first)
+        return (row for row in self._rows() if not self._is_done(row))
+
+    def _is_done(self, row: Row | BadRow) -> bool:
+        return row.place < len(self._done) and bool(self._done[row.place])
 
     def _mark(self, place: int) -> None:
         if place >= len(self._done):
@@ -204,24 +231,38 @@ class Job:
 class _Beats:
     """Feeds a session and takes its results, in order or as they come."""
 
-    def __init__(self, session: ModeSession, *, look_ahead: int, in_order: bool):
-        self._session, self._look_ahead, self._in_order = session, look_ahead, in_order
+    def __init__(
+        self,
+        engine: Engine,
+        session: ModeSession,
+        *,
+        block: int,
+        look_ahead: int,
+        in_order: bool,
+        trace: Trace | None,
+    ):
+        self._engine, self._session, self._block = engine, session, block
+        self._look_ahead, self._in_order, self._trace = look_ahead, in_order, trace
+        self._block_at_hand = -1
 
     def results(
         self, rows: Iterable[Row | BadRow], bar: "_Bar"
     ) -> Iterator[tuple[Row | BadRow, dict]]:
         """(row, output row without its id) of all rows."""
-        session, queue = self._session, iter(rows)
+        session, queue = self._session, _Queue(rows)
         open_rows: dict[str, tuple[int, Row]] = {}
         waiting: dict[int, tuple[Row | BadRow, dict]] = {}
         numbers = itertools.count()
         more, turn = True, 0
         while more or session.has_work:
             while more and len(session) < self._look_ahead and len(waiting) < _MOST_UNWRITTEN:
-                row = next(queue, None)
+                row = queue.head
                 if row is None:
                     more = False
                     break
+                if not self._may_begin(row):
+                    break
+                queue.pop()
                 number = next(numbers)
                 failure = row.result if isinstance(row, BadRow) else self._add(row)
                 if failure is None:
@@ -235,6 +276,10 @@ class _Beats:
                 if progress.row is not None:
                     number, row = open_rows.pop(progress.key)
                     waiting[number] = row, progress.row
+                    if self._trace:
+                        self._trace.end(progress.key, progress.row)
+            if self._trace:
+                self._trace.beat(last=not (more or session.has_work))
             if self._in_order:
                 while turn in waiting:
                     yield waiting.pop(turn)
@@ -243,12 +288,35 @@ class _Beats:
                 yield from waiting.values()
                 waiting.clear()
 
+    def _may_begin(self, row: Row | BadRow) -> bool:
+        """Whether its block has begun, or begins now because the one before is over."""
+        block = row.place // self._block
+        if block != self._block_at_hand:
+            if self._session.has_work:
+                return False
+            self._engine.forget()
+            self._block_at_hand = block
+        return True
+
     def _add(self, row: Row) -> dict | None:
         try:
             self._session.add(str(row.id), row.work)
         except RowError as error:
             return {"error": {"type": error.kind, "message": str(error)}}
+        if self._trace:
+            self._trace.begin(str(row.id))
         return None
+
+
+class _Queue:
+    """Rows with a look at the next, `head`; None at the end."""
+
+    def __init__(self, rows: Iterable[Row | BadRow]):
+        self._rows = iter(rows)
+        self.head = next(self._rows, None)
+
+    def pop(self) -> None:
+        self.head = next(self._rows, None)
 
 
 class _Bar:
@@ -259,7 +327,6 @@ class _Bar:
         self._bar = tqdm(total=total, initial=tally.rows, unit="row", dynamic_ncols=True)
         self._started = time.perf_counter()
         self._tokens = 0
-        self._errors = tally.errors
 
     def __enter__(self) -> "_Bar":
         return self

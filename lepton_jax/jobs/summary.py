@@ -122,7 +122,7 @@ def summary_text(summary: Mapping[str, Any]) -> str:
         ("prefix cache", f"{s['prefix_hit_tokens']:,} prompt tokens reused"),
         ("padding waste", f"{s['padding_waste']:.0%}"),
         ("peak memory", peak),
-        ("roofline", _roofline_text(s["roofline"], s["device"])),
+        ("roofline", roofline_text(s["roofline"], s["device"])),
         ("output", s["output"]),
     ]
     return "\n".join(f"{name:<16}{value}" for name, value in lines)
@@ -146,7 +146,7 @@ def _roofline(engine: StepStats, kind: str, cost: ModelCost) -> dict[str, float 
     return {name: _rounded(share, 4) for name, share in shares.items()}
 
 
-def _roofline_text(shares: Mapping[str, float | None] | None, device: str) -> str:
+def roofline_text(shares: Mapping[str, float | None] | None, device: str) -> str:
     if shares is None:
         return f"the peaks of {device!r} are not known"
     texts = {
