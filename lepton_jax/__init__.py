@@ -3,17 +3,18 @@
     from lepton_jax import LeptonEngine, SamplingParams
 
 The way of a prompt: `jobs` -> `text` -> `engine` -> `models` on `kernels` and `tensors`. Drivers
-are `lepton_jax.run` and `lepton_jax.bench`. The package loads no jax until the engine is named.
+are `lepton_jax.run`, `lepton_jax.compress` and `lepton_jax.bench`. The package loads no jax until
+the engine is named.
 """
 
 from lepton_jax.config import RunConfig, SamplingParams
 
-__all__ = ["LeptonEngine", "RunConfig", "SamplingParams"]
+__all__ = ["LeptonEngine", "RunConfig", "SamplingParams", "compress"]
 
 
 def __getattr__(name: str):
-    if name == "LeptonEngine":
-        from lepton_jax.api import LeptonEngine
+    if name in ("LeptonEngine", "compress"):
+        from lepton_jax import api
 
-        return LeptonEngine
+        return getattr(api, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,6 +9,7 @@ It only joins the rooms below: `checkpoints` and `compression` give leaves, `eng
 `jobs/session.py` turns prompts into answers. Files of rows are `lepton_jax/run.py`.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -19,11 +20,13 @@ import numpy as np
 
 from lepton_jax import compile_cache
 from lepton_jax.checkpoints import load as checkpoints
+from lepton_jax.compression import receipt as receipts
 from lepton_jax.compression.presets import compressor
 from lepton_jax.compression.recipe import Recipe
 from lepton_jax.config import ModelSection, RunConfig, SamplingParams, ScoringSection, from_mapping
 from lepton_jax.engine.loop import Engine
 from lepton_jax.jobs.classify import ClassifyMode
+from lepton_jax.jobs.compress import CompressJob
 from lepton_jax.jobs.embed import EmbedMode
 from lepton_jax.jobs.perplexity import PerplexityMode
 from lepton_jax.jobs.rank import RankMode
@@ -40,6 +43,7 @@ class LeptonEngine:
     Attributes:
       tokenizer: after `load_model`.
       loaded: after `load_model`, the weights and what is known of them.
+      receipt: after `load_model`, what compression cost, where the model has a receipt.
       engine: after `start`, the engine of token ids below.
     """
 
@@ -47,6 +51,7 @@ class LeptonEngine:
         self.tokenizer: tokenizers.Tokenizer | None = None
         self.engine: Engine | None = None
         self.loaded: checkpoints.Loaded | None = None
+        self.receipt: receipts.Receipt | None = None
         self._config = RunConfig()
         self._numbers = itertools.count()
 
@@ -104,6 +109,7 @@ class LeptonEngine:
         self.loaded = checkpoints.load(
             section.path, **options, compress=compress, progress=progress
         )
+        self.receipt = receipts.of_loaded(section.path, self.loaded.fingerprint)
         self.tokenizer = tokenizers.load(section.tokenizer or self.loaded.tokenizer_source)
         return self
 
@@ -135,7 +141,7 @@ class LeptonEngine:
 
     def stop(self) -> None:
         """Gives device memory back: the cache and the weights."""
-        self.engine = self.loaded = self.tokenizer = None
+        self.engine = self.loaded = self.tokenizer = self.receipt = None
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None
@@ -265,3 +271,36 @@ def _score_fields(item: str | tuple[str, str] | Mapping) -> dict:
         return dict(item)
     context, continuation = item
     return {"context": context, "continuation": continuation}
+
+
+def compress(
+    path: str | Path,
+    output: str | Path,
+    *,
+    preset: str = "",
+    rules: Sequence[str] = (),
+    config: RunConfig | None = None,
+    progress: Callable[[str, int, int, str], None] | None = None,
+) -> receipts.Receipt:
+    """Compresses a model into a new directory and measures what that cost.
+
+    Args:
+      path: of the model, as for `LeptonEngine.load_model`; the result loads in the same way.
+      output: directory to write, whole or not at all.
+      preset: "int8", "w8a8", "int4" or "fp8".
+      rules: texts such as "embed|head -> weights=int8" instead (compression/recipe.py).
+      config: all settings at once; the arguments above go before it where they are given.
+      progress: called with (stage, done, total, what).
+
+    Returns what receipt.json holds. Raises ValueError naming what is wrong and where.
+    """
+    config = config or RunConfig()
+    changes: dict = {"output": str(output)}
+    if path:
+        changes["model"] = dataclasses.replace(config.model, path=str(path))
+    if preset or rules:
+        changes["compression"] = dataclasses.replace(
+            config.compression, preset=preset or "none", rules=tuple(rules)
+        )
+    job = CompressJob(dataclasses.replace(config, **changes))
+    return job.run(progress) if progress else job.run()

@@ -128,6 +128,14 @@ class CompressionSection:
     rules: tuple[str, ...] = _doc(
         (), "instead of a preset: PATTERN -> FIELD=VALUE ..., the first that matches a weight wins"
     )
+    smooth: str = _doc(
+        "none", "smoothquant or awq: fold scales into neighbouring weights first (calibrated)"
+    )
+    alpha: float = _doc(0.5, "of smoothquant: 1 moves all difficulty to the weights, 0 none")
+    ranges: str = _doc("absmax", "of static activations: absmax, percentile or mse")
+    percentile: float = _doc(99.9, "of ranges=percentile")
+    damp: float = _doc(0.01, "of gptq and sparsegpt: share of the mean diagonal that is added")
+    act_order: bool = _doc(False, "gptq takes inputs with large activations first")
 
     def __post_init__(self):
         _check_types(self)
@@ -138,12 +146,30 @@ class CompressionSection:
 
 
 @dataclasses.dataclass(frozen=True)
+class CalibrationSection:
+    text: str = _doc(
+        "", 'text, or .jsonl with "text" in each row, to calibrate on; empty: the one that ships'
+    )
+    windows: int = _doc(64, "windows that are drawn from it")
+    window_tokens: int = _doc(512, "tokens in a window, which starts afresh")
+    seed: int = _doc(0, "of the draw")
+
+    def __post_init__(self):
+        _check_types(self)
+        _check(self, "windows", 1 <= self.windows <= _MOST, "1 or more")
+        _check(self, "window_tokens", 2 <= self.window_tokens <= _MOST, "2 or more")
+        _check(self, "seed", 0 <= self.seed <= _MOST, "0 or more")
+
+
+@dataclasses.dataclass(frozen=True)
 class ReceiptSection:
     compare: bool = _doc(
         True, "measure against the uncompressed model; false where that doesn't fit in memory"
     )
-    text: str = _doc("", "held-out text to measure on; empty: the one that ships")
-    windows: int = _doc(20, "windows of held-out text")
+    text: str = _doc(
+        "", 'held-out text, or .jsonl with "text" in each row; empty: the one that ships'
+    )
+    windows: int = _doc(16, "windows of held-out text")
     window_tokens: int = _doc(512, "tokens in a window, which starts afresh")
     prompts: int = _doc(16, "prompts whose greedy answers are compared; 0: none")
     new_tokens: int = _doc(48, "tokens of each such answer")
@@ -341,6 +367,7 @@ class RunConfig:
     job: JobSection = dataclasses.field(default_factory=JobSection)
     scoring: ScoringSection = dataclasses.field(default_factory=ScoringSection)
     bench: BenchSection = dataclasses.field(default_factory=BenchSection)
+    calibration: CalibrationSection = dataclasses.field(default_factory=CalibrationSection)
     receipt: ReceiptSection = dataclasses.field(default_factory=ReceiptSection)
     sweep: SweepSection = dataclasses.field(default_factory=SweepSection)
     output: str = _doc("", "new directory that compress writes")

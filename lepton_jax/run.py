@@ -28,6 +28,8 @@ def main(config: RunConfig) -> int:
         with cli.user_errors(ValueError, OSError):
             lepton = LeptonEngine()
             lepton.load_model(config.model.path, config=config)
+            if lepton.receipt:
+                print(lepton.receipt["digest"], flush=True)
             job.resume(lepton.fingerprint)
             lepton.start(workload=job.workload(lepton.tokenizer))
         with cli.user_errors(JobError):

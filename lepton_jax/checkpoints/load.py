@@ -9,6 +9,7 @@ weights are streamed in `stream.py`, our own directories are restored by `orbax_
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from lepton_jax.checkpoints import orbax_store
@@ -24,7 +25,7 @@ from lepton_jax.checkpoints.manifest import Manifest
 from lepton_jax.checkpoints.stream import Compress, Progress, match, open_foreign, stream
 from lepton_jax.models.build import Model
 
-__all__ = ["Loaded", "describe", "load"]
+__all__ = ["Loaded", "describe", "identify", "load", "tokenizer_source"]
 
 
 def load(
@@ -90,3 +91,19 @@ def describe(
     model = build_model(place, config, dtype=weights, activation_dtype=activation_dtype)
     match(model, files, kind=kind)
     return model
+
+
+def identify(path: str | os.PathLike) -> str:
+    """The fingerprint that `load` would give, without reading the weights."""
+    kind, place = locate(path)
+    if kind == "store":
+        return Manifest.read(place / MANIFEST_NAME).fingerprint
+    return fingerprint(*open_foreign(kind, place))
+
+
+def tokenizer_source(path: str | os.PathLike) -> Path:
+    """What `lepton_jax.text.tokenizer.load` takes, without reading the weights."""
+    kind, place = locate(path)
+    if kind == "store":
+        return place / Manifest.read(place / MANIFEST_NAME).tokenizer
+    return place

@@ -4,18 +4,21 @@
     leaves/         the arrays, by Orbax (readable with any PyTreeCheckpointer)
     tokenizer/      the tokenizer's files as they were
 
-A directory is complete or absent: it is written under another name and renamed. What the manifest
+A directory is complete or absent: it is written under another name and renamed. What a killed
+process left under such a name is removed by the next save to the same place. What the manifest
 holds and how it is checked is `manifest.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
+import glob
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,7 @@ from lepton_jax.models.build import Model
 from lepton_jax.tensors import CompressedTensor
 
 _LEAVES, _TOKENIZER = "leaves", "tokenizer"
+_PARTIAL = "-partial-"  # in the names of directories that aren't finished
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
@@ -41,34 +45,31 @@ _TOKENIZER_FILES = (
 )  # fmt: skip
 
 
-def save(path: str | os.PathLike, loaded: Loaded) -> Path:
+def save(
+    path: str | os.PathLike, loaded: Loaded, *, complete: Callable[[Path], None] | None = None
+) -> Path:
     """Writes a loaded model with its tokenizer to a new directory.
+
+    Args:
+      path: of the directory.
+      loaded: the model.
+      complete: called with the directory under its scratch name, when all but its own files are
+        there; it may add files.
 
     Raises CheckpointError: the path exists, can't be written, or the disk is full; nothing is left
     behind then.
     """
-    target = Path(path).expanduser().absolute()
-    if target.exists():
-        raise CheckpointError(f"{target} exists: name a new directory or remove it first")
-    scratch = None
+    target = new_directory(path)
+    scratch = lock = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        paths = tuple(loaded.model.specs)
-        tree = _nested(
-            {path: _arrays(leaf) for path, leaf in zip(paths, loaded.leaves, strict=True)}
-        )
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            checkpointer.save(scratch / _LEAVES, args=ocp.args.PyTreeSave(tree))
-        manifest = Manifest(
-            config=loaded.config,
-            dtype=np.dtype(loaded.model.dtype).name,
-            activation_dtype=np.dtype(loaded.model.activation_dtype).name,
-            fingerprint=loaded.fingerprint,
-            tokenizer=_copy_tokenizer(loaded.tokenizer_source, scratch / _TOKENIZER),
-            leaves={p: leaf_row(leaf) for p, leaf in zip(paths, loaded.leaves, strict=True)},
-        )
-        (scratch / MANIFEST_NAME).write_text(json.dumps(manifest.to_json(), indent=1) + "\n")
+        _remove_abandoned(target)
+        prefix = f".{target.name}{_PARTIAL}"
+        scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+        lock = _lock(scratch)
+        _write(scratch, loaded)
+        if complete is not None:
+            complete(scratch)
         os.chmod(scratch, 0o755)  # mkdtemp's are private
         os.replace(scratch, target)
     except CheckpointError:
@@ -81,7 +82,55 @@ def save(path: str | os.PathLike, loaded: Loaded) -> Path:
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
     return target
+
+
+def _write(folder: Path, loaded: Loaded) -> None:
+    paths = tuple(loaded.model.specs)
+    tree = _nested({path: _arrays(leaf) for path, leaf in zip(paths, loaded.leaves, strict=True)})
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        checkpointer.save(folder / _LEAVES, args=ocp.args.PyTreeSave(tree))
+    manifest = Manifest(
+        config=loaded.config,
+        dtype=np.dtype(loaded.model.dtype).name,
+        activation_dtype=np.dtype(loaded.model.activation_dtype).name,
+        fingerprint=loaded.fingerprint,
+        tokenizer=_copy_tokenizer(loaded.tokenizer_source, folder / _TOKENIZER),
+        leaves={p: leaf_row(leaf) for p, leaf in zip(paths, loaded.leaves, strict=True)},
+    )
+    (folder / MANIFEST_NAME).write_text(json.dumps(manifest.to_json(), indent=1) + "\n")
+
+
+def new_directory(path: str | os.PathLike) -> Path:
+    """The absolute path of a directory to be written. Raises CheckpointError where it exists."""
+    target = Path(path).expanduser().absolute()
+    if target.exists():
+        raise CheckpointError(f"{target} exists: name a new directory or remove it first")
+    return target
+
+
+def _lock(folder: Path) -> int | None:
+    """A descriptor that holds the folder's lock until it is closed; None where there is none to
+    have: a living process holds it, or the file system knows no locks.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Removes what killed saves to `target` left behind: their locks went with them."""
+    for folder in target.parent.glob(f".{glob.escape(target.name)}{_PARTIAL}*"):
+        lock = _lock(folder)
+        if lock is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
 
 
 def restore(

@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from lepton_jax.compression.calibrated_leaf import Options, kinds_for
 from lepton_jax.compression.presets import preset_rules
 from lepton_jax.compression.rules import Rule
 from lepton_jax.compression.scheme import Scheme
@@ -31,10 +32,12 @@ class Recipe:
     Attributes:
       rules: first match wins.
       preset: the name of the rules; "" where they are a user's own.
+      options: of calibrated methods.
     """
 
     rules: tuple[Rule[Scheme], ...]
     preset: str = ""
+    options: Options = dataclasses.field(default_factory=Options)
 
     @classmethod
     def of(cls, *, preset: str = "none", rules: Sequence[str] = ()) -> Recipe:
@@ -51,31 +54,42 @@ class Recipe:
     @classmethod
     def from_config(cls, section: CompressionSection) -> Recipe:
         """What a config's `compression` asks for."""
-        return cls.of(preset=section.preset, rules=section.rules)
+        recipe = cls.of(preset=section.preset, rules=section.rules)
+        names = [field.name for field in dataclasses.fields(Options)]
+        options = Options(**{name: getattr(section, name) for name in names})
+        return dataclasses.replace(recipe, options=options)
 
     def require_no_calibration(self, path: str) -> None:
         """Raises ValueError, with the command to use, where loading `path` so isn't possible."""
         if self.calibrated:
             raise ValueError(
-                f"compression rule for {self.calibrated[0]!r} needs calibration, which loading "
-                "doesn't do: compress once, python -m lepton_jax.compress --config=CONFIG "
+                f"compression: {self.calibrated[0]} needs calibration, which loading doesn't do: "
+                "compress once, python -m lepton_jax.compress --config=CONFIG "
                 f"--config.model.path={path} --config.output=DIR, and load DIR with "
                 "compression.preset=none and no rules"
             )
 
     @property
     def calibrated(self) -> list[str]:
-        """Patterns whose schemes must see activations first."""
-        return [rule.pattern for rule in self.rules if rule.action.calibrated]
+        """What must see activations first: smoothing, and the rules of such schemes."""
+        found = [f"smooth={self.options.smooth}"] if self.options.smooth != "none" else []
+        return found + [f"rule {rule_text(r)!r}" for r in self.rules if self._needs_tokens(r)]
+
+    def _needs_tokens(self, rule: Rule[Scheme]) -> bool:
+        return bool(kinds_for(rule.action, self.options))
 
     def as_dict(self) -> dict[str, Any]:
-        """For receipts: preset and rule texts."""
-        return {"preset": self.preset, "rules": [rule_text(rule) for rule in self.rules]}
+        """For receipts: preset, rule texts, and the options where they matter."""
+        options = dataclasses.asdict(self.options) if self.calibrated else None
+        rules = [rule_text(rule) for rule in self.rules]
+        return {"preset": self.preset, "rules": rules, "options": options}
 
     @property
     def title(self) -> str:
         """In a few words, for tables: the preset, or what the schemes are."""
-        return self.preset or "; ".join(dict.fromkeys(scheme_text(r.action) for r in self.rules))
+        schemes = dict.fromkeys(scheme_text(rule.action) for rule in self.rules)
+        smooth = [self.options.smooth] if self.options.smooth != "none" else []
+        return "; ".join([self.preset or "; ".join(schemes), *smooth])
 
 
 def parse_rule(text: str) -> Rule[Scheme]:

@@ -1,8 +1,8 @@
 """One grammar for every method of compression: ordered regular expressions over parameter paths.
 
 The first rule whose pattern matches the whole path wins; a path that no rule matches is left as it
-is; a rule that no path uses is an error, because it is nearly always a misspelt path. Rules speak of
-the weights of matrix products only (`weights_of`). How they are written as text is `recipe.py`.
+is; a rule that no path uses is an error, because it is nearly always a misspelt path. Rules speak
+of the weights of matrix products only (`weights_of`). How they are written as text is `recipe.py`.
 """
 
 import re

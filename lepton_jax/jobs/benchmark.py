@@ -133,7 +133,7 @@ def circumstances(loaded: Loaded, engine: Engine, *, preset: str) -> dict[str, A
         "dtype": np.dtype(loaded.model.dtype).name,
         "platform": device.platform,
         "device_kind": device.device_kind,
-        "device": _cpu_name() if device.platform == "cpu" else device.device_kind,
+        "device": device_name(),
         "programs": stats.programs,
         "compile_seconds": round(stats.compile_seconds, 3),
         "peak_rss_mb": peak_memory_bytes() >> 20,
@@ -141,7 +141,11 @@ def circumstances(loaded: Loaded, engine: Engine, *, preset: str) -> dict[str, A
     }
 
 
-def _cpu_name() -> str:
+def device_name() -> str:
+    """Of the device that is measured; of a CPU its maker's name for it."""
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        return device.device_kind
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

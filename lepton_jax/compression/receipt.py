@@ -1,0 +1,232 @@
+"""The receipt of a compressed model: what was done to it, what that cost, and how to check it.
+
+    receipt.json    all of it          receipt.html    the same to look at (receipt_page.py)
+
+Both lie in the checkpoint's directory. A receipt belongs to its weights: it holds a digest of them,
+and the checkpoint's fingerprint is made from that. Here: putting it together, reading it back, its
+one-line digest. Measuring is `quality.py`; doing it all is `lepton_jax/jobs/compress.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lepton_jax.checkpoints.loaded import digest
+from lepton_jax.models.build import Model
+from lepton_jax.tensors import CompressedTensor
+
+NAME = "receipt.json"
+FORMAT = "lepton_jax receipt"
+VERSION = 1
+_KEYS = (
+    "fingerprint", "weights_sha256", "source", "recipe", "measure", "size", "weights", "quality",
+    "greedy_prefix", "speed", "held_out", "calibration", "engine", "environment", "digest",
+)  # fmt: skip
+Receipt = dict[str, Any]
+
+
+def weights_sha256(specs: Mapping[str, Any], leaves: Sequence[Any]) -> str:
+    """A digest of every bit of the weights, their types and their names."""
+    total = hashlib.sha256()
+    for path, leaf in zip(specs, leaves, strict=True):
+        compressed = isinstance(leaf, CompressedTensor)
+        arrays = leaf.arrays() if compressed else {"": leaf}
+        total.update(json.dumps([path, leaf.static() if compressed else None]).encode())
+        for name, array in arrays.items():
+            head = [name, str(jnp.dtype(array.dtype)), list(array.shape)]
+            total.update(json.dumps(head).encode())
+            total.update(np.asarray(array).tobytes())
+    return total.hexdigest()
+
+
+def fingerprint_of(source: str, weights: str) -> str:
+    """16 hex digits for a compressed model, from its source's fingerprint and `weights_sha256`."""
+    return digest([source, weights])
+
+
+@jax.jit
+def relative_error(weight: jax.Array, leaf: Any) -> jax.Array:
+    """|W - W'| / |W| in the Frobenius norm; 0 for weights of zeros. NaN where W has NaN."""
+    wide = weight.astype(jnp.float32)
+    kept = leaf.dense(jnp.float32) if isinstance(leaf, CompressedTensor) else leaf
+    off, size = jnp.sum((wide - kept.astype(jnp.float32)) ** 2), jnp.sum(wide**2)
+    return jnp.where(size == 0, off, jnp.sqrt(off / jnp.where(size == 0, 1, size)))
+
+
+@jax.jit
+def _nonzero(leaf: Any) -> jax.Array:
+    dense = leaf.dense(jnp.float32) if isinstance(leaf, CompressedTensor) else leaf
+    return jnp.sum((dense != 0).astype(jnp.int32), axis=-1)
+
+
+def weight_rows(
+    model: Model,
+    leaves: Sequence[Any],
+    *,
+    schemes: Mapping[str, Any],
+    errors: Mapping[str, Mapping],
+) -> list[dict[str, Any]]:
+    """A row for each weight of a product: what it became, its bytes and its relative error.
+
+    Args:
+      model: the compressed model; `leaves` its weights.
+      schemes: `Scheme` of each weight that changed.
+      errors: of each of these by kind: "weight" is `relative_error`, "product" that of its product
+        with calibration inputs where they were gathered.
+    """
+    rows = []
+    for (path, spec), leaf in zip(model.specs.items(), leaves, strict=True):
+        if not spec.inputs:
+            continue
+        scheme, kept = schemes.get(path), spec.size
+        if scheme is not None and scheme.prune != "none":
+            kept = int(np.asarray(_nonzero(leaf), np.int64).sum())
+        error = errors.get(path, {"weight": 0.0})
+        rows.append(
+            {
+                "path": path,
+                "shape": list(spec.shape),
+                "type": type(leaf).__name__ if isinstance(leaf, CompressedTensor) else "array",
+                "bytes": sum(array.nbytes for array in jax.tree.leaves(leaf)),
+                "kept": kept,
+                "error": error["weight"],
+                "product_error": error.get("product"),
+            }
+        )
+    return rows
+
+
+def sizes(dense: Model, dense_bytes: int, *, rows: Sequence[Mapping], bytes_now: int) -> dict:
+    """Bytes and kept parameters: k of the N that multiply a token in the dense model.
+
+    A table of embeddings that only looks rows up is no part of k and N.
+    """
+    looked_up = () if dense.config.tie_embeddings else ("embed",)
+    counts = {p: s.size for p, s in dense.specs.items() if s.inputs and p not in looked_up}
+    kept, total = sum(r["kept"] for r in rows if r["path"] not in looked_up), sum(counts.values())
+    return {
+        "dense_bytes": dense_bytes,
+        "device_bytes": bytes_now,
+        "parameters": total,
+        "kept": kept,
+        "kept_fraction": kept / total,
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Device and versions."""
+    device = jax.local_devices()[0]
+    packages = ("jax", "jaxlib", "flax", "numpy")
+    return {
+        "platform": device.platform,
+        "device": device.device_kind,
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "lepton_jax": _version("lepton_jax"),
+        **{name: metadata.version(name) for name in packages},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # run from a checkout
+        return "not installed"
+
+
+def digest_line(receipt: Mapping[str, Any]) -> str:
+    """What `run` prints when it loads the model."""
+    size, quality, speed = receipt["size"], receipt["quality"], receipt["speed"]
+    parts = []
+    if quality:
+        kl, ratio = quality["kl"], quality["perplexity_ratio"]["value"]
+        parts += [
+            f"KL {kl['value']:.2g} [{kl['low']:.2g}, {kl['high']:.2g}] nats a token",
+            f"perplexity {quality['dense_perplexity']['value']:.2f} -> "
+            f"{quality['perplexity']['value']:.2f} ({ratio - 1:+.2%})",
+            f"top-1 {quality['top1']['value']:.1%}",
+        ]
+    parts.append(f"{size['device_bytes'] / size['dense_bytes']:.0%} of the bytes")
+    if size["kept"] != size["parameters"]:
+        parts.append(f"k/N {size['kept_fraction']:.2f}")
+    if speed:
+        parts += [f"{name} {speed[name]['ratio']:.2f}x" for name in ("decode", "prefill")]
+    return f"{receipt['recipe']['title']}: {', '.join(parts)}"
+
+
+def to_text(receipt: Receipt) -> str:
+    """receipt.json's content."""
+    return json.dumps({"format": FORMAT, "version": VERSION} | receipt, indent=1) + "\n"
+
+
+def read(directory: Path) -> Receipt:
+    """A checkpoint's receipt. Raises ValueError: none is there, or it is damaged."""
+    place = directory / NAME
+    try:
+        receipt = json.loads(place.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{directory} has no {NAME}: it isn't the output of lepton_jax.compress"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{place} can't be read: {error}") from error
+    if not isinstance(receipt, dict) or receipt.get("format") != FORMAT:
+        raise ValueError(f"{place} is no receipt of lepton_jax")
+    if receipt.get("version") != VERSION:
+        raise ValueError(
+            f"{place}: version {receipt.get('version')!r:.20} is unknown; this release reads "
+            f"{VERSION}. Compress the model again"
+        )
+    missing = [key for key in _KEYS if key not in receipt]
+    if missing:
+        raise ValueError(f"{place} lacks {', '.join(missing)}: it is damaged")
+    return receipt
+
+
+def require_match(receipt: Receipt, fingerprint: str, *, place: Path) -> None:
+    """Raises ValueError where a receipt is that of other weights than the checkpoint's."""
+    if receipt["fingerprint"] != fingerprint:
+        raise ValueError(
+            f"{place / NAME} is the receipt of other weights ({receipt['fingerprint']!r:.40} "
+            f"instead of {fingerprint}): remove it, or compress the model again"
+        )
+
+
+def of_loaded(path: str | Path, fingerprint: str) -> Receipt | None:
+    """The receipt beside a model that was just loaded; None where it has none.
+
+    Raises ValueError where it is damaged or that of other weights.
+    """
+    place = Path(path).expanduser()
+    if not (place / NAME).is_file():
+        return None
+    receipt = read(place)
+    require_match(receipt, fingerprint, place=place)
+    return receipt
+
+
+def speed_row(dense: float, now: float, *, kept_fraction: float) -> dict[str, float]:
+    """Tokens/s of both and their ratio, beside that of ideal compute: N/k."""
+    return {
+        "dense": dense,
+        "compressed": now,
+        "ratio": now / dense,
+        "ideal_compute_ratio": kept_fraction,
+        "measured_time_ratio": dense / now,
+    }
+
+
+def within(recorded: float, measured: float, *, relative: float, absolute: float) -> bool:
+    """Whether a number is reproduced."""
+    return math.isclose(recorded, measured, rel_tol=relative, abs_tol=absolute)

@@ -1,0 +1,236 @@
+"""receipt.html: a receipt as one page that needs nothing but itself, plots included.
+
+`page` shows one receipt, `pareto_page` those of a sweep side by side: bytes against KL and speed
+against KL. Numbers come from the receipts as they are; the plots are `svg_plots.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from lepton_jax.compression.svg_plots import Series, scatter
+
+NAME = "receipt.html"
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #111827; max-width: 60rem; margin: 2rem auto;
+       padding: 0 1rem; background: #fff }
+h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin-top: 2rem }
+table { border-collapse: collapse; margin: .5rem 0 } th { font-weight: 600 }
+td, th { padding: .15rem .9rem .15rem 0; text-align: right; border-bottom: 1px solid #e5e7eb }
+td:first-child, th:first-child { text-align: left }
+svg { width: 100%; max-width: 46rem; display: block; margin: 1rem 0 }
+code, pre { font-size: .85rem; overflow-wrap: anywhere; white-space: pre-wrap }
+.digest { background: #f3f4f6; padding: .7rem 1rem; border-radius: .4rem }
+"""
+_HEAD = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
+<meta name="viewport" content="width=device-width"><style>{{ style }}</style></head><body>
+"""
+_PAGE = (
+    _HEAD
+    + """<h1>Receipt: {{ r.recipe.title }} of {{ r.source.path }}</h1>
+<p class="digest">{{ r.digest }}</p>
+<h2>Quality</h2>
+{% if r.quality %}
+<table><tr><th>on {{ r.quality.places }} places of held-out text</th><th>dense</th>
+<th>compressed</th><th>95 % interval</th></tr>
+{% for name, dense, e, form in quality %}
+<tr><td>{{ name }}</td><td>{{ dense }}</td><td>{{ form.format(e.value) }}</td>
+<td>{{ form.format(e.low) }} to {{ form.format(e.high) }}</td></tr>{% endfor %}
+</table>
+{% else %}<p>Not measured: receipt.compare was false.</p>{% endif %}
+<h2>Size</h2>
+<table>
+<tr><td>dense, in device memory</td><td>{{ mib(r.size.dense_bytes) }}</td></tr>
+<tr><td>compressed, in device memory</td><td>{{ mib(r.size.device_bytes) }}</td></tr>
+{% if r.size.disk_bytes %}<tr><td>compressed, on disk</td>
+<td>{{ mib(r.size.disk_bytes) }}</td></tr>{% endif %}
+<tr><td>parameters kept, k of N</td><td>{{ "{:,} of {:,}".format(r.size.kept, r.size.parameters) }}
+</td></tr>
+<tr><td>ideal compute, k/N</td><td>{{ "{:.3f}".format(r.size.kept_fraction) }}</td></tr>
+</table>
+{% if r.speed %}<h2>Speed on {{ r.speed.device }}</h2>
+<table><tr><th></th><th>dense, tokens/s</th><th>compressed, tokens/s</th><th>ratio</th>
+<th>time, measured</th><th>compute, ideal k/N</th></tr>
+{% for name in ("decode", "prefill") %}{% set s = r.speed[name] %}
+<tr><td>{{ name }}</td><td>{{ "{:.1f}".format(s.dense) }}</td>
+<td>{{ "{:.1f}".format(s.compressed) }}</td><td>{{ "{:.2f}".format(s.ratio) }}</td>
+<td>{{ "{:.3f}".format(s.measured_time_ratio) }}</td>
+<td>{{ "{:.3f}".format(s.ideal_compute_ratio) }}</td></tr>{% endfor %}</table>
+{% if saves_no_time %}<p>This format saves memory here, not time: the measured time stays above the
+ideal k/N, or above that of the dense model.</p>{% endif %}{% endif %}
+<h2>Error of each weight</h2>
+{{ errors }}
+{{ product_errors }}
+{% if bytes_plot %}<h2>Size against KL</h2>
+{{ bytes_plot }}{% endif %}
+<h2>Recipe</h2>
+<pre>{% for rule in r.recipe.rules %}{{ rule }}
+{% endfor %}</pre>
+<h2>Everything else</h2>
+<pre>{{ rest }}</pre>
+</body></html>
+"""
+)
+_SWEEP = (
+    _HEAD
+    + """<h1>{{ title }}</h1>
+<table><tr>{% for name in columns %}<th>{{ name }}</th>{% endfor %}</tr>
+{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</table>
+{{ bytes_plot }}
+{{ speed_plot }}
+<p>Vertical bars are 95 % intervals. The line joins the recipes that no other beats in both.</p>
+</body></html>
+"""
+)
+_ENVIRONMENT = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+
+
+def page(receipt: Mapping[str, Any]) -> str:
+    """The page of one receipt."""
+    speed, size = receipt["speed"], receipt["size"]
+    slow = speed and any(
+        speed[name]["measured_time_ratio"] > min(1.0, 1.15 * size["kept_fraction"])
+        for name in ("decode", "prefill")
+    )
+    shown = ("source", "measure", "held_out", "calibration", "environment", "fingerprint")
+    rest = {name: receipt[name] for name in (*shown, "weights_sha256")}
+    return _ENVIRONMENT.from_string(_PAGE).render(
+        title=f"Receipt: {receipt['recipe']['title']}",
+        style=Markup(_STYLE),
+        r=receipt,
+        quality=_quality_rows(receipt),
+        mib=lambda count: f"{count / 2**20:,.1f} MiB",
+        saves_no_time=slow,
+        errors=Markup(_error_plot(receipt, "error", "Relative error |W - W'| / |W|")),
+        product_errors=Markup(_error_plot(receipt, "product_error", "The same of products W x")),
+        bytes_plot=Markup(_size_plot(receipt)),
+        rest=json.dumps(rest, indent=1),
+    )
+
+
+def pareto_page(
+    receipts: Mapping[str, Mapping[str, Any]], *, title: str, columns: Sequence[str], rows: Sequence
+) -> str:
+    """The page of a sweep: its table, bytes against KL, speed against KL."""
+    return _ENVIRONMENT.from_string(_SWEEP).render(
+        title=title,
+        style=Markup(_STYLE),
+        columns=columns,
+        rows=rows,
+        bytes_plot=Markup(_bytes_plot(receipts)),
+        speed_plot=Markup(_speed_plot(receipts)),
+    )
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points that no other is as small as in both and smaller in one; by x."""
+    order = sorted(range(len(points)), key=lambda i: points[i])
+    front: list[int] = []
+    for i in order:
+        if not front or points[i][1] < points[front[-1]][1]:
+            front.append(i)
+    return front
+
+
+def _error_plot(receipt: Mapping[str, Any], field: str, title: str) -> str:
+    """Error by layer, a line for each kind of weight; weights of no layer at -1. Empty where none
+    was measured.
+    """
+    kinds: dict[str, list] = {}
+    for row in receipt["weights"]:
+        found = re.fullmatch(r"layers\.(\d+)\.(.*)", row["path"])
+        kind, layer = (found[2], int(found[1])) if found else (row["path"], -1)
+        if row[field] is not None:
+            kinds.setdefault(kind, []).append((layer, row[field], row["path"]))
+    series = [
+        Series(
+            kind,
+            [(layer, error) for layer, error, _ in sorted(found)],
+            labels=[path for _, _, path in sorted(found)],
+            line=True,
+        )
+        for kind, found in kinds.items()
+    ]
+    return (
+        scatter(series, title=title, x="layer (-1: embeddings and head)", y="error")
+        if series
+        else ""
+    )
+
+
+def _quality_rows(receipt: Mapping[str, Any]) -> list[tuple]:
+    """(name, the dense model's, estimate, how to write it)."""
+    quality, prefix = receipt["quality"], receipt["greedy_prefix"]
+    if not quality:
+        return []
+    dense = f"{quality['dense_perplexity']['value']:.3f}"
+    rows = [
+        ("perplexity", dense, quality["perplexity"], "{:.3f}"),
+        ("perplexity, compressed / dense", "1", quality["perplexity_ratio"], "{:.5f}"),
+        ("KL(dense || compressed), nats a token", "0", quality["kl"], "{:.3g}"),
+        ("same likeliest token", "1", quality["top1"], "{:.4f}"),
+        ("of the five likeliest, in common", "1", quality["top5"], "{:.4f}"),
+    ]
+    if prefix:
+        name = f"common tokens of {prefix['prompts']} greedy answers"
+        rows.append((name, str(prefix["of"]), prefix, "{:.1f}"))
+    return rows
+
+
+def _size_plot(receipt: Mapping[str, Any]) -> str:
+    """One model beside the dense one, whose KL is 0; empty where nothing was measured."""
+    if not receipt["quality"]:
+        return ""
+    size, kl = receipt["size"], receipt["quality"]["kl"]
+    series = [
+        Series("dense", [(size["dense_bytes"] / 2**20, 0.0)]),
+        Series(
+            "compressed",
+            [(size["device_bytes"] / 2**20, kl["value"])],
+            low_high=[(kl["low"], kl["high"])],
+        ),
+    ]
+    return scatter(
+        series,
+        title="Size against KL",
+        x="MiB in device memory",
+        y="KL, nats a token",
+        from_zero=True,
+    )
+
+
+def _bytes_plot(receipts: Mapping[str, Mapping[str, Any]]) -> str:
+    sized = {n: r["size"]["device_bytes"] / 2**20 for n, r in receipts.items()}
+    return _against_kl(receipts, sized, title="Size against KL", x="MiB in device memory")
+
+
+def _speed_plot(receipts: Mapping[str, Mapping[str, Any]]) -> str:
+    timed = {
+        n: r["speed"]["decode"]["measured_time_ratio"] for n, r in receipts.items() if r["speed"]
+    }
+    return _against_kl(
+        receipts, timed, title="Speed against KL", x="time of a decoded token, dense = 1"
+    )
+
+
+def _against_kl(receipts: Mapping, across: Mapping[str, float], *, title: str, x: str) -> str:
+    """Empty where nothing was measured."""
+    names = [name for name in across if receipts[name]["quality"]]
+    if not names:
+        return ""
+    kl = {name: receipts[name]["quality"]["kl"] for name in names}
+    points = [(across[name], kl[name]["value"]) for name in names]
+    ends = [(kl[name]["low"], kl[name]["high"]) for name in names]
+    front = [points[i] for i in pareto_front(points)]
+    series = [Series("recipes", points, labels=names, named=True, low_high=ends)]
+    if len(points) > 1:
+        series.append(Series("Pareto front", front, line=True))
+    return scatter(series, title=title, x=x, y="KL, nats a token", log_y=True)
