@@ -4,7 +4,7 @@
     python -m lepton_jax.compress --config=configs/compress_int8.py \\
         --config.model.path=/models/Llama-3.1-8B --config.output=/models/Llama-3.1-8B-int8
 
-Takes about two minutes on two CPU cores, most of them for the receipt's measurements.
+Takes three to four minutes on two CPU cores, most of them for the receipt's measurements.
 """
 
 

@@ -5,13 +5,14 @@
     python -m lepton_jax.compress --config=configs/compress_sweep.py --config.output=DIR
     python -m lepton_jax.compress --verify DIR [--dense MODEL]
 
-`run` loads DIR like any other model; the receipt is receipt.json and receipt.html in it. Exit codes:
-0 done, 1 a receipt that isn't reproduced, 2 the set-up failed. Read next: `jobs/compress.py`.
+`run` loads DIR like any other model; the receipt is receipt.json and receipt.html in it. Exit
+codes: 0 done, 1 a receipt that isn't reproduced, 2 the set-up failed. Read next:
+`jobs/compress.py`.
 """
 
 import sys
 
-from absl import flags
+from absl import flags, logging
 from tqdm import tqdm
 
 from lepton_jax import cli
@@ -64,6 +65,8 @@ class _Bars:
         self._bar, self._stage = None, ""
 
     def __enter__(self) -> "_Bars":
+        if not logging.level_debug():
+            logging.set_verbosity(logging.WARNING)  # Orbax tells of each of its steps
         return self
 
     def __exit__(self, *_) -> None:
