@@ -126,11 +126,11 @@ def job_config(source, output, *, rows=2, sampling=None, **job):
     )
 
 
-def run_job(config, engine=None, *, fingerprint="model", mode=None):
+def run_job(config, engine=None, *, fingerprint="model", mode=None, tokenizer=None):
     """(output file, tally) of a job on a fake engine."""
     with Job(config, mode or GenerateMode(config.sampling)) as job:
         job.resume(fingerprint)
-        tokenizer = ByteTokenizer()
+        tokenizer = tokenizer or ByteTokenizer()
         job.workload(tokenizer)
         tally = job.run(engine or FakeEngine(), tokenizer)
     return Path(job.output.path), tally

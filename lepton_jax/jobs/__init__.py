@@ -1,6 +1,7 @@
-"""Work with an end: rows in, rows out, in order and resumable.
+"""Work with an end: rows in, rows out, resumable.
 
-`rows.py` reads rows, `session.py` turns prompts into answers on an engine, `generate.py` does a
-whole file, `output.py` keeps what is done, `summary.py` says what it cost. The engine is given:
-only its protocol is known here (`add_request`, `step`, `abort`).
+`driver.py` does a whole file in any mode (`modes.py`, `mode_for.py`): `files/` and `rows.py` read
+rows, the mode's session asks the engine, `framing.py` and `output.py` write and keep what is done,
+`summary.py` and `report_page.py` say what it cost. `session.py` turns prompts into answers. The
+engine is given: only its protocol is known here.
 """
