@@ -21,23 +21,28 @@ def main(config: RunConfig) -> int:
     from lepton_jax.jobs.driver import Job
     from lepton_jax.jobs.files.places import JobError
     from lepton_jax.jobs.mode_for import mode_for
+    from lepton_jax.jobs.report_page import report_page, write_report
+    from lepton_jax.jobs.trace import trace_for
 
     with cli.user_errors(ValueError, OSError):
         job = Job(config, mode_for(config))
-    with job:
+    with job, LeptonEngine() as lepton:
         with cli.user_errors(ValueError, OSError):
-            lepton = LeptonEngine()
             lepton.load_model(config.model.path, config=config)
             if lepton.receipt:
                 print(lepton.receipt["digest"], flush=True)
             job.resume(lepton.fingerprint)
             lepton.start(workload=job.workload(lepton.tokenizer))
         with cli.user_errors(JobError):
-            tally = job.run(lepton.engine, lepton.tokenizer)
-    preset = config.compression.preset
-    cost = report.ModelCost.of(lepton.loaded.model, lepton.loaded.bytes, preset=preset)
-    summary = report.summarize(tally, lepton.engine.stats(), cost=cost, output=job.output.path)
+            trace = trace_for(config.job, lepton.engine.stats)
+            tally = job.run(lepton.engine, lepton.tokenizer, trace=trace)
+        preset = config.compression.preset
+        cost = report.ModelCost.of(lepton.loaded.model, lepton.loaded.bytes, preset=preset)
+        stats = lepton.engine.stats()
+    summary = report.summarize(tally, stats, cost=cost, output=job.output.path)
     report.write_summary(summary, job.output.summary)
+    if config.job.report:
+        write_report(report_page(summary, trace), job.output.report)
     print(f"{report.preview_text(tally)}\n\n{report.summary_text(summary)}")
     return 1 if tally.errors else 0
 

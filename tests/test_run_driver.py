@@ -124,6 +124,16 @@ def test_a_table_in_and_parquet_out(files):
     assert "k1: hi" in done.stdout
 
 
+def test_a_report_and_scalars_where_they_are_asked_for(files):
+    done = drive(
+        files, "--config=config.py", "--config.job.report=true", "--config.job.tensorboard=events"
+    )
+    assert done.returncode == 1, done.stderr
+    assert "<svg" in (files / "out.jsonl.report.html").read_text()
+    assert any((files / "events").iterdir())
+    assert not drive(files, "--config=config.py", "--config.job.tensorboard=in.jsonl/x").stdout
+
+
 def test_another_run_is_refused_until_told_to_start_over(files):
     (files / "out.jsonl.partial").write_text('{"id": "a", "text": ""}\n')
     (files / "out.jsonl.partial.meta").write_text('{"format": 2, "model": "another"}')
