@@ -100,6 +100,8 @@ def run_driver(
     define_config()
 
     def run(_: Sequence[str]) -> None:
+        if not absl_logging.level_debug():
+            absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells of each of its steps
         code = instead()
         if code is None:
             with user_errors(ValueError):

@@ -12,7 +12,7 @@ codes: 0 done, 1 a receipt that isn't reproduced, 2 the set-up failed. Read next
 
 import sys
 
-from absl import flags, logging
+from absl import flags
 from tqdm import tqdm
 
 from lepton_jax import cli
@@ -65,8 +65,6 @@ class _Bars:
         self._bar, self._stage = None, ""
 
     def __enter__(self) -> "_Bars":
-        if not logging.level_debug():
-            logging.set_verbosity(logging.WARNING)  # Orbax tells of each of its steps
         return self
 
     def __exit__(self, *_) -> None:

@@ -73,7 +73,7 @@ class Recipe:
     def calibrated(self) -> list[str]:
         """What must see activations first: smoothing, and the rules of such schemes."""
         found = [f"smooth={self.options.smooth}"] if self.options.smooth != "none" else []
-        return found + [f"rule {rule_text(r)!r}" for r in self.rules if self._needs_tokens(r)]
+        return found + [f"rule '{rule_text(r)}'" for r in self.rules if self._needs_tokens(r)]
 
     def _needs_tokens(self, rule: Rule[Scheme]) -> bool:
         return bool(kinds_for(rule.action, self.options))
