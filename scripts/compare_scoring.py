@@ -6,8 +6,8 @@ Texts: 256 of 20 to 200 random tokens, all tokens scored; tokens/s. Rows: an ins
 tokens that all share, 10 to 50 tokens of their own, 4 labels of 1 or 2 tokens; rows/s. transformers
 goes over the rows in two ways, one forward a row (first ids of the labels) and one a label; its
 rates come from `--peer-rows` of the rows, since it shares nothing between them. Each contender is
-its own process and all stay loaded; the best round of each counts. The peers' environment needs the
-`peers` extra.
+its own process and all stay loaded; the best round of each counts. Ratios by processor time, in
+parentheses, mean more where others use the machine. The peers' environment needs the `peers` extra.
 """
 
 import argparse
@@ -94,12 +94,14 @@ def prepare(options: argparse.Namespace, specs: dict[str, tuple[dict, int]]) -> 
             worker.stop()
 
 
-def compare(options: argparse.Namespace, measure: str) -> dict[str, float]:
-    """Best rate of each contender: tokens/s of texts, rows/s of rows."""
+def compare(options: argparse.Namespace, measure: str) -> dict[str, tuple[float, float]]:
+    """Best rates of each contender, a second and a second of processor time: tokens of texts, or
+    rows.
+    """
     make, specs = {"texts": texts, "rows": rows}[measure], contenders(options, measure)
     prepare(options, specs)
     workers: dict[str, Worker] = {}
-    best = dict.fromkeys(specs, 0.0)
+    best = {name: (0.0, 0.0) for name in specs}
     try:
         for name, (spec, count) in specs.items():
             python = sys.executable if spec["engine"] == "our scoring" else options.peers_python
@@ -108,7 +110,8 @@ def compare(options: argparse.Namespace, measure: str) -> dict[str, float]:
         for number in range(1, options.rounds + 1):
             for name, (_, count) in specs.items():
                 answer = workers[name].ask(make(count, number))
-                best[name] = max(best[name], answer["tokens"] / answer["seconds"])
+                rates = [answer["tokens"] / answer[key] for key in ("seconds", "cpu_seconds")]
+                best[name] = tuple(map(max, best[name], rates))
                 print(
                     f"{measure} {number} {name}: {json.dumps(answer)}", file=sys.stderr, flush=True
                 )
@@ -118,14 +121,15 @@ def compare(options: argparse.Namespace, measure: str) -> dict[str, float]:
     return best
 
 
-def report(measure: str, rates: dict[str, float]) -> str:
-    """A table of rates and of our ratios to each peer."""
-    ours = [name for name in rates if name.startswith("ours ")]
-    unit = "tokens/s" if measure == "texts" else "rows/s"
-    lines = [[measure, unit, *(f"{name} is" for name in ours)]]
-    for name, rate in rates.items():
-        ratios = [f"{rates[own] / rate:.2f} x" for own in ours]
-        lines.append([name, f"{rate:.4g}", *ratios])
+def report(measure: str, best: dict[str, tuple[float, float]]) -> str:
+    """A table of rates and of our ratios to each contender, by time and by processor time."""
+    ours = [name for name in best if name.startswith("ours ")]
+    unit = "tokens" if measure == "texts" else "rows"
+    lines = [[measure, f"{unit}/s", f"{unit}/CPU s", *(f"{name} is" for name in ours)]]
+    for name, rates in best.items():
+        ratios = [[b / a for a, b in zip(rates, best[own], strict=True)] for own in ours]
+        cells = [f"{by_time:.2f} x ({by_cpu:.2f} x)" for by_time, by_cpu in ratios]
+        lines.append([name, *(f"{rate:.4g}" for rate in rates), *cells])
     return table(lines)
 
 

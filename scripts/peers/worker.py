@@ -4,9 +4,9 @@ is asked to.
     python worker.py SPEC     SPEC is a JSON object, see `compare_peers.py`
 
 Each line of stdin is a JSON object {"prompts": [[ids]], "warm_up": bool}; each answer is a line
-{"tokens", "seconds"} or {"error"}. After the last line comes {"peak_rss_mb"}. Libraries that print
-do so on stderr. This file and the peers beside it run in the peers' environment and import nothing
-of ours; `peer_ours.py` runs in our own.
+{"tokens", "seconds", "cpu_seconds"} or {"error"}. After the last line comes {"peak_rss_mb"}.
+Libraries that print do so on stderr. This file and the peers beside it run in the peers'
+environment and import nothing of ours; `peer_ours.py` and `scoring_ours.py` run in our own.
 """
 
 import importlib
@@ -14,6 +14,7 @@ import json
 import os
 import resource
 import sys
+import time
 import traceback
 
 CONTENDERS = {
@@ -38,8 +39,10 @@ def serve(spec: dict, answers) -> None:
             contender.warm_up(request["prompts"])
             answer = {}
         else:
+            begun = time.process_time()
             tokens, seconds = contender.run(request["prompts"])
-            answer = {"tokens": tokens, "seconds": seconds}
+            cpu_seconds = time.process_time() - begun
+            answer = {"tokens": tokens, "seconds": seconds, "cpu_seconds": cpu_seconds}
         print(json.dumps(answer), file=answers, flush=True)
     print(json.dumps({"peak_rss_mb": peak_rss_mb()}), file=answers, flush=True)
 
