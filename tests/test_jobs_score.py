@@ -4,12 +4,15 @@ After a text the fake model's log-probability of an id depends on the whole text
 a wrong context, a wrong place or a wrong id gives another number.
 """
 
+import csv
+import dataclasses
+import json
 import math
 import zlib
 
 import numpy as np
 import pytest
-from jobs_fakes import EOS, ByteTokenizer
+from jobs_fakes import EOS, ByteTokenizer, job_config, run_job
 
 from lepton_jax.config import JobSection, RunConfig, ScoringSection
 from lepton_jax.engine.request import StepOutput
@@ -68,6 +71,9 @@ class FakeScorer:
             raise ValueError(f"the prompt has {len(prompt_ids)} tokens: too many")
         self.open[request_id] = tuple(prompt_ids), scoring
         self.asked.append((tuple(prompt_ids), scoring))
+
+    def forget(self):
+        """There is no cache of pages to forget."""
 
     def abort(self, request_id):
         if self.open.pop(request_id, None):
@@ -370,3 +376,43 @@ def test_every_mode_has_a_maker():
         assert isinstance(mode, kind)
         sizes = mode.requests(mode.parse({"text": "some text"}), Bytes())
         assert sizes and all(count > 0 and spec.max_tokens == 0 for count, spec in sizes)
+
+
+def test_a_file_of_rows_in_each_form_of_the_mode_score(tmp_path):
+    rows = [
+        {"id": "a", "text": "hello"},
+        {"id": "b", "context": TEXT, "choices": [" no", " my way"]},
+        {"id": "c", "context": TEXT},
+        {"id": "d", "context": TEXT, "continuation": "x" * 60},
+        {"id": "e", "context": "", "continuation": "hello"},
+    ]
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = job_config(source, tmp_path / "scores.jsonl", mode="score")
+    path, tally = run_job(config, FakeScorer(), mode=mode_for(config), tokenizer=Bytes())
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["id"] for row in found] == list("abcde")
+    assert found[0]["logprobs"] == pytest.approx(alone([EOS], b"hello"))
+    assert {name: v for name, v in found[4].items() if name != "id"} == {
+        name: v for name, v in found[0].items() if name != "id"
+    }
+    assert len(found[1]["choices"]) == 2 and found[1]["best"] in (0, 1)
+    assert found[2]["error"]["type"] == "invalid_row"
+    assert found[3]["error"]["type"] == "refused"
+    assert (tally.rows, tally.errors) == (5, 2)
+
+
+def test_a_file_to_classify_in_csv(tmp_path):
+    source = tmp_path / "rows.csv"
+    source.write_text("id,text\n1,fine\n2,bad soup\n")
+    config = dataclasses.replace(
+        job_config(source, tmp_path / "labels.csv", mode="classify"), scoring=section()
+    )
+    path, tally = run_job(config, FakeScorer(), mode=mode_for(config), tokenizer=Bytes())
+    with path.open() as lines:
+        found = list(csv.DictReader(lines))
+    assert [row["id"] for row in found] == ["1", "2"] and tally.errors == 0
+    for row in found:
+        chances = json.loads(row["probabilities"])
+        assert sum(chances.values()) == pytest.approx(1, abs=2e-6)
+        assert row["label"] == max(chances, key=chances.get)

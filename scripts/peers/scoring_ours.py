@@ -14,7 +14,7 @@ class Contender:
     """A preset in a dtype. `labels` are the ids of each label; without them texts are scored."""
 
     def __init__(self, spec: dict):
-        section = EngineSection(page_size=spec["page_size"])
+        section = EngineSection(page_size=spec["page_size"], max_len=512)
         config = RunConfig(model=ModelSection(spec["model"], dtype=spec["dtype"]), engine=section)
         self._labels = [tuple(label) for label in spec["labels"]]
         self._lepton = LeptonEngine().load_model(config=config, compression=spec["preset"])
