@@ -138,7 +138,12 @@ class Job:
             self.tally.count(done, self._framing)
             self.tally.resumed += 1
         if self.tally.resumed:
-            log.warning("going on after %d rows of an interrupted run", self.tally.resumed)
+            again = self.tally.resumed % self._block if self._config.job.exact else 0
+            log.warning(
+                "going on after %d rows of an interrupted run%s",
+                self.tally.resumed,
+                f"; the last {again} are computed once more (job.exact)" if again else "",
+            )
 
     def workload(self, tokenizer: Tokenizer) -> list[tuple[int, Any]]:
         """(prompt tokens, what is asked) of the requests, also of those that are already served:
