@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -14,9 +15,11 @@ import numpy as np
 import pytest
 from compress_makers import RECEIPT, config_file, model_folder
 
-from lepton_jax import LeptonEngine, compress
+from lepton_jax import LeptonEngine, cli, compress
 from lepton_jax.checkpoints.load import load
 from lepton_jax.compression import receipt as receipts
+from lepton_jax.compression.presets import scheme_of_each
+from lepton_jax.compression.recipe import Recipe
 from lepton_jax.config import (
     CalibrationSection,
     CompressionSection,
@@ -274,6 +277,22 @@ def test_a_killed_process_leaves_nothing_that_loads(model, tmp_path):
     assert made["weights_sha256"] == beside["weights_sha256"]
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ["mark", "out", "out2"]
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("configs/compress_*.py")), ids=lambda f: f.stem)
+def test_shipped_configs_hold_recipes_that_fit(file, model):
+    made = runpy.run_path(str(file))["get_config"]("a model")
+    settings = cli.run_config(cli.whole_config(made))
+    assert settings.model.path == "a model"
+    sections = [CompressionSection(**fields) for fields in settings.sweep.recipes.values()]
+    specs = load(model).model.specs
+    weights = {path for path, spec in specs.items() if spec.inputs}
+    for section in sections or [settings.compression]:
+        recipe = Recipe.from_config(section)
+        assert set(scheme_of_each(recipe.rules, specs)) == weights
+        assert bool(recipe.calibrated) == any(
+            word in repr(section) for word in ("gpt", "wanda", "'awq", "smoothq", "static")
+        )
 
 
 RECIPES = {"int8": {"preset": "int8"}, "int4": {"rules": (r"layers\..* -> weights=int4 group=16",)}}
