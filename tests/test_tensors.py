@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lepton_jax.tensors import ParamSpec, QTensor, einsum, einsum_parts, ragged_einsum, take
+from lepton_jax.tensors.decompress import BLOCK_BYTES, by_outputs
 from lepton_jax.tensors.qtensor import pack_int4
 
 
@@ -170,6 +171,14 @@ def test_take_of_an_array_rounds_once():
     np.testing.assert_array_equal(
         take(jnp.asarray(w), jnp.asarray([3]), jnp.float32)[0], np.float32(w[3])
     )
+
+
+def test_products_by_blocks_of_outputs_are_those_of_the_whole():
+    leaf, means = quantized(np.random.default_rng(5).normal(size=(384, 8192)), "int4")
+    x = jnp.asarray(np.random.default_rng(6).normal(size=(3, 8192)), jnp.float32)
+    assert BLOCK_BYTES == 2 * 256 * 8192  # so three blocks of 128 outputs
+    got = by_outputs(x, leaf, product=lambda x, part: x @ part.dense(jnp.float32).T)
+    np.testing.assert_allclose(got, np.asarray(x) @ means.T, atol=1e-2)
 
 
 def test_zero_rows_stay_zero_and_finite():

@@ -3,6 +3,8 @@
 Masks and weights are numpy's; the packings are checked against slow loops over their definition.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,10 +17,13 @@ from lepton_jax.tensors import (
     BlockSparseTensor,
     NMTensor,
     ParamSpec,
+    bitmask,
     einsum,
     einsum_parts,
+    nm,
     ragged_einsum,
     take,
+    tile_dots,
     tile_dots_tpu,
 )
 from lepton_jax.tensors.tile_dots import gathered_dot, tiled_dot
@@ -146,12 +151,13 @@ def test_bitmask_packing_is_exact(shape, share, dtype, seed):
     mask[0, 0, 0] = True
     leaf = BitmaskTensor.of(values, jnp.asarray(mask), kept=int(mask.sum()))
     kept, stored, before = iter(np.asarray(leaf.values)), np.asarray(leaf.mask), np.asarray(values)
-    for place in np.ndindex(*shape):  # the docstring, spelt out
-        *row, i = place
-        bit = (stored[(*row, i // 8)] >> (i % 8)) & 1
-        assert bit == mask[place]
+    count = shape[-1] // 8
+    for place in np.ndindex(*shape[:-1], count, 8):  # the docstring, spelt out
+        *row, j, i = place
+        bit = (stored[(*row, j)] >> i) & 1
+        assert bit == mask[(*row, i * count + j)]
         if bit:
-            assert next(kept) == before[place]
+            assert next(kept) == before[(*row, i * count + j)]
     assert_bits_equal(leaf.spread(), jnp.where(mask, values, 0))
 
 
@@ -240,6 +246,34 @@ def test_the_kernel_interpreted_equals_the_gather(rows, dtype):
     want = gathered_dot(x, values, tiles)
     assert got.shape == want.shape == (rows, 96) and got.dtype == want.dtype == jnp.float32
     np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
+
+
+def test_the_kernel_has_the_gradient_of_the_gather(monkeypatch):
+    kernel = functools.partial(tile_dots_tpu.kernel_dot, interpret=True)
+    monkeypatch.setattr(tile_dots_tpu, "kernel_dot", kernel)
+    tiles = jnp.asarray([[0, 2], [1, 2]], jnp.int32)
+    for dtype in ("float32", "int8"):
+        values, _ = random_weight((64, 16), dtype)
+        x = jnp.asarray(np.random.default_rng(4).normal(size=(3, 24)), jnp.float32)
+        both = (0, 1) if dtype == "float32" else (0,)
+
+        def slopes(dot, values=values, x=x, both=both):
+            return jax.grad(lambda x, v: jnp.sum(jnp.sin(dot(x, v, tiles))), both)(x, values)
+
+        for got, want in zip(slopes(tile_dots._kernel_dot), slopes(gathered_dot), strict=True):
+            np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_accelerators_compute_equals_what_a_cpu_does(dtype):
+    x = jnp.asarray(np.random.default_rng(6).normal(size=(3, 8192)), jnp.float32)
+    leaf, _ = sparse("bitmask", (384, 8192), dtype)  # three blocks of outputs
+    pairs = [(bitmask._dot_by_outputs(x, leaf), bitmask._whole_dot(x, leaf))]
+    leaf, _ = sparse("2:4", (24, 8192), dtype)
+    pairs.append((nm._dot_per_place(x, leaf), nm._one_dot(x, leaf)))
+    for got, want in pairs:
+        tolerance = (1e-2 if dtype == "bfloat16" else 3e-4) * float(jnp.abs(want).max())
+        np.testing.assert_allclose(got, want, atol=tolerance)
 
 
 def test_what_the_kernel_does_not_take():

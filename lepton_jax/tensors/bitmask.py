@@ -11,8 +11,16 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
+from lepton_jax.tensors.decompress import by_outputs, in_order
 from lepton_jax.tensors.leaves import ParamSpec, register_leaf
-from lepton_jax.tensors.sparse import SparseTensor, flat_outputs, planned_values, rows_of
+from lepton_jax.tensors.sparse import (
+    SparseTensor,
+    flat_outputs,
+    planned_values,
+    rows_of,
+    scaled,
+    values_dot,
+)
 
 
 @register_leaf("mask", "values", "starts", "scale")
@@ -21,8 +29,9 @@ class BitmaskTensor(SparseTensor):
     """A weight `[*out, I]` of which a number of values is kept.
 
     Attributes:
-      mask: uint8 `[*out, I/8]`; bit i of byte j says whether input 8 j + i is kept.
-      values: `[kept]`, in the order of the weight.
+      mask: uint8 `[*out, I/8]`; bit i of byte j says whether input i * I/8 + j is kept, so that the
+        inputs of one bit are neighbours.
+      values: `[kept]`, output by output, in the order of its bytes, then of their bits.
       starts: int32 `[*out]`, where an output's values begin.
       scale: float32 `[*out]` of int8 values, or None.
     """
@@ -57,13 +66,13 @@ class BitmaskTensor(SparseTensor):
         *outs, inputs = weight.shape
         if inputs % 8:
             raise ValueError(f"a bitmask needs inputs in multiples of 8, not {inputs}")
-        flat = mask.reshape(-1, inputs)
+        flat = _by_byte(mask)
         counts = jnp.sum(flat, axis=-1, dtype=jnp.int32)
         starts = jnp.cumsum(counts) - counts
         places = starts[:, None] + jnp.cumsum(flat, axis=-1, dtype=jnp.int32) - 1
         places = jnp.where(flat, places, kept)
         values = jnp.zeros((kept,), weight.dtype)
-        values = values.at[places].set(weight.reshape(flat.shape), mode="drop")
+        values = values.at[places].set(_by_byte(weight), mode="drop")
         bits = flat.reshape(-1, inputs // 8, 8).astype(jnp.uint8) << jnp.arange(8, dtype=jnp.uint8)
         packed = jnp.sum(bits, axis=-1, dtype=jnp.uint8)
         return cls(packed.reshape(*outs, -1), values, starts.reshape(outs), scale)
@@ -82,12 +91,18 @@ class BitmaskTensor(SparseTensor):
     def spread(self) -> jax.Array:
         counts = jax.lax.population_count(self.mask).astype(jnp.int32)
         before = self.starts[..., None] + jnp.cumsum(counts, axis=-1) - counts  # [*out, I/8]
-        bit = jnp.arange(8, dtype=jnp.uint8)
-        lower = self.mask[..., None] & ((jnp.uint8(1) << bit) - jnp.uint8(1))
-        places = before[..., None] + jax.lax.population_count(lower).astype(jnp.int32)
+        mask, bit = self.mask[..., None, :], jnp.arange(8, dtype=jnp.uint8)[:, None]
+        lower = jax.lax.population_count(mask & ((jnp.uint8(1) << bit) - jnp.uint8(1)))
+        places = before[..., None, :] + lower.astype(jnp.int32)  # [*out, 8, I/8]
         kept = self.values.at[places].get(mode="clip")
-        is_kept = (self.mask[..., None] >> bit) & 1
-        return jnp.where(is_kept == 1, kept, 0).reshape(self.shape)
+        return jnp.where((mask >> bit) & 1 == 1, kept, 0).reshape(self.shape)
+
+    def matmul(self, x: jax.Array) -> jax.Array:
+        x, leaf = in_order(x, self)
+        return scaled(
+            jax.lax.platform_dependent(x, leaf, tpu=_dot_by_outputs, default=_whole_dot),
+            leaf.scale,
+        )
 
     def rows(self, ids: jax.Array) -> jax.Array:
         taken = dataclasses.replace(
@@ -97,3 +112,20 @@ class BitmaskTensor(SparseTensor):
             scale=rows_of(self.scale, ids),
         )
         return taken.dense(jnp.float32)
+
+
+def _whole_dot(x: jax.Array, leaf: BitmaskTensor) -> jax.Array:
+    return values_dot(x, leaf.spread())
+
+
+def _dot_by_outputs(x: jax.Array, leaf: BitmaskTensor) -> jax.Array:
+    def product(x, rows):
+        return _whole_dot(x, dataclasses.replace(leaf, mask=rows[0], starts=rows[1]))
+
+    return by_outputs(x, (leaf.mask, leaf.starts), product=product)
+
+
+def _by_byte(array: jax.Array) -> jax.Array:
+    """`[*out, I]` as `[O, I]` in the order in which values are stored."""
+    inputs = array.shape[-1]
+    return jnp.swapaxes(array.reshape(-1, 8, inputs // 8), 1, 2).reshape(-1, inputs)

@@ -11,11 +11,11 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
+from lepton_jax.tensors.decompress import in_order
 from lepton_jax.tensors.leaves import ParamSpec, register_leaf
 from lepton_jax.tensors.sparse import (
     SparseTensor,
     flat_outputs,
-    in_order,
     planned_values,
     rows_of,
     scaled,

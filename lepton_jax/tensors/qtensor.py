@@ -6,12 +6,14 @@ arrays are `dots.py`.
 """
 
 import dataclasses
+import functools
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 
 from lepton_jax.tensors import dots
+from lepton_jax.tensors.decompress import by_outputs, in_order
 from lepton_jax.tensors.leaves import CompressedTensor, ParamSpec, register_leaf
 
 _STORED = {"int8": jnp.int8, "int4": jnp.uint8, "float8_e4m3fn": jnp.float8_e4m3fn}
@@ -168,9 +170,15 @@ class QTensor(CompressedTensor):
         return dots.upcast_dot(x, self.values) * self.scale
 
     def _grouped_matmul(self, x):
-        """The compiler fuses unpacking and scaling into the product where it can (TPU, GPU)."""
-        dtype = x.dtype if x.dtype != jnp.float32 else jnp.bfloat16
-        return dots.dot(x.astype(dtype), self.dense(dtype), jnp.float32)
+        x, leaf = in_order(x, self)
+        return jax.lax.platform_dependent(
+            x, leaf, tpu=functools.partial(by_outputs, product=_widened_dot), default=_widened_dot
+        )
+
+
+def _widened_dot(x: jax.Array, leaf: QTensor) -> jax.Array:
+    dtype = x.dtype if x.dtype != jnp.float32 else jnp.bfloat16
+    return dots.dot(x.astype(dtype), leaf.dense(dtype), jnp.float32)
 
 
 def pack_int4(values: jax.Array, groups: int) -> jax.Array:

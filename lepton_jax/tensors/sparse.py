@@ -1,5 +1,4 @@
-"""What the sparse leaf types share: values of some dtype, an optional scale, and a product by way
-of the dense weight.
+"""What the sparse leaf types share: values of some dtype, and a scale where they are integers.
 
 Types: `bitmask.py` (any places), `nm.py` (N of every M inputs), `block_sparse.py` (whole tiles,
 whose product skips what is empty). Which weights are kept is `lepton_jax/compression/prune.py`.
@@ -32,23 +31,10 @@ class SparseTensor(CompressedTensor):
     def spread(self) -> jax.Array:
         """The stored values in their places `[*out, I]`, zeros elsewhere, without the scale."""
 
-    def matmul(self, x: jax.Array) -> jax.Array:
-        x, leaf = in_order(x, self)
-        return scaled(values_dot(x, leaf.spread()), leaf.scale)
-
     def dense(self, dtype: Any) -> jax.Array:
         wide = self.spread().astype(jnp.float32)
         scale = None if self.scale is None else self.scale[..., None]
         return scaled(wide, scale).astype(dtype)
-
-
-def in_order(x: jax.Array, leaf: Any) -> tuple[jax.Array, Any]:
-    """Both as they are, but a program decompresses the leaf no sooner than it has x.
-
-    Without it XLA may decompress all layers first and hold them: 30 layers of [3072, 576] took 203
-    MiB of temporaries and twice the time, 9 MiB with it (2-core CPU, jax 0.12.0.1, 2026-11-24).
-    """
-    return jax.lax.optimization_barrier((x, leaf))
 
 
 def values_dot(x: jax.Array, values: jax.Array) -> jax.Array:
