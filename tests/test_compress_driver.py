@@ -328,6 +328,8 @@ def test_a_sweep_goes_on_where_it_stopped(model, tmp_path, monkeypatch):
     assert job.table().splitlines()[2].startswith("int8")
     assert "Pareto" in (tmp_path / "sweep" / "pareto.html").read_text()
     assert not list((tmp_path / "sweep").rglob("manifest.json"))
+    with pytest.raises(ValueError, match="without its weights: sweep again with sweep.keep=true"):
+        verify_receipt(tmp_path / "sweep" / "int8")
     other = dataclasses.replace(settings, receipt=ReceiptSection(**RECEIPT))
     with pytest.raises(ValueError, match="holds a sweep of another receipt"):
         SweepJob(other).run()

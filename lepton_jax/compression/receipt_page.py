@@ -233,4 +233,4 @@ def _against_kl(receipts: Mapping, across: Mapping[str, float], *, title: str, x
     series = [Series("recipes", points, labels=names, named=True, low_high=ends)]
     if len(points) > 1:
         series.append(Series("Pareto front", front, line=True))
-    return scatter(series, title=title, x=x, y="KL, nats a token", log_y=True)
+    return scatter(series, title=title, x=x, y="KL, nats a token", log_y=True, from_zero=True)

@@ -81,13 +81,15 @@ def scatter(
     log_y: bool = False,
     from_zero: bool = False,
 ) -> str:
-    """An <svg> with a legend to its right. `x` and `y` name the axes; both may begin at 0."""
+    """An <svg> with a legend to its right. `x` and `y` name the axes; they may begin
+    at 0 where they aren't logarithmic.
+    """
     shown = [_shown(s, log_y=log_y) for s in series]
     xs = [p[0] for s in shown for p in s.points]
     ys = [p[1] for s in shown for p in s.points]
     ys += [end for s in shown for pair in s.low_high for end in pair if end > 0 or not log_y]
     if from_zero:
-        xs, ys = [0.0, *xs], [0.0, *ys]
+        xs, ys = [0.0, *xs], ys if log_y else [0.0, *ys]
     across = _Axis(xs, begin=_LEFT, end=_WIDTH - _RIGHT, log=False)
     up = _Axis(ys, begin=_HEIGHT - _BOTTOM, end=_TOP, log=log_y)
     parts = [_frame(across, up, title=title, x=x, y=y)]
@@ -156,7 +158,10 @@ def _drawn(series: Series, across: _Axis, up: _Axis, *, colour: str, log_y: bool
         circle = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}">'
         parts.append(f"{circle}<title>{told}</title></circle>")
         if series.named:
-            parts.append(_text(x + 6, y - 5, label))
+            late = x > _LEFT + 0.7 * (_WIDTH - _LEFT - _RIGHT)
+            parts.append(
+                _text(x - 6 if late else x + 6, y - 5, label, anchor="end" if late else "start")
+            )
     return "".join(parts)
 
 

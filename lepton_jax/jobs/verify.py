@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lepton_jax.checkpoints import load as checkpoints
+from lepton_jax.checkpoints.locate import MANIFEST_NAME
 from lepton_jax.compression import receipt as receipts
 from lepton_jax.config import (
     EngineSection,
@@ -57,6 +58,10 @@ def verify_receipt(
     """
     place = Path(directory).expanduser()
     receipt = receipts.read(place)
+    if not (place / MANIFEST_NAME).is_file():
+        raise ValueError(
+            f"{place} holds a receipt without its weights: sweep again with sweep.keep=true"
+        )
     loaded = checkpoints.load(place, progress=lambda *at: progress("load compressed", *at))
     weights = receipts.weights_sha256(loaded.model.specs, loaded.leaves)
     source = receipt["source"]
