@@ -109,7 +109,7 @@ def test_large_inputs_first(scheme):
     assert (np.abs(np.asarray(settled.weights) - expected) > 1e-4).any(axis=1).mean() <= 0.1
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES[::2], ids=str)
 def test_what_is_stored_is_what_was_settled_and_beats_rounding(scheme):
     weight, hessian = layer(outputs=40, inputs=96, seed=2)
     settled = gptq(weight, hessian, scheme)
