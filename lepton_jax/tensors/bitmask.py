@@ -89,10 +89,10 @@ class BitmaskTensor(SparseTensor):
         )
 
     def spread(self) -> jax.Array:
-        counts = jax.lax.population_count(self.mask).astype(jnp.int32)
+        counts = _ones(self.mask).astype(jnp.int32)
         before = self.starts[..., None] + jnp.cumsum(counts, axis=-1) - counts  # [*out, I/8]
         mask, bit = self.mask[..., None, :], jnp.arange(8, dtype=jnp.uint8)[:, None]
-        lower = jax.lax.population_count(mask & ((jnp.uint8(1) << bit) - jnp.uint8(1)))
+        lower = _ones(mask & ((jnp.uint8(1) << bit) - jnp.uint8(1)))
         places = before[..., None, :] + lower.astype(jnp.int32)  # [*out, 8, I/8]
         kept = self.values.at[places].get(mode="clip")
         return jnp.where((mask >> bit) & 1 == 1, kept, 0).reshape(self.shape)
@@ -123,6 +123,13 @@ def _dot_by_outputs(x: jax.Array, leaf: BitmaskTensor) -> jax.Array:
         return _whole_dot(x, dataclasses.replace(leaf, mask=rows[0], starts=rows[1]))
 
     return by_outputs(x, (leaf.mask, leaf.starts), product=product)
+
+
+def _ones(byte: jax.Array) -> jax.Array:
+    """How many bits of a uint8 are 1; jax's own population count has no gradient before 0.12."""
+    pairs = byte - ((byte >> 1) & 0x55)
+    quads = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+    return (quads + (quads >> 4)) & 0x0F
 
 
 def _by_byte(array: jax.Array) -> jax.Array:
