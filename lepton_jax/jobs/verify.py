@@ -58,10 +58,7 @@ def verify_receipt(
     """
     place = Path(directory).expanduser()
     receipt = receipts.read(place)
-    if not (place / MANIFEST_NAME).is_file():
-        raise ValueError(
-            f"{place} holds a receipt without its weights: sweep again with sweep.keep=true"
-        )
+    _require_weights(place)
     loaded = checkpoints.load(place, progress=lambda *at: progress("load compressed", *at))
     weights = receipts.weights_sha256(loaded.model.specs, loaded.leaves)
     source = receipt["source"]
@@ -105,6 +102,13 @@ def verify_receipt(
         again = prefix_row(ours.answers, before.measures.answers, seed=asked.seed)
         checks.append(_prefix(receipt["greedy_prefix"], again["value"]))
     return checks
+
+
+def _require_weights(place: Path) -> None:
+    if not (place / MANIFEST_NAME).is_file():
+        raise ValueError(
+            f"{place} holds a receipt without its weights: sweep again with sweep.keep=true"
+        )
 
 
 def failures(checks: Sequence[Check]) -> list[str]:
