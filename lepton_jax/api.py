@@ -120,8 +120,8 @@ class LeptonEngine:
 
         Args:
           workload: (prompt tokens, params) of the coming requests: the cache is cut to it and its
-          programs are
-            compiled now. Without it programs are compiled as they are first needed.
+            programs are compiled from now on, in the background. Without it programs are compiled
+            as they are first needed.
           strict: a program missing from the warm-up is an error instead of a warning.
 
         Returns self.
@@ -136,11 +136,13 @@ class LeptonEngine:
             strict=strict,
         )
         if workload:
-            self.engine.warm_up(workload)
+            self.engine.warm_up(workload, wait=False)
         return self
 
     def stop(self) -> None:
         """Gives device memory back: the cache and the weights."""
+        if self.engine is not None:
+            self.engine.close()
         self.engine = self.loaded = self.tokenizer = self.receipt = None
 
     def generate(

@@ -98,9 +98,7 @@ def main() -> None:
         }
         for context, found in CHOICES
     ]
-    states = [
-        {"text": text, **hidden(model, tokenizer.encode(text))} for text in pieces[:HIDDEN]
-    ]
+    states = [{"text": text, **hidden(model, tokenizer.encode(text))} for text in pieces[:HIDDEN]]
     lines = [
         f'"{name}": [\n' + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]"
         for name, rows in (("texts", texts), ("choices", choices), ("hidden", states))

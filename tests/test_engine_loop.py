@@ -15,9 +15,9 @@ from lepton_jax.compression.presets import compressor, preset_rules
 from lepton_jax.config import EngineSection, SamplingParams
 from lepton_jax.engine.loop import Engine
 from lepton_jax.engine.packing import PrefillShape
+from lepton_jax.engine.programs import LateCompileError
 from lepton_jax.engine.request import StepOutput
 from lepton_jax.engine.row_params import SampleSpec
-from lepton_jax.engine.programs import LateCompileError
 from lepton_jax.engine.scheduler import Knobs
 from lepton_jax.models.build import Model
 
