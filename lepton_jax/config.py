@@ -124,7 +124,7 @@ class EngineSection:
 
 @dataclasses.dataclass(frozen=True)
 class CompressionSection:
-    preset: str = _doc("none", "none, int8, w8a8, int4 or fp8")
+    preset: str = _doc("none", "none, int8, int8_g32, w8a8, int4 or fp8")
     rules: tuple[str, ...] = _doc(
         (), "instead of a preset: PATTERN -> FIELD=VALUE ..., the first that matches a weight wins"
     )
