@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 log = logging.getLogger(__name__)
 
@@ -56,12 +57,19 @@ def enable(directory: str | os.PathLike = "") -> Path | None:
             chosen,
             error,
         )
-        jax.config.update("jax_compilation_cache_dir", None)
+        _use(None)
         return None
-    jax.config.update("jax_compilation_cache_dir", str(chosen))
+    _use(str(chosen))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     return chosen
+
+
+def _use(directory: str | None) -> None:
+    """Tells jax; where it has used another directory before, it must forget that one."""
+    if directory != jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", directory)
+        compilation_cache.reset_cache()
 
 
 def counts() -> CacheCounts:

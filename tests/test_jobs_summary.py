@@ -155,5 +155,8 @@ def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, caplog):
         program.compile()
         assert compile_cache.counts().misses == before.misses + 1
         assert any((tmp_path / "cache").iterdir())
+        assert compile_cache.enable(tmp_path / "another") == tmp_path / "another"
+        jax.jit(lambda x: x * 3.25 + 2).lower(1.0).compile()
+        assert any((tmp_path / "another").iterdir())
     finally:
-        jax.config.update("jax_compilation_cache_dir", kept)
+        compile_cache._use(kept)

@@ -5,7 +5,7 @@ than 10,000 tokens of `fixtures/parity/prose.txt` in windows of 512 that start a
 are printed with it (`pytest -s`). That the engine computes what the plain decoder computes is
 `test_parity_real.py`'s business.
 
-The goals are 2e-3 for int8 weights and 2e-2 for w8a8. With one scale per output channel (`int8`) the
+The goals are 2e-3 for int8 weights and 2e-2 for w8a8. With one scale per output (`int8`) the
 rounding of SmolLM2's weights alone costs 3.8e-3, and the test only keeps it there; scales for 32
 inputs in the sensitive weights (`int8_g32`) meet the goal with 1.7e-3.
 """
