@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from lepton_jax import compile_cache
@@ -99,9 +98,7 @@ class LeptonEngine:
         recipe = Recipe.of(preset=compression) if compression else Recipe.from_config(asked)
         recipe.require_no_calibration(section.path)
         compile_cache.enable()
-        # On a CPU bfloat16 is for weights: arithmetic between the products is faster in float32.
-        activations = "float32" if jax.default_backend() == "cpu" else None
-        options = dict(dtype=section.dtype, activation_dtype=activations)
+        options = checkpoints.dtypes_here(section.dtype)
         compress = None
         if recipe.rules:
             specs = checkpoints.describe(section.path, **options).specs
@@ -127,6 +124,8 @@ class LeptonEngine:
         Returns self.
         """
         loaded = self._need_model()
+        if self.engine is not None:
+            self.engine.close()
         self.engine = Engine(
             loaded.model,
             loaded.leaves,

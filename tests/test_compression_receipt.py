@@ -14,8 +14,8 @@ from lepton_jax.compression.quantize import quantize
 from lepton_jax.compression.receipt_page import page, pareto_front, pareto_page
 from lepton_jax.compression.recipe import Recipe, parse_rule, rule_text
 from lepton_jax.compression.scheme import Scheme
-from lepton_jax.compression.svg_plots import Series, scatter
 from lepton_jax.config import CompressionSection
+from lepton_jax.html.svg_plots import Series, scatter
 
 MODEL, LEAVES = tiny("llama", layers=1)
 SPECS = MODEL.specs

@@ -35,6 +35,7 @@ ROOMS = [
     "kernels",
     "sharding",
     "tensors",
+    "html",
     "telemetry",
     "config compat compile_cache host_memory",
 ]

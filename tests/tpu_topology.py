@@ -6,13 +6,15 @@ temporaries, donations, kernel calls, copies of an array of a given shape. Nothi
 tests that guard the TPU programs' memory.
 """
 
+import contextlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # Without these libtpu asks the network which machine it is on, for minutes.
@@ -46,7 +48,22 @@ def compile_on(
     # Pallas asks the mesh in scope, not the arguments, which chip it compiles for.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         jitted = jax.jit(function, donate_argnums=tuple(donate_argnums))
-        return jitted.lower(*abstract(mesh, args)).compile()
+        lowered = jitted.lower(*abstract(mesh, args))
+        with _without_cache():
+            return lowered.compile()
+
+
+@contextlib.contextmanager
+def _without_cache() -> Iterator[None]:
+    """A program of an absent chip can be put in the compilation cache, but not be read from it."""
+    enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
 
 
 def compiled_text(compiled: jax.stages.Compiled) -> str:

@@ -16,6 +16,7 @@ from lepton_jax.checkpoints import orbax_store
 from lepton_jax.checkpoints.loaded import (
     Loaded,
     build_model,
+    dtypes_here,
     fingerprint,
     leaf_bytes,
     weight_dtype,
@@ -25,7 +26,7 @@ from lepton_jax.checkpoints.manifest import Manifest
 from lepton_jax.checkpoints.stream import Compress, Progress, match, open_foreign, stream
 from lepton_jax.models.build import Model
 
-__all__ = ["Loaded", "describe", "identify", "load", "tokenizer_source"]
+__all__ = ["Loaded", "describe", "dtypes_here", "identify", "load", "tokenizer_source"]
 
 
 def load(

@@ -67,6 +67,15 @@ def weight_dtype(asked: Any, own: np.dtype) -> np.dtype:
     return float_dtype(asked, "dtype", allowed=("auto", *FLOAT_DTYPES))
 
 
+def dtypes_here(dtype: Any) -> dict[str, Any]:
+    """The arguments of `load` for a model that this machine's device shall run.
+
+    On a CPU bfloat16 is for weights: arithmetic between the products is faster in float32.
+    """
+    activations = "float32" if jax.default_backend() == "cpu" else None
+    return dict(dtype=dtype, activation_dtype=activations)
+
+
 def float_dtype(
     asked: Any, field: str, *, allowed: tuple[str, ...] = tuple(FLOAT_DTYPES)
 ) -> np.dtype:

@@ -1,7 +1,7 @@
 """receipt.html: a receipt as one page that needs nothing but itself, plots included.
 
 `page` shows one receipt, `pareto_page` those of a sweep side by side: bytes against KL and speed
-against KL. Numbers come from the receipts as they are; the plots are `svg_plots.py`.
+against KL. Numbers come from the receipts as they are; the plots are `lepton_jax/html`.
 """
 
 from __future__ import annotations
@@ -11,30 +11,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
-from lepton_jax.compression.svg_plots import Series, scatter
+from lepton_jax.html.page import render
+from lepton_jax.html.svg_plots import Series, scatter
 
 NAME = "receipt.html"
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #111827; max-width: 60rem; margin: 2rem auto;
-       padding: 0 1rem; background: #fff }
-h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin-top: 2rem }
-table { border-collapse: collapse; margin: .5rem 0 } th { font-weight: 600 }
-td, th { padding: .15rem .9rem .15rem 0; text-align: right; border-bottom: 1px solid #e5e7eb }
-td:first-child, th:first-child { text-align: left }
-svg { width: 100%; max-width: 46rem; display: block; margin: 1rem 0 }
-code, pre { font-size: .85rem; overflow-wrap: anywhere; white-space: pre-wrap }
-.digest { background: #f3f4f6; padding: .7rem 1rem; border-radius: .4rem }
-"""
-_HEAD = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
-<meta name="viewport" content="width=device-width"><style>{{ style }}</style></head><body>
-"""
-_PAGE = (
-    _HEAD
-    + """<h1>Receipt: {{ r.recipe.title }} of {{ r.source.path }}</h1>
+_PAGE = """<h1>Receipt: {{ r.recipe.title }} of {{ r.source.path }}</h1>
 <p class="digest">{{ r.digest }}</p>
 <h2>Quality</h2>
 {% if r.quality %}
@@ -75,22 +58,15 @@ ideal k/N, or above that of the dense model.</p>{% endif %}{% endif %}
 {% endfor %}</pre>
 <h2>Everything else</h2>
 <pre>{{ rest }}</pre>
-</body></html>
 """
-)
-_SWEEP = (
-    _HEAD
-    + """<h1>{{ title }}</h1>
+_SWEEP = """<h1>{{ title }}</h1>
 <table><tr>{% for name in columns %}<th>{{ name }}</th>{% endfor %}</tr>
 {% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table>
 {{ bytes_plot }}
 {{ speed_plot }}
 <p>Vertical bars are 95 % intervals. The line joins the recipes that no other beats in both.</p>
-</body></html>
 """
-)
-_ENVIRONMENT = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
 
 
 def page(receipt: Mapping[str, Any]) -> str:
@@ -102,9 +78,9 @@ def page(receipt: Mapping[str, Any]) -> str:
     )
     shown = ("source", "measure", "held_out", "calibration", "environment", "fingerprint")
     rest = {name: receipt[name] for name in (*shown, "weights_sha256")}
-    return _ENVIRONMENT.from_string(_PAGE).render(
+    return render(
+        _PAGE,
         title=f"Receipt: {receipt['recipe']['title']}",
-        style=Markup(_STYLE),
         r=receipt,
         quality=_quality_rows(receipt),
         mib=lambda count: f"{count / 2**20:,.1f} MiB",
@@ -120,9 +96,9 @@ def pareto_page(
     receipts: Mapping[str, Mapping[str, Any]], *, title: str, columns: Sequence[str], rows: Sequence
 ) -> str:
     """The page of a sweep: its table, bytes against KL, speed against KL."""
-    return _ENVIRONMENT.from_string(_SWEEP).render(
+    return render(
+        _SWEEP,
         title=title,
-        style=Markup(_STYLE),
         columns=columns,
         rows=rows,
         bytes_plot=Markup(_bytes_plot(receipts)),

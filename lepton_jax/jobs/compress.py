@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from lepton_jax import compile_cache
@@ -149,9 +148,7 @@ def text_windows(
 
 
 def _options(config: RunConfig) -> dict[str, Any]:
-    # On a CPU bfloat16 is for weights: arithmetic between the products is faster in float32.
-    activations = "float32" if jax.default_backend() == "cpu" else None
-    return dict(dtype=config.model.dtype, activation_dtype=activations)
+    return checkpoints.dtypes_here(config.model.dtype)
 
 
 def describe(config: RunConfig) -> Model:

@@ -17,7 +17,7 @@ from typing import Any
 
 from lepton_jax.config import SamplingParams, from_mapping, refuse_unknown
 from lepton_jax.jobs.modes import Progress
-from lepton_jax.jobs.rows import Prompt, RowError
+from lepton_jax.jobs.rows import Prompt, RowError, shown
 from lepton_jax.jobs.session import Choice, Completion, Engine, Session, encode, expand
 from lepton_jax.text.tokenizer import Tokenizer
 
@@ -99,7 +99,7 @@ def row_sampling(values: Mapping[str, Any], defaults: SamplingParams) -> Samplin
     """The defaults with a row's "sampling" over them. Raises RowError (invalid_sampling)."""
     own = values.get("sampling", {})
     if not isinstance(own, dict):
-        raise RowError("invalid_sampling", f"sampling is {_short(own)}: want an object")
+        raise RowError("invalid_sampling", f"sampling is {shown(own)}: want an object")
     if not own:
         return defaults
     known = [field.name for field in dataclasses.fields(SamplingParams)]
@@ -127,15 +127,10 @@ def _prompt(values: Mapping[str, Any]) -> Prompt:
         good = isinstance(prompt, list) and all(type(i) is int for i in prompt)
         wanted = "a list of token ids"
     if not good:
-        raise RowError("invalid_row", f"{name} is {_short(prompt)}: want {wanted}")
+        raise RowError("invalid_row", f"{name} is {shown(prompt)}: want {wanted}")
     if not prompt:
         raise RowError("invalid_row", f"{name} is empty: want {wanted}")
     return prompt
-
-
-def _short(value: object) -> str:
-    text = ascii(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _choice(choice: Choice) -> dict:

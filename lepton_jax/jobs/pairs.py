@@ -16,8 +16,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from lepton_jax.engine.scored import Scored, Scoring
-from lepton_jax.jobs.rows import RowError
-from lepton_jax.jobs.scoring import Question, encode_text, shown
+from lepton_jax.jobs.rows import RowError, shown
+from lepton_jax.jobs.scoring import Question, encode_text
 from lepton_jax.text.tokenizer import Tokenizer
 
 

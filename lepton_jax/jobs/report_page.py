@@ -7,10 +7,10 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
-from lepton_jax.compression.svg_plots import Series, scatter
+from lepton_jax.html.page import render
+from lepton_jax.html.svg_plots import Series, scatter
 from lepton_jax.jobs.files.places import JobError, reason, write_small
 from lepton_jax.jobs.summary import roofline_text
 from lepton_jax.jobs.trace import Trace, scalars
@@ -18,18 +18,7 @@ from lepton_jax.jobs.trace import Trace, scalars
 log = logging.getLogger(__name__)
 
 _PERCENTILES = (0.5, 0.9, 0.95, 0.99, 1.0)
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ s.output }}</title>
-<meta name="viewport" content="width=device-width"><style>
-body { font: 15px/1.5 system-ui, sans-serif; color: #111827; max-width: 60rem; margin: 2rem auto;
-       padding: 0 1rem; background: #fff }
-h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin-top: 2rem }
-table { border-collapse: collapse; margin: .5rem 0 } th { font-weight: 600 }
-td, th { padding: .15rem .9rem .15rem 0; text-align: right; border-bottom: 1px solid #e5e7eb }
-td:first-child, th:first-child { text-align: left }
-svg { width: 100%; max-width: 46rem; display: block; margin: 1rem 0 }
-</style></head><body>
-<h1>{{ s.output }}</h1>
+_PAGE = """<h1>{{ s.output }}</h1>
 <table>{% for name, value in facts %}<tr><td>{{ name }}</td><td>{{ value }}</td></tr>
 {% endfor %}</table>
 <h2>Throughput</h2>
@@ -54,18 +43,18 @@ svg { width: 100%; max-width: 46rem; display: block; margin: 1rem 0 }
 {% if errors %}<h2>Errors</h2>
 <table>{% for kind, count in errors.items() %}<tr><td>{{ kind }}</td><td>{{ count }}</td></tr>
 {% endfor %}</table>{% endif %}
-</body></html>
 """
 
 
 def report_page(summary: Mapping[str, Any], trace: Trace) -> str:
     """The page of a finished job, of its summary (`summary.summarize`) and its trace."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     names = (
         "rows errors resumed_rows prompt_tokens generated_tokens seconds programs late_compiles "
         "compile_seconds prefix_hit_tokens preemptions peak_memory_bytes device"
     ).split()
-    return environment.from_string(_PAGE).render(
+    return render(
+        _PAGE,
+        title=str(summary["output"]),
         s=summary,
         facts=[(name.replace("_", " "), _fact(summary[name])) for name in names],
         latencies=[(share, trace.latency(share)) for share in _PERCENTILES],

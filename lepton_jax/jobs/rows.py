@@ -147,3 +147,9 @@ def _id(values: Mapping[str, Any], name: str, *, fallback: str) -> RowId:
 def _is_text(value: str) -> bool:
     """Whether it can be written; half of a surrogate pair, which JSON can spell, can't."""
     return not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def shown(value: object) -> str:
+    """A value in a message, shortened."""
+    text = ascii(value)
+    return text if len(text) <= 80 else text[:77] + "..."

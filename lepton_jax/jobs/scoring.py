@@ -6,6 +6,7 @@ nothing of texts. Modes: `score.py`, `classify.py`, `embed.py`, `rank.py`, `perp
 Read next: `modes.py` (the protocol), `pairs.py` (continuations as questions).
 """
 
+import abc
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ import numpy as np
 from lepton_jax.engine.request import StepOutput
 from lepton_jax.engine.scored import Scored, ScoreSpec, Scoring
 from lepton_jax.jobs.modes import Progress
-from lepton_jax.jobs.rows import RowError
+from lepton_jax.jobs.rows import RowError, shown
 from lepton_jax.text.tokenizer import Tokenizer
 
 _DIGITS = 6  # of numbers in output rows; float32 is sure of no more
@@ -55,12 +56,12 @@ class Asked:
     answer: Callable[[list[Scored]], dict]
 
 
-class ScoringMode:
+class ScoringMode(abc.ABC):
     """A `Mode`, less `fields` and `parse`. Its answers have numpy arrays and whole precision."""
 
+    @abc.abstractmethod
     def ask(self, work: Any, tokenizer: Tokenizer) -> Asked:
         """A row's questions. Raises RowError (invalid_row, invalid_prompt)."""
-        raise NotImplementedError
 
     def requests(self, work: Any, tokenizer: Tokenizer) -> list[tuple[int, ScoreSpec]]:
         """(prompt tokens, what is asked) of each question. Raises RowError as `ask`."""
@@ -202,12 +203,6 @@ def need_texts(values: Mapping[str, Any], name: str) -> tuple[str, ...]:
         found = f"is {shown(texts)}" if name in values else "is missing"
         raise RowError("invalid_row", f"{name} {found}: want a list of two or more texts")
     return tuple(texts)
-
-
-def shown(value: object) -> str:
-    """A value in a message, shortened."""
-    text = ascii(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -15,9 +15,7 @@ from lepton_jax.tensors.decompress import by_outputs, in_order
 from lepton_jax.tensors.leaves import ParamSpec, register_leaf
 from lepton_jax.tensors.sparse import (
     SparseTensor,
-    flat_outputs,
     planned_values,
-    rows_of,
     scaled,
     values_dot,
 )
@@ -36,6 +34,7 @@ class BitmaskTensor(SparseTensor):
       scale: float32 `[*out]` of int8 values, or None.
     """
 
+    by_output = {"mask": 1, "starts": 0, "scale": 0}
     mask: Any
     values: Any
     starts: Any
@@ -80,14 +79,6 @@ class BitmaskTensor(SparseTensor):
     def static(self) -> dict[str, Any]:
         return dict(kept=math.prod(self.values.shape), values=jnp.dtype(self.values.dtype).name)
 
-    def flat(self, keep: int = 0) -> Self:
-        return dataclasses.replace(
-            self,
-            mask=flat_outputs(self.mask, keep, 1),
-            starts=flat_outputs(self.starts, keep, 0),
-            scale=flat_outputs(self.scale, keep, 0),
-        )
-
     def spread(self) -> jax.Array:
         counts = _ones(self.mask).astype(jnp.int32)
         before = self.starts[..., None] + jnp.cumsum(counts, axis=-1) - counts  # [*out, I/8]
@@ -103,15 +94,6 @@ class BitmaskTensor(SparseTensor):
             jax.lax.platform_dependent(x, leaf, tpu=_dot_by_outputs, default=_whole_dot),
             leaf.scale,
         )
-
-    def rows(self, ids: jax.Array) -> jax.Array:
-        taken = dataclasses.replace(
-            self,
-            mask=rows_of(self.mask, ids),
-            starts=rows_of(self.starts, ids),
-            scale=rows_of(self.scale, ids),
-        )
-        return taken.dense(jnp.float32)
 
 
 def _whole_dot(x: jax.Array, leaf: BitmaskTensor) -> jax.Array:

@@ -6,6 +6,7 @@ suit it best: 192x32 on CPU, 128 inputs or more wide on TPU. What else is sparse
 """
 
 import dataclasses
+import math
 from typing import Any, Self
 
 import jax
@@ -15,10 +16,9 @@ from lepton_jax.tensors.decompress import in_order
 from lepton_jax.tensors.leaves import ParamSpec, register_leaf
 from lepton_jax.tensors.sparse import (
     SparseTensor,
-    flat_outputs,
     planned_values,
-    rows_of,
     scaled,
+    take_rows,
 )
 from lepton_jax.tensors.tile_dots import tiled_dot
 
@@ -35,6 +35,7 @@ class BlockSparseTensor(SparseTensor):
       scale: float32 `[*out]` of int8 values, or None.
     """
 
+    by_output = {"values": 1, "scale": 0}
     values: Any
     tiles: Any
     inputs: int
@@ -78,24 +79,16 @@ class BlockSparseTensor(SparseTensor):
 
     def static(self) -> dict[str, Any]:
         tile_rows, kept = self.tiles.shape[-2:]
-        outputs = 1
-        for size in self.values.shape[:-1]:
-            outputs *= size
         return dict(
-            height=outputs // tile_rows,
+            height=math.prod(self.values.shape[:-1]) // tile_rows,
             width=self.values.shape[-1] // kept,
             kept=kept,
             values=jnp.dtype(self.values.dtype).name,
         )
 
     def flat(self, keep: int = 0) -> Self:
-        kept_shape = self.values.shape[:keep]
-        return dataclasses.replace(
-            self,
-            values=flat_outputs(self.values, keep, 1),
-            tiles=self.tiles.reshape(*kept_shape, -1, self.tiles.shape[-1]),
-            scale=flat_outputs(self.scale, keep, 0),
-        )
+        tiles = self.tiles.reshape(*self.values.shape[:keep], -1, self.tiles.shape[-1])
+        return dataclasses.replace(super().flat(keep), tiles=tiles)
 
     def matmul(self, x: jax.Array) -> jax.Array:
         x, leaf = in_order(x, self)
@@ -111,24 +104,17 @@ class BlockSparseTensor(SparseTensor):
         spread = spread.at[jnp.arange(tile_rows)[:, None], :, tiles].set(jnp.swapaxes(values, 1, 2))
         return spread.reshape(self.shape)
 
-    def rows(self, ids: jax.Array) -> jax.Array:
+    def _taken(self, ids: jax.Array) -> Self:
         outputs = self.values.shape[0]
         ids = jnp.clip(ids, 0, outputs - 1)
-        one_row_tiles = dataclasses.replace(
-            self,
-            values=rows_of(self.values, ids),
-            tiles=rows_of(self.tiles, ids // (outputs // self.tiles.shape[0])),
-            scale=rows_of(self.scale, ids),
-        )
-        return one_row_tiles.dense(jnp.float32)
+        tiles = take_rows(self.tiles, ids // (outputs // self.tiles.shape[0]))
+        return dataclasses.replace(super()._taken(ids), tiles=tiles)
 
 
 def check_tiles(shape: tuple[int, ...], height: int, width: int) -> None:
     """Raises ValueError unless tiles of `height` outputs by `width` inputs cover `[*out, I]`."""
     *outs, inputs = shape
-    outputs = 1
-    for size in outs:
-        outputs *= size
+    outputs = math.prod(outs)
     if outputs % height or inputs % width:
         raise ValueError(
             f"tiles of {height}x{width} do not cover {outputs} outputs by {inputs} inputs: want "

@@ -15,9 +15,7 @@ from lepton_jax.tensors.decompress import in_order
 from lepton_jax.tensors.leaves import ParamSpec, register_leaf
 from lepton_jax.tensors.sparse import (
     SparseTensor,
-    flat_outputs,
     planned_values,
-    rows_of,
     scaled,
     values_dot,
 )
@@ -38,6 +36,7 @@ class NMTensor(SparseTensor):
       scale: float32 `[*out]` of int8 values, or None.
     """
 
+    by_output = {"values": 1, "indices": 1, "scale": 0}
     values: Any
     indices: Any
     n: int
@@ -85,14 +84,6 @@ class NMTensor(SparseTensor):
     def static(self) -> dict[str, Any]:
         return dict(n=self.n, m=self.m, values=jnp.dtype(self.values.dtype).name)
 
-    def flat(self, keep: int = 0) -> Self:
-        return dataclasses.replace(
-            self,
-            values=flat_outputs(self.values, keep, 1),
-            indices=flat_outputs(self.indices, keep, 1),
-            scale=flat_outputs(self.scale, keep, 0),
-        )
-
     def matmul(self, x: jax.Array) -> jax.Array:
         x, leaf = in_order(x, self)
         product = jax.lax.platform_dependent(x, leaf, cpu=_one_dot, default=_dot_per_place)
@@ -119,15 +110,6 @@ class NMTensor(SparseTensor):
                 dense = jnp.where(index == place, values, dense)
             places.append(dense)
         return places
-
-    def rows(self, ids: jax.Array) -> jax.Array:
-        taken = dataclasses.replace(
-            self,
-            values=rows_of(self.values, ids),
-            indices=rows_of(self.indices, ids),
-            scale=rows_of(self.scale, ids),
-        )
-        return taken.dense(jnp.float32)
 
 
 def _one_dot(x: jax.Array, leaf: NMTensor) -> jax.Array:

@@ -5,7 +5,9 @@ whose product skips what is empty). Which weights are kept is `lepton_jax/compre
 """
 
 import abc
-from typing import Any
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +24,29 @@ class SparseTensor(CompressedTensor):
     Attributes:
       values: what is kept, of a dtype in VALUES.
       scale: float32 `[*out]` by which int8 values are multiplied; None with float values.
+      by_output: the fields that begin with `[*out]`, and how many dimensions follow in each.
     """
 
+    by_output: ClassVar[Mapping[str, int]]
     values: Any
     scale: Any
 
     @abc.abstractmethod
     def spread(self) -> jax.Array:
         """The stored values in their places `[*out, I]`, zeros elsewhere, without the scale."""
+
+    def flat(self, keep: int = 0) -> Self:
+        fields = self.by_output.items()
+        flattened = {name: _flat(getattr(self, name), keep, inner) for name, inner in fields}
+        return dataclasses.replace(self, **flattened)
+
+    def rows(self, ids: jax.Array) -> jax.Array:
+        return self._taken(ids).dense(jnp.float32)
+
+    def _taken(self, ids: jax.Array) -> Self:
+        """The leaf of rows `ids [...]`, clipped; of a leaf `[O, I]`."""
+        taken = {name: take_rows(getattr(self, name), ids) for name in self.by_output}
+        return dataclasses.replace(self, **taken)
 
     def dense(self, dtype: Any) -> jax.Array:
         wide = self.spread().astype(jnp.float32)
@@ -56,7 +73,7 @@ def planned_values(
     return ParamSpec(shape, jnp.dtype(values), axes), scale
 
 
-def flat_outputs(array: Any, keep: int, inner: int) -> Any:
+def _flat(array: Any, keep: int, inner: int) -> Any:
     """An array with all but its first `keep` and last `inner` dimensions in one; None stays."""
     if array is None:
         return None
@@ -64,6 +81,6 @@ def flat_outputs(array: Any, keep: int, inner: int) -> Any:
     return array.reshape(*array.shape[:keep], -1, *last)
 
 
-def rows_of(array: Any, ids: jax.Array) -> Any:
+def take_rows(array: Any, ids: jax.Array) -> Any:
     """Rows `ids [...]` along the first dimension, clipped; None stays."""
     return None if array is None else jnp.take(array, ids, axis=0, mode="clip")

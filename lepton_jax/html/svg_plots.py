@@ -2,7 +2,7 @@
 
     scatter([Series("int8", [(1.0, 2.0)])], title="...", x="bytes", y="KL")
 
-Used by `receipt_page.py`. Axes are linear or logarithmic; every point tells its label when the
+Axes are linear or logarithmic; every point tells its label when the
 pointer rests on it.
 """
 
