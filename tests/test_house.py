@@ -20,12 +20,13 @@ PACKAGE = CHECKOUT / "lepton_jax"
 
 # Top to ground; names on one line are on one floor. A room may import from lines below its own.
 ROOMS = [
-    "run compress plan bench",
+    "run compress plan bench tune",
     "cli",
     "api",
     "serving",
     "jobs",
     "optimizer",
+    "planning",
     "distributed",
     "engine",
     "compression",
