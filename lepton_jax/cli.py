@@ -9,9 +9,11 @@ and exit code 2, never in a traceback. Read next: `config.py`, `run.py`.
 import contextlib
 import dataclasses
 import logging
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from absl import app, flags
@@ -152,6 +154,25 @@ class _WholeConfigParser(flags.ArgumentParser):
 
     def flag_type(self) -> str:
         return self._file_parser.flag_type()
+
+
+@contextlib.contextmanager
+def interrupts(first: Callable[[], None] | None) -> Iterator[None]:
+    """The first Ctrl-C calls `first`, the next one ends the program as usual. None: as usual."""
+    if first is None:
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, before)
+        first()
+
+    signal.signal(signal.SIGINT, on_signal)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _default(field: dataclasses.Field) -> Any:

@@ -289,7 +289,14 @@ class JobSection:
     format: str = _doc("", "of the input: jsonl, csv, parquet, openai_batch; empty: by its ending")
     columns: str = _doc("", "the columns of fields, as in prompt=question,id=key")
     keep: str = _doc("", "columns to copy to the output rows, as in label,source=url")
+    answer: str = _doc(
+        "",
+        "column with the known answer: output rows say how correct they are, the summary the mean",
+    )
     order: str = _doc("input", "of output rows: input, or finished (as they are done)")
+    follow: float = _doc(
+        0.0, "seconds to wait for new lines of a growing input before the job ends; 0: don't"
+    )
     exact: bool = _doc(
         True,
         "a resumed job gives the bytes of one that never stopped: it computes the last 64 x "
@@ -303,6 +310,9 @@ class JobSection:
         _check_types(self)
         _check(self, "format", self.format in ("", *FORMATS), f"one of {', '.join(FORMATS)}")
         _check(self, "order", self.order in ("input", "finished"), "input or finished")
+        _check(self, "follow", 0 <= self.follow < math.inf, "0 (off) or a number of seconds")
+        exact = "false with job.follow, where rounding depends on when rows come"
+        _check(self, "exact", not (self.follow and self.exact), exact)
         _check(self, "mode", self.mode in MODES, f"one of {', '.join(MODES)}")
 
 
@@ -320,6 +330,9 @@ class ScoringSection:
         False, "classify: the template is a message of the user, the label the model's answer"
     )
     system: str = _doc("", "classify with chat: the system message before it")
+    alert: str = _doc(
+        "", "classify: LABEL>=P marks such rows, says them and adds them to <output>.alerts.jsonl"
+    )
     calibrate: bool = _doc(False, "classify: take off what labels get with a content-free text")
     normalize: str = _doc(
         "", "of several tokens' log-probabilities: sum or mean; empty: classify sum, rank mean"

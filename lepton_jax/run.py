@@ -35,7 +35,8 @@ def main(config: RunConfig) -> int:
             lepton.start(workload=job.workload(lepton.tokenizer))
         with cli.user_errors(JobError):
             trace = trace_for(config.job, lepton.engine.stats)
-            tally = job.run(lepton.engine, lepton.tokenizer, trace=trace)
+            with cli.interrupts(job.end_following if config.job.follow else None):
+                tally = job.run(lepton.engine, lepton.tokenizer, trace=trace)
         preset = config.compression.preset
         cost = report.ModelCost.of(lepton.loaded.model, lepton.loaded.bytes, preset=preset)
         stats = lepton.engine.stats()

@@ -9,7 +9,8 @@ gives probabilities that add up to 1. With `scoring.calibrate` each label's scor
 the label gets with a content-free text (Zhao et al. 2021, "Calibrate Before Use").
 
 An output row is {"id", "label", "probability", "probabilities": {label: p}, "logprobs": {label:
-log-likelihood}, "prompt_tokens"}.
+log-likelihood}, "prompt_tokens"}, with "alert": true or false where `scoring.alert` asks
+(`alerts.py`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ import numpy as np
 
 from lepton_jax.config import ScoringSection
 from lepton_jax.engine.scored import Scored
+from lepton_jax.jobs.alerts import parse_alert
 from lepton_jax.jobs.pairs import Likelihood, Questions, chat_pair, split_pair
 from lepton_jax.jobs.rows import RowError
 from lepton_jax.jobs.scoring import Asked, Engine, ScoringMode, ScoringSession, need_text, score_all
@@ -40,6 +42,7 @@ class ClassifyMode(ScoringMode):
             raise ValueError(f"scoring.labels={section.labels!r}: want two or more, all different")
         self._section = section
         self._before, self._after = _split_template(section)
+        self._alert = parse_alert(section.alert, section.labels)
         self._bias = np.zeros(len(section.labels))
 
     def parse(self, values: Mapping[str, Any]) -> str:
@@ -52,10 +55,16 @@ class ClassifyMode(ScoringMode):
             found = asked.likelihoods(results)
             labels, chances = self._section.labels, self._probabilities(found)
             best = int(np.argmax(chances))
+            named = dict(zip(labels, chances.tolist(), strict=True))
+            alert = {}
+            if self._alert:
+                label, least = self._alert
+                alert["alert"] = named[label] >= least
             return {
                 "label": labels[best],
                 "probability": float(chances[best]),
-                "probabilities": dict(zip(labels, chances.tolist(), strict=True)),
+                **alert,
+                "probabilities": named,
                 "logprobs": {label: one.logprob for label, one in zip(labels, found, strict=True)},
                 "prompt_tokens": asked.tokens,
             }

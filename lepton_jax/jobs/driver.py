@@ -27,6 +27,8 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from lepton_jax.config import RunConfig
+from lepton_jax.jobs.alerts import Alerts
+from lepton_jax.jobs.files.follow import Pending
 from lepton_jax.jobs.files.places import JobError, need
 from lepton_jax.jobs.files.source import Source
 from lepton_jax.jobs.framing import Framing, PlainFraming
@@ -46,6 +48,7 @@ _BLOCK = 64  # times the engine's rows: a block; its end leaves slots idle for 1
 _MEASURED = 20_000  # requests whose lengths are known before the job begins
 _UNMEASURED = 2**30  # tokens: the longest that the engine serves
 _PREVIEW_ROWS = 4
+_POLL_SECONDS = 0.2  # between looks at an input that is followed
 _NOT_FOR_ANSWERS = ("input", "output", "restart", "report", "tensorboard")  # fields of the job
 
 
@@ -54,7 +57,7 @@ class Tally:
     """What a job has done; `resumed` of the rows by an earlier run, `seconds` of this one.
 
     `prompt_tokens` and `generated_tokens` are those of the rows in the output, `preview` its first
-    rows as (id, text).
+    rows as (id, text), `grades` the sum over the `graded` rows, `alerts` those of this run.
     """
 
     rows: int = 0
@@ -64,6 +67,14 @@ class Tally:
     seconds: float = 0.0
     error_types: Counter = dataclasses.field(default_factory=Counter)
     preview: list[tuple[Any, str]] = dataclasses.field(default_factory=list)
+    graded: int = 0
+    grades: float = 0.0
+    alerts: int = 0
+
+    @property
+    def accuracy(self) -> float | None:
+        """The mean grade of the answered rows whose answer is known; None where none is."""
+        return self.grades / self.graded if self.graded else None
 
     @property
     def errors(self) -> int:
@@ -75,6 +86,9 @@ class Tally:
         self.rows += 1
         self.prompt_tokens += counts.prompt_tokens
         self.generated_tokens += counts.generated_tokens
+        if counts.grade is not None:
+            self.graded += 1
+            self.grades += counts.grade
         if counts.error_type:
             self.error_types[counts.error_type] += 1
         if len(self.preview) < _PREVIEW_ROWS:
@@ -92,9 +106,9 @@ class Job:
             need("tensorboardX", "tensorboard", why="job.tensorboard")
         batch = self._source.format == "openai_batch"
         self._mode = BatchMode(mode, config.job.mode) if batch else mode
-        several = len(self._source.names) > 1
-        self._framing: Framing = BatchFraming() if batch else PlainFraming(several)
+        self._framing: Framing = BatchFraming() if batch else self._plain_framing()
         self._source.check_columns(list(mode.fields))
+        self._alerts = Alerts(config.job.output) if config.scoring.alert else None
         self.output = Output(config.job)
         self._done = bytearray()  # a 1 at the place of each row that an earlier run has done
         self._block = _BLOCK * config.engine.rows if config.job.exact else sys.maxsize
@@ -103,6 +117,11 @@ class Job:
         if self.output.path in self._source.names:
             self.close()
             raise JobError(f"job.output={config.job.output!r} is the input: give another file")
+        if batch and config.job.answer:
+            self.close()
+            raise JobError(
+                "job.answer grades rows of our own form, not batch requests: leave it out"
+            )
         if batch and self.output.form != "jsonl":
             self.close()
             raise JobError("answers to batch requests are JSON lines: give a job.output in .jsonl")
@@ -160,8 +179,14 @@ class Job:
                 except RowError:
                     continue  # it becomes an error row when its turn comes
             if len(requests) >= _MEASURED:
-                return [*requests, (_UNMEASURED, requests[-1][1])]
-        return requests
+                break
+        longer = len(requests) >= _MEASURED or (requests and self._config.job.follow)
+        return [*requests, (_UNMEASURED, requests[-1][1])] if longer else requests
+
+    def end_following(self) -> None:
+        """Completes a job that follows its input with the rows that are there."""
+        if self._source.follower:
+            self._source.follower.stop()
 
     def run(self, engine: Engine, tokenizer: Tokenizer, *, trace: Trace | None = None) -> Tally:
         """Serves the open rows and completes the output. Raises JobError where it can't be.
@@ -185,6 +210,8 @@ class Job:
                     if self._is_done(row):
                         continue  # of a block that is computed again
                     line = self._framing.frame(row, result)
+                    if line.get("alert") and self._alerts:
+                        self._alerts.add(line)
                     self.output.write(row.place, line)
                     self.tally.count(line, self._framing)
                     bar.add_row(self.tally.errors)
@@ -195,21 +222,32 @@ class Job:
             if trace:
                 trace.close()
         self.tally.seconds = time.perf_counter() - started
+        self.tally.alerts = self._alerts.count if self._alerts else 0
         return self.tally
 
-    def _rows(self) -> Iterator[Row | BadRow]:
+    def _rows(self, *, follow: bool = False) -> Iterator[Row | BadRow | Pending]:
+        """The input's rows; with `follow` also those that come, where the job follows its input."""
         source = self._source
-        return read_rows(source, self._mode, id_field=self._framing.id_field, strict=source.strict)
+        records = source.followed() if follow else source
+        return read_rows(records, self._mode, id_field=self._framing.id_field, strict=source.strict)
 
-    def _open_rows(self) -> Iterator[Row | BadRow]:
+    def _plain_framing(self) -> PlainFraming:
+        several = len(self._source.names) > 1
+        return PlainFraming(several_files=several, graded=bool(self._config.job.answer))
+
+    def _open_rows(self) -> Iterator[Row | BadRow | Pending]:
         """What is to be computed: with `job.exact` from the beginning of the block at hand."""
         if self._config.job.exact:
             first = self.tally.resumed // self._block * self._block
             return (row for row in self._rows() if row.place >= first)
-        return (row for row in self._rows() if not self._is_done(row))
+        return (row for row in self._rows(follow=True) if not self._is_done(row))
 
-    def _is_done(self, row: Row | BadRow) -> bool:
-        return row.place < len(self._done) and bool(self._done[row.place])
+    def _is_done(self, row: Row | BadRow | Pending) -> bool:
+        return (
+            not isinstance(row, Pending)
+            and row.place < len(self._done)
+            and bool(self._done[row.place])
+        )
 
     def _mark(self, place: int) -> None:
         if place >= len(self._done):
@@ -251,7 +289,7 @@ class _Beats:
         self._block_at_hand = -1
 
     def results(
-        self, rows: Iterable[Row | BadRow], bar: "_Bar"
+        self, rows: Iterable[Row | BadRow | Pending], bar: "_Bar"
     ) -> Iterator[tuple[Row | BadRow, dict]]:
         """(row, output row without its id) of all rows."""
         session, queue = self._session, _Queue(rows)
@@ -264,6 +302,11 @@ class _Beats:
                 row = queue.head
                 if row is None:
                     more = False
+                    break
+                if isinstance(row, Pending):
+                    if not session.has_work:
+                        time.sleep(_POLL_SECONDS)
+                    queue.pop()
                     break
                 if not self._may_begin(row):
                     break
@@ -316,7 +359,7 @@ class _Beats:
 class _Queue:
     """Rows with a look at the next, `head`; None at the end."""
 
-    def __init__(self, rows: Iterable[Row | BadRow]):
+    def __init__(self, rows: Iterable[Row | BadRow | Pending]):
         self._rows = iter(rows)
         self.head = next(self._rows, None)
 

@@ -9,6 +9,7 @@ import json
 from typing import Any, Protocol
 
 from lepton_jax.jobs.files.places import JobError
+from lepton_jax.jobs.grading import grade
 from lepton_jax.jobs.rows import BadRow, Row, RowId
 
 
@@ -20,6 +21,7 @@ class Counts:
     prompt_tokens: int
     generated_tokens: int
     text: str
+    grade: float | None = None
 
 
 class Framing(Protocol):
@@ -33,12 +35,16 @@ class Framing(Protocol):
 
 
 class PlainFraming:
-    """{"id", <kept columns>, <result>}; an error also says in which line, and file, its row is."""
+    """{"id", <kept columns>, <result>}; an error also says in which line, and file, its row is.
+
+    With `job.answer` also "correct", from 0 to 1.
+    """
 
     id_field = "id"
 
-    def __init__(self, several_files: bool):
-        self._several = several_files
+    def __init__(self, *, several_files: bool, graded: bool = False):
+        """`graded`: "correct" says how right the result is, by the kept column "answer"."""
+        self._several, self._graded = several_files, graded
 
     def frame(self, row: Row | BadRow, result: dict) -> dict:
         """Raises JobError where a kept column has the name of a field of the result."""
@@ -53,6 +59,8 @@ class PlainFraming:
             where: dict[str, Any] = {"line": record.line}
             where |= {"file": record.shard} if self._several else {}
             result = result | {"error": result["error"] | where}
+        elif self._graded and "answer" in record.kept:
+            result = {"correct": grade(result, record.kept["answer"])} | result
         return {"id": row.id, **record.kept, **result}
 
     def row_id(self, line: dict) -> RowId | None:
@@ -63,7 +71,7 @@ class PlainFraming:
         if error:
             return Counts(error["type"], 0, 0, f"({error['type']}) {error['message']}")
         tokens = line.get("prompt_tokens", 0), line.get("completion_tokens", 0)
-        return Counts("", *tokens, _shown(line))
+        return Counts("", *tokens, _shown(line), line.get("correct") if self._graded else None)
 
 
 def _shown(line: dict) -> str:

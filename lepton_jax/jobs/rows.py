@@ -7,11 +7,13 @@ template and the engine turns out later (`session.py`). Read next: `driver.py`.
 
 import dataclasses
 import hashlib
+import itertools
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lepton_jax.config import refuse_unknown
+from lepton_jax.jobs.files.follow import PENDING, Pending
 from lepton_jax.jobs.files.source import Record, RowError
 
 __all__ = ["BadRow", "IdSet", "Prompt", "Row", "RowError", "RowId", "read_rows"]
@@ -96,9 +98,10 @@ class IdSet:
 
 
 def read_rows(
-    records: Iterable[Record], mode: Any, *, id_field: str = "id", strict: bool = True
-) -> Iterator[Row | BadRow]:
-    """Rows in the order of the records. Of rows with one id the first is served.
+    records: Iterable[Record | Pending], mode: Any, *, id_field: str = "id", strict: bool = True
+) -> Iterator[Row | BadRow | Pending]:
+    """Rows in the order of the records. Of rows with one id the first is served. PENDING stays what
+    it is.
 
     Args:
       records: of a source.
@@ -108,8 +111,12 @@ def read_rows(
     """
     ids = IdSet()
     known = [id_field, *mode.fields]
-    for place, record in enumerate(records):
-        row_id: RowId = record.where
+    places = itertools.count()
+    for record in records:
+        if isinstance(record, Pending):
+            yield PENDING
+            continue
+        place, row_id = next(places), record.where
         try:
             if isinstance(record.values, RowError):
                 raise record.values

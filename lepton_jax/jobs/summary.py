@@ -17,6 +17,7 @@ import jax
 from lepton_jax import compile_cache
 from lepton_jax.jobs.driver import Tally
 from lepton_jax.jobs.files.places import JobError, reason, write_small
+from lepton_jax.jobs.grading import interval
 from lepton_jax.models.build import Model
 from lepton_jax.telemetry import StepStats, device_peaks, peak_memory_bytes, roofline
 
@@ -71,6 +72,8 @@ def summarize(
         "errors": tally.errors,
         "error_types": dict(tally.error_types),
         "resumed_rows": tally.resumed,
+        "accuracy": _accuracy(tally),
+        "alerts": tally.alerts,
         "prompt_tokens": tally.prompt_tokens,
         "generated_tokens": tally.generated_tokens,
         "seconds": round(tally.seconds, 3),
@@ -89,6 +92,14 @@ def summarize(
         "device_peak_memory_bytes": memory.get("peak_bytes_in_use"),
         "roofline": _roofline(engine, device.device_kind, cost),
     }
+
+
+def _accuracy(tally: Tally) -> dict[str, Any] | None:
+    """Mean grade of the rows with a known answer, its 95 % interval, and how many they are."""
+    if tally.accuracy is None:
+        return None
+    low, high = interval(tally.graded, tally.accuracy)
+    return {"mean": tally.accuracy, "low": low, "high": high, "rows": tally.graded}
 
 
 def write_summary(summary: Mapping[str, Any], path: str) -> None:
@@ -113,6 +124,7 @@ def summary_text(summary: Mapping[str, Any]) -> str:
     lines = [
         ("rows", rows),
         *((f"  {kind}", f"{count}") for kind, count in s["error_types"].items()),
+        *_answer_lines(s),
         ("tokens", f"{s['prompt_tokens']:,} of prompts, {s['generated_tokens']:,} generated"),
         ("time", f"{s['seconds']:.1f} s"),
         ("prefill", _rate(s["prefill_tokens_per_second"])),
@@ -126,6 +138,17 @@ def summary_text(summary: Mapping[str, Any]) -> str:
         ("output", s["output"]),
     ]
     return "\n".join(f"{name:<16}{value}" for name, value in lines)
+
+
+def _answer_lines(s: Mapping[str, Any]) -> list[tuple[str, str]]:
+    lines = []
+    if s["accuracy"]:
+        a = s["accuracy"]
+        text = f"{a['mean']:.1%} of {a['rows']} known answers ({a['low']:.0%} to {a['high']:.0%})"
+        lines.append(("correct", text))
+    if s["alerts"]:
+        lines.append(("alerts", f"{s['alerts']}, in {s['output']}.alerts.jsonl"))
+    return lines
 
 
 def preview_text(tally: Tally) -> str:

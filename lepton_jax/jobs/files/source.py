@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 from lepton_jax.config import JobSection
 from lepton_jax.jobs.files import tables
+from lepton_jax.jobs.files.follow import PENDING, Follower, Pending
 from lepton_jax.jobs.files.places import JobError, digest, expand, form_of, open_content
 
 _LONGEST_LINE = 2**26  # bytes; a longer one is an error row, not a full memory
@@ -66,13 +67,21 @@ class Source:
         self.names = expand(job.input)
         self._columns = {new: old for new, old in pairs(job.columns, "job.columns")}
         self._keep = {new: old for new, old in pairs(job.keep, "job.keep")}
+        if job.answer:
+            self._keep["answer"] = job.answer
         # Columns of a table come together and not all are for us; an odd key in JSON is a typo.
         self.format = self._format(job)
         self._strict = self.format not in TABLES and not self._columns
         self._rows: int | None = None
+        self.follower = self._follower(job) if job.follow else None
 
     def digests(self) -> list[list[str]]:
-        """[name, digest] of each file: what the answers depend on. Reads local files once."""
+        """[name, digest] of each file: what the answers depend on. Reads local files once.
+
+        A file that is followed has none: it may have grown.
+        """
+        if self.follower:
+            return [[PurePosixPath(self.names[0]).name, "grows"]]
         found, rows = [], 0
         for name in self.names:
             mark, lines = digest(name)
@@ -126,6 +135,31 @@ class Source:
                     yield Record(line, shard, values)
                 else:
                     yield self._record(line, shard, values)
+
+    def followed(self) -> Iterator[Record | Pending]:
+        """All records, and those that come; PENDING while there is none. Where nothing is followed:
+        as iteration.
+        """
+        if self.follower is None:
+            yield from self
+            return
+        number = 0
+        for line in self.follower.lines():
+            if isinstance(line, Pending):
+                yield PENDING
+                continue
+            number += 1
+            if line.strip():
+                values = _object(line)
+                bad = isinstance(values, RowError)
+                yield Record(number, "", values) if bad else self._record(number, "", values)
+
+    def _follower(self, job: JobSection) -> Follower:
+        if len(self.names) > 1 or self.format != "jsonl" or form_of(self.names[0])[1]:
+            raise JobError(
+                f"job.follow reads one file of plain JSON lines, not job.input={job.input!r}"
+            )
+        return Follower(self.names[0], job.follow)
 
     def _record(self, line: int, shard: str, values: dict[str, Any]) -> Record:
         kept = {new: storable(values[old]) for new, old in self._keep.items() if old in values}
