@@ -1,0 +1,6 @@
+"""What a model will need and how fast it can be, known before a device is rented.
+
+`memory.py` and `roofline.py` are arithmetic on shapes; `programs.py` compiles the engine's real
+programs for chips that aren't there (`topology.py`) and `module.py` reads what came out.
+`plan.py` puts both together. Nothing here holds a weight.
+"""

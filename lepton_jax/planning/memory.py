@@ -1,0 +1,122 @@
+"""Bytes of a served model on one device, from shapes alone: no weights, no compiler, no device.
+
+Weights and caches are exact, as the loader and the runner make them; temporaries are an upper
+estimate (`programs.py` has the compiler's own number). Read next: `roofline.py`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from lepton_jax.config import EngineSection
+from lepton_jax.engine.runner import Sizes
+from lepton_jax.planning.served import Served
+
+_VIEW_BYTES = 256 << 20  # of a CPU's or GPU's copy of its rows' cache (engine/runner.py), at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one device: `weights`, `cache`, `temporaries`, and `code` where it was compiled."""
+
+    weights: int
+    cache: int
+    temporaries: int
+    code: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.temporaries + self.code
+
+
+def full_sizes(section: EngineSection, *, rows: int, max_len: int) -> Sizes:
+    """The engine's sizes, with pages for `rows` rows of `max_len` tokens and one more for each."""
+    pages = 1 + rows * (1 - (-max_len // section.page_size))
+    return Sizes(
+        rows=rows,
+        page_size=section.page_size,
+        num_pages=section.num_pages or pages,
+        prefill_chunk=section.prefill_chunk,
+        decode_block=section.decode_block,
+        max_len=max_len,
+    )
+
+
+def memory_of(served: Served, sizes: Sizes) -> Memory:
+    """What one device holds while it serves with these sizes."""
+    return Memory(
+        weights=served.weight_bytes,
+        cache=cache_bytes(served, sizes) + view_bytes(served, sizes),
+        temporaries=_temporaries(served, sizes),
+    )
+
+
+def fits(served: Served, sizes: Sizes, *, budget: int) -> bool:
+    """Whether that is within `budget` bytes."""
+    return memory_of(served, sizes).total <= budget
+
+
+def largest_rows(served: Served, section: EngineSection, *, max_len: int, budget: int) -> int:
+    """The most `engine.rows` of `max_len` tokens that fit into `budget` bytes; 0: not even one."""
+    return _largest(
+        lambda rows: fits(served, full_sizes(section, rows=rows, max_len=max_len), budget=budget)
+    )
+
+
+def largest_len(served: Served, section: EngineSection, *, rows: int, budget: int) -> int:
+    """The most `engine.max_len`, in whole pages, that fits for `rows` rows; 0: not one page."""
+    page = section.page_size
+    longest = served.config.max_position // page
+    pages = _largest(
+        lambda count: (
+            count <= longest
+            and fits(served, full_sizes(section, rows=rows, max_len=count * page), budget=budget)
+        )
+    )
+    return pages * page
+
+
+def token_bytes(served: Served) -> int:
+    """Of one token in one layer's cache on one device, padding of heads included."""
+    page = 64
+    shape = served.cache_shape(1, page)
+    return math.prod(shape) * jnp.dtype(served.kv_dtype).itemsize // page
+
+
+def cache_bytes(served: Served, sizes: Sizes) -> int:
+    """Of all layers' caches on one device."""
+    places = sizes.num_pages * sizes.page_size
+    return served.config.num_layers * token_bytes(served) * places
+
+
+def view_bytes(served: Served, sizes: Sizes) -> int:
+    """Of the copy of its rows' cache that a decode block on a CPU or GPU works on, at most."""
+    if not hasattr(served.backend, "open_view"):
+        return 0
+    places = sizes.rows * (sizes.max_len + sizes.decode_block)
+    return min(served.config.num_layers * token_bytes(served) * places, _VIEW_BYTES)
+
+
+def _temporaries(served: Served, sizes: Sizes) -> int:
+    """Two copies of the logits in float32 and a layer's activations of a prefill, in four bytes."""
+    c = served.config
+    logits = 2 * sizes.rows * -(-c.vocab_size // served.shards) * 4
+    heads = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+    visits = max(1, c.experts_per_token)
+    wide = 3 * (c.ffn_size * visits + heads) // served.shards + 4 * c.hidden_size
+    return logits + max(sizes.prefill_chunk, sizes.rows) * wide * 4
+
+
+def _largest(holds: Callable[[int], bool]) -> int:
+    """The largest count for which `holds`, which holds for all below it; 0 where none does."""
+    if not holds(1):
+        return 0
+    low, high = 1, 2
+    while holds(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low

@@ -1,0 +1,167 @@
+"""How long a step takes at best: bytes over bandwidth, operations over peaks, collectives over
+links (Williams, Waterman and Patterson, 2009).
+
+Products run one after another, so a step takes the sum, over weights, of the longer of moving and
+multiplying, plus attention and collectives. All of it comes from shapes; what a compiler's module
+moves is `module.py`. Read next: `chips.py`.
+"""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+
+from lepton_jax.models.config import ModelConfig
+from lepton_jax.planning.chips import Chip
+from lepton_jax.planning.memory import token_bytes
+from lepton_jax.planning.served import Served
+from lepton_jax.tensors import CompressedTensor
+
+_SMALL_OPERATIONS = 16  # a layer: norms, RoPE, cache, soft max, activations and what joins them
+_LOGIT_PASSES = 4  # written once, read by a greedy sampler; a CPU keeps none in registers
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCost:
+    """Seconds of one step on one device, and the bytes and operations behind them.
+
+    Attributes:
+      weights, cache, compute, interconnect: seconds of each alone.
+      seconds: of the step.
+      weight_bytes, cache_bytes: read from the device's memory.
+      flops: of its products.
+      reduced_bytes: that its collectives reduce.
+    """
+
+    weights: float
+    cache: float
+    compute: float
+    interconnect: float
+    seconds: float
+    weight_bytes: int
+    cache_bytes: int
+    flops: int
+    reduced_bytes: int
+
+    @property
+    def bound(self) -> str:
+        """What takes longest: weights, cache, compute or interconnect."""
+        parts = ("weights", "cache", "compute", "interconnect")
+        return max(parts, key=lambda part: getattr(self, part))
+
+
+def decode_cost(served: Served, chip: Chip, *, rows: int, context: int) -> StepCost:
+    """One decode step of `rows` rows with `context` cached tokens each."""
+    c = served.config
+    seen = sum(min(window or context, context) for window in c.layer_windows)
+    return _cost(
+        served,
+        chip,
+        tokens=rows,
+        sampled=rows,
+        pairs=rows * seen,
+        cached=rows * seen * token_bytes(served),
+    )
+
+
+def prefill_cost(served: Served, chip: Chip, *, tokens: int) -> StepCost:
+    """The prefill of one prompt of `tokens` tokens."""
+    windows = (min(window or tokens, tokens) for window in served.config.layer_windows)
+    pairs = sum(window * tokens - window * (window - 1) // 2 for window in windows)
+    written = served.config.num_layers * tokens * token_bytes(served)
+    return _cost(served, chip, tokens=tokens, sampled=1, pairs=pairs, cached=2 * written)
+
+
+def all_reduce_seconds(chip: Chip, nbytes: int, *, shards: int) -> float:
+    """Of one all-reduce of `nbytes`: a ring sends 2 (M-1)/M of them, in both directions at once.
+
+    Raises ValueError where the chip's links aren't known.
+    """
+    if shards == 1:
+        return 0.0
+    if not chip.link:
+        raise ValueError(f"{chip.name}: its interconnect isn't known; plan for mesh.model=1")
+    return 2 * (shards - 1) * (nbytes / shards / chip.link + chip.hop)
+
+
+def _cost(
+    served: Served, chip: Chip, *, tokens: int, sampled: int, pairs: int, cached: int
+) -> StepCost:
+    """`pairs`: of a query and a key that it sees, over all layers; `cached`: bytes of the cache."""
+    c = served.config
+    weight_bytes = flops = 0
+    multiplied = seconds = 0.0
+    for path, leaf in served.leaves.items():
+        lines = sampled if path == _head(c) else tokens
+        nbytes, operations = _work(served, path, tokens=lines)
+        multiplying = operations / _rate(chip, leaf)
+        weight_bytes, flops = weight_bytes + nbytes, flops + operations
+        multiplied += multiplying
+        seconds += max(nbytes / chip.bandwidth, multiplying)
+    scores = 4 * pairs * c.head_dim * -(-c.num_heads // served.shards)
+    attending = scores / (chip.float32 if _is_float32(served.kv_dtype) else chip.bf16)
+    reduced = (
+        _reductions(c) * tokens * c.hidden_size * jnp.dtype(served.model.activation_dtype).itemsize
+    )
+    linked = _reductions(c) * all_reduce_seconds(
+        chip, reduced // _reductions(c), shards=served.shards
+    )
+    fixed = 0.0
+    if chip.operation:
+        logits = sampled * c.vocab_size * 4 * _LOGIT_PASSES
+        fixed = c.num_layers * _SMALL_OPERATIONS * chip.operation + logits / chip.bandwidth
+    return StepCost(
+        weights=weight_bytes / chip.bandwidth,
+        cache=cached / chip.bandwidth,
+        compute=multiplied + attending + fixed,
+        interconnect=linked,
+        seconds=seconds + max(cached / chip.bandwidth, attending) + linked + fixed,
+        weight_bytes=weight_bytes,
+        cache_bytes=cached,
+        flops=flops + scores,
+        reduced_bytes=reduced if served.shards > 1 else 0,
+    )
+
+
+def _reductions(config: ModelConfig) -> int:
+    """All-reduces of a step: two a layer and the embedding's."""
+    return 2 * config.num_layers + 1
+
+
+def _head(config: ModelConfig) -> str:
+    return "embed" if config.tie_embeddings else "head"
+
+
+def _work(served: Served, path: str, *, tokens: int) -> tuple[int, int]:
+    """Bytes that a step reads of a weight, and operations with it, on one device."""
+    c, leaf = served.config, served.leaves[path]
+    nbytes = served.leaf_bytes(leaf)
+    if path == "embed" and not c.tie_embeddings:  # only the tokens' rows
+        return nbytes * min(tokens, c.vocab_size) // c.vocab_size, 0
+    if not isinstance(leaf, CompressedTensor) and not leaf.inputs:
+        return nbytes, 0
+    operations = 2 * math.prod(leaf.shape) * tokens // served.shards
+    if path.rpartition(".")[2].startswith("experts_"):
+        share = c.experts_per_token / c.num_experts
+        visited = 1 - (1 - share) ** tokens  # of the experts, where tokens choose independently
+        return int(nbytes * visited), int(operations * share)
+    return nbytes, operations
+
+
+def _rate(chip: Chip, leaf) -> float:
+    """FLOP/s of products with a leaf. int8 weights without int8 activations are two int8 products
+    on a CPU and a bf16 one elsewhere (tensors/dots.py).
+    """
+    if not isinstance(leaf, CompressedTensor):
+        return chip.float32 if _is_float32(leaf.dtype) else chip.bf16
+    static = leaf.static()
+    if static.get("values") == "int8" and not static.get("group"):
+        if static["act_bits"] == 8:
+            return chip.int8
+        if chip.platform == "cpu":
+            return chip.int8 / 2
+    return chip.bf16
+
+
+def _is_float32(dtype) -> bool:
+    return jnp.dtype(dtype) == jnp.float32
