@@ -15,6 +15,7 @@ T = TypeVar("T")
 
 FORMATS = ("jsonl", "csv", "parquet", "openai_batch")
 MODES = ("generate", "score", "classify", "embed", "rank", "perplexity")
+SPECULATION = ("off", "lookup")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _MOST = 2**31 - 1  # counts travel to the device as int32
 _MOST_ANSWERS = 256
@@ -112,14 +113,20 @@ class EngineSection:
         "auto", "dtype of the cache: auto (that of the weights), float32, bfloat16, float16"
     )
     prefix_cache: bool = _doc(True, "reuse the cache of prompts that begin alike")
+    speculation: str = _doc(
+        "off", "off, or lookup: propose what followed earlier in the row's text, verify together"
+    )
+    draft_tokens: int = _doc(7, "most tokens proposed for a row and step")
 
     def __post_init__(self):
         _check_types(self)
-        for name in ("rows", "page_size", "prefill_chunk", "decode_block"):
+        for name in ("rows", "page_size", "prefill_chunk", "decode_block", "draft_tokens"):
             _check(self, name, 1 <= getattr(self, name) <= _MOST, "1 or more")
         for name in ("num_pages", "max_len"):
             _check(self, name, 0 <= getattr(self, name) <= _MOST, "0 (the engine chooses) or more")
         _check(self, "kv_dtype", self.kv_dtype in DTYPES, f"one of {', '.join(DTYPES)}")
+        good = self.speculation in SPECULATION
+        _check(self, "speculation", good, f"one of {', '.join(SPECULATION)}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,8 @@
 The next token is a hash of all the tokens that it finds in the row's pages, so one wrong page, slot
 or order of programs gives tokens that `expected_tokens`, which knows no pages, doesn't give. The
 `FakeEngine` is the engine's loop: a plan is run before the result of the one before is committed.
+In a speculative block a row gains as many tokens a step as a hash says, and what it rejects is
+written behind them.
 """
 
 import dataclasses
@@ -79,19 +81,18 @@ class FakeDevice:
     def _decode(self, plan: Plan) -> BlockResult:
         lines = [self.lines[entry.slot] for entry in plan.rows]
         assert len({entry.slot for entry in plan.rows}) == len(lines)
-        tokens = np.full((len(lines), 1 + plan.steps), -7, np.int32)
+        tokens = np.full((len(lines), 1 + plan.steps * (1 + plan.draft)), -7, np.int32)
         tokens[:, 0] = [line.token for line in lines]
         before = [line.produced for line in lines]
-        for step in range(plan.steps):
-            writers: set[int] = set()
+        for _ in range(plan.steps):
+            writers: dict[int, int] = {}
             for number, (line, entry) in enumerate(zip(lines, plan.rows, strict=True)):
                 if line.finish == RUNNING:
-                    page = self._write(entry.pages, line.length, line.token)
-                    assert page not in writers, f"two rows write page {page}"
-                    writers.add(page)
-                    line.length += 1
-                    self._sample(line, entry)
-                    tokens[number, 1 + step] = line.token
+                    new, pages = self._verify(line, entry, plan.draft)
+                    place = 1 + line.produced - before[number] - len(new)
+                    tokens[number, place : place + len(new)] = new
+                    for page in pages:
+                        assert writers.setdefault(page, number) == number, f"two write page {page}"
         return BlockResult(
             tokens=tokens,
             count=np.array([n.produced - b for n, b in zip(lines, before, strict=True)]),
@@ -100,6 +101,20 @@ class FakeDevice:
             top_ids=np.stack([tokens + n for n in range(_TOPS)], -1),
             top_logprobs=np.stack([-tokens - float(n) for n in range(_TOPS)], -1),
         )
+
+    def _verify(self, line: Line, entry, draft: int) -> tuple[list[int], set[int]]:
+        """A step of a row: its new tokens and the pages that it wrote."""
+        room = min(draft, entry.row.limit - line.produced - 1)
+        accepted = min(room, zlib.crc32(repr((line.token, line.length)).encode()) % (1 + draft))
+        begin, new, pages = line.length, [], set()
+        while line.finish == RUNNING and len(new) <= accepted:
+            pages.add(self._write(entry.pages, line.length, line.token))
+            line.length += 1
+            self._sample(line, entry)
+            new.append(line.token)
+        for place in range(line.length, begin + 1 + room):
+            pages.add(self._write(entry.pages, place, -5))
+        return new, pages
 
     def _write(self, pages: tuple[int, ...], place: int, token: int) -> int:
         page = pages[place // self.page_size]

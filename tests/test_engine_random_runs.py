@@ -44,12 +44,14 @@ class Runs(RuleBasedStateMachine):
         decode_block=st.integers(1, 5),
         max_len=st.integers(10, 24),
         prefix_cache=st.sampled_from([True, True, True, False]),
+        draft=st.sampled_from([0, 0, 1, 4]),
     )
     def start(self, spare_pages, tiles, **sizes):
         sizes["num_pages"] = (
             math.ceil(0.8 * sizes["max_len"] / sizes["page_size"]) + 1 + spare_pages
         )
-        self.most = Knobs(sizes["decode_block"], tiles * sizes["q_tile"], sizes["rows"])
+        chunk = tiles * sizes["q_tile"]
+        self.most = Knobs(sizes["decode_block"], chunk, sizes["rows"], sizes["draft"])
         self.engine = FakeEngine(prefill_chunk=self.most.prefill_chunk, **sizes)
         self.requests, self.aborted, self.idle = {}, set(), Counter()
         self.patience = 3 + sizes["rows"] * math.ceil(sizes["max_len"] / sizes["q_tile"])
@@ -83,7 +85,8 @@ class Runs(RuleBasedStateMachine):
         m = self.most
         chunk = data.draw(st.integers(1, m.prefill_chunk // self.engine.tile)) * self.engine.tile
         block, live = (data.draw(st.integers(1, n)) for n in (m.decode_block, m.live_rows))
-        self.engine.scheduler.knobs = Knobs(block, chunk, live)
+        draft = data.draw(st.integers(0, m.draft))
+        self.engine.scheduler.knobs = Knobs(block, chunk, live, draft)
 
     @rule(beats=st.integers(1, 4))
     def run_on(self, beats):
@@ -93,7 +96,7 @@ class Runs(RuleBasedStateMachine):
     def beat(self):
         """A beat; the oldest request that isn't planned to its end must come to its turn soon."""
         e = self.engine
-        left = [r for r in e.scheduler._rows.values() if not 0 < r.limit <= r.bound]
+        left = [r for r in e.scheduler._rows.values() if not 0 < r.limit <= r.least]
         plan = e.beat()
         for row in left[:1]:
             lines = [*plan.chunks, *plan.rows] if plan else []
@@ -110,7 +113,8 @@ class Runs(RuleBasedStateMachine):
         assert sorted([*pool._free, *pool._cached, *counts]) == list(range(1, pool.num_pages))
         assert all(pool.references(page) == count for page, count in counts.items())
         for row in running:
-            writable = row.pages[row.computed // pool.page_size :]
+            computed = row.computed - (row.bound - row.least)
+            writable = row.pages[computed // pool.page_size :]
             assert all(counts[page] == 1 and page not in pool._key_of for page in writable)
         assert sorted([*s._slots, *(row.slot for row in running)]) == list(
             range(self.most.live_rows)

@@ -313,6 +313,63 @@ def test_a_runner_that_ran_fewer_steps_than_planned_is_found_out():
         scheduler.commit(plan, block([[7, 8, 9, 1, 0]], [3], [0]))
 
 
+def test_a_speculative_block_holds_pages_for_the_most_and_leaves_by_the_fewest():
+    e = engine(rows=1, decode_block=2, draft=3, prefill_chunk=4)
+    a = request("a", [1, 2, 3, 4, 5], max_tokens=12, **NEVER)
+    e.add(a)
+    e.beat()  # 4 of the prompt's tokens
+    plan = e.beat()
+    (entry,) = plan.rows
+    row = entry.row
+    assert (plan.steps, plan.draft) == (2, 3)
+    assert (row.least, row.bound, row.computed) == (3, 9, 13)  # 1 + 2 and 1 + 2 * 4; 5 + 9 - 1
+    assert len(entry.pages) == 4  # 13 tokens
+    given = e.device.lines[entry.slot].produced
+    plan = e.beat()
+    (entry,) = plan.rows
+    assert entry.cached == 13 and len(entry.pages) == 4  # 5 + 12 - 1 tokens of at most 17
+    assert (row.least, row.bound) == (given + 2, min(12, given + 8)) and row.slot == 0
+    e.run()
+    finished_as_alone(e, a)
+
+
+def test_a_row_leaves_a_speculative_block_that_is_sure_to_end_it():
+    e = engine(rows=1, decode_block=4, draft=2)
+    a, b = request("a", [1], max_tokens=5, **NEVER), request("b", [2], max_tokens=2, **NEVER)
+    e.add(a, b)
+    assert names(e.beat()) == ("a", "a")  # 1 by the prefill + 4 steps = max_tokens
+    assert names(e.beat()) == ("b", "b")
+    e.run()
+    finished_as_alone(e, a, b)
+
+
+def test_few_pages_make_a_block_plain_before_anybody_is_preempted():
+    e = engine(decode_block=4, draft=3, num_pages=7, prefill_chunk=16)  # 6 pages of 4
+    a = request("a", [1, 2, 3], max_tokens=20, **NEVER)
+    b = request("b", [4, 5, 6], max_tokens=9, **NEVER)
+    e.add(a, b)
+    assert e.beat().draft == 0  # no row has a slot yet
+    plan = e.beat()  # a speculative block needs 6 pages for a and 3 for b
+    assert names(plan) == ("", "ab") and plan.draft == 0
+    plan = e.beat()
+    assert names(plan) == ("", "a") and plan.draft == 3
+    e.run()
+    finished_as_alone(e, a, b)
+    assert e.scheduler.counters.preemptions == 0
+
+
+def test_the_draft_policy_sees_the_rows_with_a_slot_and_the_knob():
+    e, seen = engine(draft=3), []
+    e.scheduler.draft_policy = lambda rows, most: seen.append((len(rows), most)) or 1
+    e.scheduler.knobs = Knobs(decode_block=4, prefill_chunk=8, live_rows=2, draft=2)
+    a = request("a", [1] * 3, max_tokens=30, **NEVER)
+    e.add(a)
+    e.beat()
+    assert e.beat().draft == 1 and seen[0] == (1, 2)
+    e.run()
+    finished_as_alone(e, a)
+
+
 def test_knobs_take_effect_in_the_next_beat():
     e = engine(rows=2)
     a, b = request("a", [1] * 8, **NEVER), request("b", [2] * 8, **NEVER)
@@ -326,6 +383,12 @@ def test_knobs_take_effect_in_the_next_beat():
     assert names(e.beat()) == ("b", "ab")
     e.run()
     finished_as_alone(e, a, b)
+
+
+def test_a_knob_never_speculates_beyond_what_was_compiled():
+    scheduler = engine(draft=3).scheduler
+    with pytest.raises(ValueError, match="knob draft=4: want 0 to 3"):
+        scheduler.knobs = Knobs(decode_block=4, prefill_chunk=8, live_rows=2, draft=4)
 
 
 @pytest.mark.parametrize("name", ["decode_block", "prefill_chunk", "live_rows"])

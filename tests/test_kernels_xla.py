@@ -89,3 +89,36 @@ def test_idle_rows_change_nothing_but_the_null_page():
 
 def test_cpu_and_gpu_share_a_backend():
     assert backend_for("cpu") is backend_for("gpu") is attention_xla
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("window", "soft_cap"), [(0, 0.0), (9, 3.0)])
+def test_a_view_verifies_several_tokens_a_row(window, soft_cap, dtype):
+    """Two steps of three tokens on a view, of which rows keep different numbers."""
+    rng, view, new = np.random.default_rng(0), 96, 3
+    lengths, kept = np.array([0, 3, 90, 64]), np.array([[1, 2], [3, 3], [2, 1], [1, 1]])
+    table = page_table(rng, 4)
+    cache = filled_cache(rng, dtype)
+    ours = cache.transpose(0, 2, 3, 1, 4)
+    sides = attention_xla.open_view(ours, table, jnp.asarray(lengths), tokens=view, steps=2 * new)
+    places = np.maximum(np.arange(view) - view + lengths[:, None], -1)
+    places = np.pad(places, ((0, 0), (0, 2 * new)), constant_values=-1)
+    options = dict(scale=0.3, window=window, soft_cap=soft_cap)
+    for step in range(2):
+        positions = lengths[:, None] + np.arange(new)
+        q = jnp.asarray(rng.normal(size=(4 * new, K, G, H)), jnp.float32)
+        k, v = (jnp.asarray(rng.normal(size=(4 * new, K, H)), jnp.float32) for _ in range(2))
+        begin = view + step * new
+        places[:, begin : begin + new] = positions
+        span = tuple(jnp.asarray(a, jnp.int32) for a in (places, positions, begin))
+        got, sides = attention_xla.verify_view(q, k, v, sides, span=span, **options)
+        batch = PagedBatch(
+            *(jnp.asarray(a, jnp.int32) for a in (positions.ravel(), np.repeat(range(4), new))),
+            table,
+            *(jnp.asarray(a, jnp.int32) for a in (lengths + new, np.arange(5) * new, [4])),
+        )
+        cache = attention_reference.write(cache, k, v, batch)
+        want = attention_reference.attend(q, cache, batch, decode=False, **options)
+        np.testing.assert_allclose(got, want, atol=2e-6 if dtype == jnp.float32 else 2e-2)
+        places[:, begin : begin + new][np.arange(new) >= kept[:, step, None]] = -1
+        lengths = lengths + kept[:, step]

@@ -80,6 +80,7 @@ class Engine:
             max_len=sizes.max_len,
             q_tile=backend.Q_TILE,
             prefix_cache=section.prefix_cache,
+            draft=sizes.draft,
         )
         self._in_flight: InFlight | None = None
 
@@ -232,6 +233,7 @@ def _plan_sizes(section: EngineSection, model: Model, *, backend, kv_dtype, work
         prefill_chunk=section.prefill_chunk,
         decode_block=section.decode_block,
         max_len=max_len,
+        draft=section.draft_tokens if section.speculation != "off" else 0,
     )
 
 

@@ -33,7 +33,7 @@ class DecodeShape:
     """A decode program: `rows` B, up to `steps` steps a block, page tables of `pages` W.
 
     `view` > 0: the block works on a copy of up to so many cached tokens a row (backends with
-    `open_view`).
+    `open_view`). `draft` > 0: a step verifies so many proposed tokens a row beside its last one.
     """
 
     rows: int
@@ -41,6 +41,12 @@ class DecodeShape:
     pages: int
     spec: SampleSpec
     view: int = 0
+    draft: int = 0
+
+    @property
+    def tail(self) -> int:
+        """Places of a row's new tokens in a block."""
+        return self.steps * (1 + self.draft)
 
 
 class Layout:
@@ -109,7 +115,7 @@ def place_chunks(view: dict[str, np.ndarray], chunks: Sequence[Chunk], *, tile: 
 
 def prefill_layout(shape: PrefillShape) -> Layout:
     """Host to device. Unused lines have slot = the number of slots (dropped on the device)."""
-    R = shape.rows
+    R, text = shape.rows, shape.spec.text
     return Layout(
         **chunk_pieces(shape.tokens, R, shape.pages),
         slots=(R,),  # where the row's state lives
@@ -122,6 +128,7 @@ def prefill_layout(shape: PrefillShape) -> Layout:
         produced=(R,),  # outputs before the one sampled now
         limit=(R,),  # most outputs of the row
         params=(R, width(shape.spec)),
+        **(dict(texts=(R, text)) if text else {}),  # the row's known tokens, from its first
     )
 
 
@@ -138,9 +145,14 @@ def decode_layout(shape: DecodeShape) -> Layout:
 
 
 def result_layout(shape: DecodeShape) -> Layout:
-    """Device to host: place 0 of `tokens` is the token with which the row entered the block."""
-    B, N = shape.rows, 1 + shape.steps
+    """Device to host: place 0 of `tokens` is the token with which the row entered the block.
+
+    Of a speculative block also the counts of `request.Speculated`.
+    """
+    B, N = shape.rows, 1 + shape.tail
     pieces = dict(steps=(1,), count=(B,), finish=(B,), tokens=(B, N))
+    if shape.draft:
+        pieces |= dict(rounds=(B,), proposed=(B,), whole=(B,))
     if shape.spec.logprobs >= 0:
         tops = shape.spec.logprobs
         pieces |= dict(logprob=(B, N), top_ids=(B, N, tops), top_logprobs=(B, N, tops))

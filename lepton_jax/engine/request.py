@@ -43,10 +43,14 @@ class Row:
       outputs: ids that came back from the device.
       bound: outputs there can be at most once all that is dispatched has run; 0 until the chunk
         that ends the row's known tokens is dispatched.
-      computed: tokens whose keys and values are cached, or will be once all dispatched has run.
+      least: as `bound`, but how many there are at least unless a stop token ends them; the same
+        without speculation.
+      computed: tokens whose keys and values are cached, or will be at most once all dispatched has
+        run.
       pages: the row's pages in order; `keys` the hashes of those full of known tokens.
       slot: line of the device's row state; None while the row has none.
       entering: its first token is sampled but not read.
+      ahead: of each decode block that is dispatched but not read, the steps and the most tokens.
       scored: what came back of a scoring request so far.
       finished: nothing more comes out for it.
     """
@@ -55,11 +59,13 @@ class Row:
     limit: int
     outputs: list[int] = dataclasses.field(default_factory=list)
     bound: int = 0
+    least: int = 0
     computed: int = 0
     pages: list[int] = dataclasses.field(default_factory=list)
     keys: list[bytes] = dataclasses.field(default_factory=list)
     slot: int | None = None
     entering: bool = False
+    ahead: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     scored: Scored | None = None
     finished: bool = False
 
@@ -72,6 +78,13 @@ class Row:
     def ready(self) -> bool:
         """Whether the row can decode: all its known tokens are computed and the next is sampled."""
         return self.slot is not None and self.bound > 0
+
+    def recount(self) -> None:
+        """Sets `least`, `bound` and `computed` of a ready row from what is read and dispatched."""
+        known = len(self.outputs) + self.entering
+        self.least = min(self.limit, known + sum(steps for steps, _ in self.ahead))
+        self.bound = min(self.limit, known + sum(most for _, most in self.ahead))
+        self.computed = len(self.request.prompt_ids) + self.bound - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,17 +125,34 @@ class Entry:
 class Plan:
     """One beat: a packed prefill, then a decode block of up to `steps` steps; either may be empty.
 
-    A block of 0 steps only reads the tokens with which its rows enter. The chunks are all of
-    requests to continue or, where `scoring`, all of requests to score.
+    A block of 0 steps only reads the tokens with which its rows enter. With `draft` > 0 a step may
+    give a row up to 1 + draft tokens. The chunks are all of requests to continue or, where
+    `scoring`, all of requests to score.
     """
 
     chunks: tuple[Chunk, ...] = ()
     rows: tuple[Entry, ...] = ()
     steps: int = 0
+    draft: int = 0
 
     @property
     def scoring(self) -> bool:
         return bool(self.chunks) and self.chunks[0].row.request.scoring is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class Speculated:
+    """What became of a speculative block's proposals, int32 `[B]` each.
+
+    Attributes:
+      rounds: steps in which the row ran.
+      proposed: tokens that were proposed in them.
+      whole: rounds whose proposals were all accepted.
+    """
+
+    rounds: np.ndarray
+    proposed: np.ndarray
+    whole: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +165,7 @@ class BlockResult:
       finish: int32 `[B]`, 0 running, 1 a stop token came, 2 the limit is reached.
       logprob: float32 `[B, 1 + k]` of those tokens; None, like the next two, where no row asks.
       top_ids, top_logprobs: `[B, 1 + k, n]`, the likeliest tokens in their places.
+      speculated: of a speculative block, in which k is steps * (1 + draft).
     """
 
     tokens: np.ndarray
@@ -143,6 +174,7 @@ class BlockResult:
     logprob: np.ndarray | None = None
     top_ids: np.ndarray | None = None
     top_logprobs: np.ndarray | None = None
+    speculated: Speculated | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lepton_jax.engine import packing, scoring, steps
+from lepton_jax.engine import packing, scoring, speculation, steps
 from lepton_jax.engine.packing import DecodeShape, PrefillShape
 from lepton_jax.engine.programs import Programs
-from lepton_jax.engine.request import BlockResult, Plan
+from lepton_jax.engine.request import BlockResult, Plan, Speculated
 from lepton_jax.engine.row_params import SampleSpec, pack
 from lepton_jax.engine.scored import ScoreResult, ScoreSpec
 from lepton_jax.engine.scoring import ScoreShape
@@ -41,6 +41,7 @@ class Sizes:
     prefill_chunk: int
     decode_block: int
     max_len: int
+    draft: int = 0
 
     @property
     def pages_per_row(self) -> int:
@@ -74,6 +75,9 @@ class Timings:
     decode_steps: int = 0
     decode_tokens: int = 0
     decode_padding: int = 0
+    proposed_tokens: int = 0
+    accepted_tokens: int = 0
+    verified_steps: int = 0
 
 
 def ladder(top: int, factor: int, bottom: int) -> list[int]:
@@ -101,7 +105,10 @@ class Runner:
         strict: bool = False,
     ):
         self.model, self.sizes = model, sizes
-        self.spec, self.score_spec = SampleSpec(), ScoreSpec()
+        self.spec, self.score_spec = (
+            SampleSpec(text=sizes.max_len if sizes.draft else 0),
+            ScoreSpec(),
+        )
         self.timings = Timings()
         self._leaves, self.backend, self._kv_dtype = tuple(leaves), backend, kv_dtype
         self._eos_ids = eos_ids
@@ -109,7 +116,7 @@ class Runner:
         self._caches: tuple | None = None
         self._state: steps.RowState | None = None
         self._scratch: tuple = ()
-        self._scratch_of = (0, 0)  # rows and view that it is for
+        self._scratch_of = (0, 0, 0)  # rows, view and tail that it is for
         self._last_done = 0.0
         tile = backend.Q_TILE
         most = -(-sizes.prefill_chunk // tile)
@@ -119,6 +126,7 @@ class Runner:
         top = -(-sizes.max_len // _VIEW_STEP) * _VIEW_STEP
         views = ladder(top, 4, min(top, _SMALLEST_VIEW))
         self._view_sizes = views if hasattr(backend, "open_view") else []
+        self.drafts = draft_sizes(sizes.draft)
 
     @property
     def kv_bytes(self) -> int:
@@ -144,7 +152,8 @@ class Runner:
         decode = self._fit(self._decode_sizes, rows)
         prefills = [self._prefill_shape(size) for size in self._prefill_sizes if size <= prefill]
         decodes = [
-            self._decode_shape(size, cached)
+            self._decode_shape(size, cached, draft)
+            for draft in (0, *self.drafts[::-1])
             for cached in self._view_sizes or [0]
             for size in reversed(self._decode_sizes)
             if size <= decode
@@ -189,13 +198,15 @@ class Runner:
             self.timings.prefill_padding += shape.tokens - real
         if plan.rows:
             rows = self._fit(self._decode_sizes, len(plan.rows))
-            shape = self._decode_shape(rows, max(entry.cached for entry in plan.rows))
+            cached = max(entry.cached for entry in plan.rows)
+            draft = self._fit(self.drafts, plan.draft) if plan.draft else 0
+            shape = self._decode_shape(rows, cached, draft)
             program = self.programs.get(shape)
             packed = self._pack_decode(plan, shape)
-            if self._scratch_of != (shape.rows, shape.view):
+            if self._scratch_of != (shape.rows, shape.view, shape.tail):
                 self._scratch = ()  # the old one goes before the new one comes
                 self._scratch = steps.empty_views(self.backend, self._caches, shape)
-                self._scratch_of = (shape.rows, shape.view)
+                self._scratch_of = (shape.rows, shape.view, shape.tail)
             memory = self._caches, self._scratch
             (self._caches, self._scratch), self._state, flight.result = program(
                 self._leaves, memory, self._state, packed
@@ -229,9 +240,14 @@ class Runner:
 
     def _count_block(self, shape: DecodeShape, pieces: dict[str, np.ndarray]) -> None:
         steps_run, tokens = int(pieces["steps"][0]), int(pieces["count"].sum())
+        rounds = int(pieces["rounds"].sum()) if shape.draft else tokens
         self.timings.decode_steps += steps_run
         self.timings.decode_tokens += tokens
-        self.timings.decode_padding += steps_run * shape.rows - tokens
+        self.timings.decode_padding += steps_run * shape.rows - rounds
+        if shape.draft:
+            self.timings.verified_steps += steps_run
+            self.timings.proposed_tokens += int(pieces["proposed"].sum())
+            self.timings.accepted_tokens += tokens - rounds
 
     def _lap(self, flight: InFlight) -> float:
         """Seconds since the device finished the program before, or since this one was enqueued."""
@@ -251,10 +267,10 @@ class Runner:
         plain = self._prefill_shape(tokens)
         return ScoreShape(plain.tokens, plain.rows, plain.pages, self.score_spec)
 
-    def _decode_shape(self, rows: int, cached: int) -> DecodeShape:
+    def _decode_shape(self, rows: int, cached: int, draft: int) -> DecodeShape:
         s = self.sizes
         view = self._view(rows, cached)
-        return DecodeShape(rows, s.decode_block, s.pages_per_row, self.spec, view)
+        return DecodeShape(rows, s.decode_block, s.pages_per_row, self.spec, view, draft)
 
     def _view(self, rows: int, cached: int) -> int:
         """Tokens of a block's view; 0 where the backend has none or it would be too large."""
@@ -270,7 +286,7 @@ class Runner:
         prefill = isinstance(shape, PrefillShape)
         layout = (packing.prefill_layout if prefill else packing.decode_layout)(shape)
         step = functools.partial(
-            steps.prefill if prefill else steps.decode_block,
+            steps.prefill if prefill else _block(shape),
             model=self.model,
             backend=self.backend,
             shape=shape,
@@ -332,6 +348,9 @@ class Runner:
             view["outputs_from"][line] = len(row.request.prompt_ids)
             view["produced"][line] = len(row.outputs)
             view["limit"][line] = row.limit
+            if shape.spec.text and chunk.final:
+                known = row.tokens
+                view["texts"][line, : len(known)] = known
         self._pack_params(view, [chunk.row for chunk in plan.chunks], shape.spec)
         return buffer
 
@@ -353,6 +372,16 @@ class Runner:
         view["params"][:] = pack(params, spec, eos_ids=self._eos_ids, seeds=seeds)
 
 
+def draft_sizes(most: int) -> list[int]:
+    """Draft lengths that programs are compiled for, ascending: a step's tokens are halved once."""
+    half = (1 + most) // 2 - 1
+    return [size for size in (half, most) if size > 0]
+
+
+def _block(shape: DecodeShape):
+    return speculation.speculative_block if shape.draft else steps.decode_block
+
+
 def _block_result(pieces: dict[str, np.ndarray], rows: int) -> BlockResult:
     """The pieces of a result buffer for its first `rows` lines, floats as floats again."""
     floats = {
@@ -361,4 +390,6 @@ def _block_result(pieces: dict[str, np.ndarray], rows: int) -> BlockResult:
         if name in pieces
     }
     ints = {name: pieces[name][:rows] for name in pieces if name not in ("steps", *floats)}
-    return BlockResult(**ints, **floats)
+    counts = [field.name for field in dataclasses.fields(Speculated)]
+    speculated = Speculated(*map(ints.pop, counts)) if "rounds" in ints else None
+    return BlockResult(**ints, **floats, speculated=speculated)

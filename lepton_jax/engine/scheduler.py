@@ -3,7 +3,8 @@
 The device runs programs in the order of dispatch, so the scheduler may plan on what is dispatched
 but not yet read: a row whose last chunk is in a plan decodes in the same plan; a page is shareable
 as soon as the chunk that fills it is planned; a row that is sure to end in a block gives slot and
-pages up when the block is planned. A row's end by a stop token is known one beat late. A request to
+pages up when the block is planned. A row's end by a stop token is known one beat late, and so is
+how many tokens a speculative block gave: until then the plans hold for the fewest and the most. A request to
 score ends with its prefill: it gives slot and pages up when its last chunk is planned.
 Pure Python, no jax. Read next: `request.py` (the data), `pages.py` (the memory).
 """
@@ -50,16 +51,23 @@ class Knobs:
       decode_block: most steps of a block.
       prefill_chunk: most prompt tokens of a beat, padding to tiles included.
       live_rows: most rows that hold a slot; rows beyond a lowered value stay until they end.
+      draft: most tokens that a step of a speculative block verifies; 0: no speculation.
     """
 
     decode_block: int
     prefill_chunk: int
     live_rows: int
+    draft: int = 0
 
 
 def first_come(waiting: Sequence[Row]) -> int:
     """The admission policy by default: index of the row to admit next. Preempted rows are first."""
     return 0
+
+
+def longest_draft(running: Sequence[Row], most: int) -> int:
+    """The draft policy by default: tokens to propose in the next block, 0 to `most`."""
+    return most
 
 
 def best_steps(remaining: Sequence[int], most: int) -> int:
@@ -80,7 +88,8 @@ class Scheduler:
     """Continuous batching over a fixed number of slots and pages.
 
     `schedule` and `commit` alternate; one plan may be in flight (scheduled, not committed), and the
-    plans are committed in order. `policy` may be replaced by another function of the waiting rows.
+    plans are committed in order. `policy` may be replaced by another function of the waiting rows,
+    `draft_policy` by one of the rows with a slot and the knob `draft`.
     """
 
     def __init__(
@@ -94,11 +103,14 @@ class Scheduler:
         max_len: int,
         q_tile: int = 1,
         prefix_cache: bool = True,
+        draft: int = 0,
     ):
         chunk = -(-prefill_chunk // q_tile) * q_tile
         self.counters = Counters()
         self.policy: Callable[[Sequence[Row]], int] = first_come
-        self._knobs = self._most = Knobs(decode_block, chunk, rows)
+        self.draft_policy: Callable[[Sequence[Row], int], int] = longest_draft
+        self._knobs = self._most = Knobs(decode_block, chunk, rows, draft)
+        self._draft = 0  # of the block that is being planned
         self._max_len, self._tile, self._prefix_cache = max_len, q_tile, prefix_cache
         self._pool = PagePool(num_pages, page_size)
         self._slots = list(range(rows))
@@ -114,7 +126,7 @@ class Scheduler:
 
     @knobs.setter
     def knobs(self, knobs: Knobs) -> None:
-        least = Knobs(decode_block=1, prefill_chunk=self._tile, live_rows=1)
+        least = Knobs(decode_block=1, prefill_chunk=self._tile, live_rows=1, draft=0)
         for field in dataclasses.fields(Knobs):
             value, low, high = (getattr(k, field.name) for k in (knobs, least, self._most))
             if not low <= value <= high:
@@ -182,7 +194,7 @@ class Scheduler:
         if not chunks and not rows:
             return None
         self._unread += 1
-        return Plan(tuple(chunks), rows, steps)
+        return Plan(tuple(chunks), rows, steps, draft=self._draft if steps else 0)
 
     def commit(
         self, plan: Plan, result: BlockResult | None, scores: ScoreResult | None = None
@@ -191,7 +203,7 @@ class Scheduler:
         self._unread -= 1
         scored = self._take_scores(plan, scores) if plan.scoring else []
         live = [(n, entry.row) for n, entry in enumerate(plan.rows) if not entry.row.finished]
-        outputs = [self._take(row, result, line=line, steps=plan.steps) for line, row in live]
+        outputs = [self._take(row, result, line=line, plan=plan) for line, row in live]
         done = [output for output in outputs if output.token_ids or output.finish_reason]
         return scored + done
 
@@ -201,8 +213,12 @@ class Scheduler:
         """Preempts the youngest rows until the others' next blocks have pages.
 
         False where something in flight must be committed first: it may end rows, and outputs that
-        weren't read couldn't be prefilled again. The oldest row alone always fits (see `add`).
+        weren't read couldn't be prefilled again. The oldest row alone always fits (see `add`). Before
+        a row is sent away for the pages that a speculative block may need, a plain one is planned.
         """
+        self._draft = self.draft_policy(self._running, self._knobs.draft) if self._running else 0
+        if self._growth() > self._pool.available:
+            self._draft = 0
         while self._growth() > self._pool.available:
             if self._unread:
                 return False
@@ -216,7 +232,8 @@ class Scheduler:
     def _pages_short(self, row: Row, steps: int | None = None) -> int:
         """Pages that a row lacks for a block, by whose end all outputs but the last are cached."""
         steps = self._knobs.decode_block if steps is None else steps
-        outputs = min(row.limit, (row.bound or len(row.outputs) + 1) + steps)
+        most = steps * (1 + self._draft)
+        outputs = min(row.limit, (row.bound or len(row.outputs) + 1) + most)
         needed = self._pool.pages_for(len(row.request.prompt_ids) + max(outputs - 1, 0))
         return max(0, needed - len(row.pages))
 
@@ -225,7 +242,7 @@ class Scheduler:
         row.keys = self._pool.keys(row.tokens, row.keys)
         self._register(row)
         self._release(row)
-        row.bound, row.computed, row.scored = 0, 0, None
+        row.bound, row.least, row.computed, row.scored = 0, 0, 0, None
         self._waiting.appendleft(row)
         self.counters.preemptions += 1
 
@@ -306,8 +323,8 @@ class Scheduler:
         row.computed = stop = min(len(tokens), start + most)
         final = stop == len(tokens)
         if final and row.request.scoring is None:
-            row.bound = len(row.outputs) + 1
             row.entering = True
+            row.recount()
         self._register(row)
         pages = tuple(row.pages)
         return Chunk(row, row.slot, pages, start, tuple(tokens[start:stop]), final)
@@ -317,30 +334,30 @@ class Scheduler:
     def _decode(self) -> tuple[tuple[Entry, ...], int]:
         """The ready rows and the steps of their block; rows that are sure to end in it leave."""
         ready = [row for row in self._running if row.ready]
-        remaining = [row.limit - row.bound for row in ready]
+        remaining = [row.limit - row.least for row in ready]
         most = self._knobs.decode_block
         steps = min(most, max(remaining, default=0))
         if steps and self._waiting:
             steps = best_steps(remaining, most)
         entries = tuple(self._enter(row, steps) for row in ready)
         for row in ready:  # not sooner: within a block nothing is free for another row
-            if row.bound == row.limit:
+            if row.least == row.limit:
                 self._release(row)
         return entries, steps
 
     def _enter(self, row: Row, steps: int) -> Entry:
         row.pages += self._pool.allocate(self._pages_short(row, steps))
         entry = Entry(row, row.slot, tuple(row.pages), cached=row.computed)
-        bound = min(row.limit, row.bound + steps)
-        row.computed += bound - row.bound
-        row.bound = bound
+        row.ahead.append((steps, steps * (1 + self._draft)))
+        row.recount()
         return entry
 
     # Endings
 
-    def _take(self, row: Row, result: BlockResult, *, line: int, steps: int) -> StepOutput:
+    def _take(self, row: Row, result: BlockResult, *, line: int, plan: Plan) -> StepOutput:
         """The row's new tokens from its line of a result."""
         count = int(result.count[line])
+        most = plan.steps * (1 + plan.draft)
         places = range(0 if row.entering else 1, 1 + count)
         ids = [int(result.tokens[line, place]) for place in places]
         reason = FINISH_REASONS.get(int(result.finish[line]))
@@ -352,12 +369,14 @@ class Scheduler:
             reason = "error"
         row.entering = False
         row.outputs += ids
+        row.ahead.pop(0)
+        row.recount()
         self.counters.generated_tokens += len(ids)
         if reason:
             self._finish(row)
-        elif count != steps or len(row.outputs) >= row.limit:
+        elif not plan.steps <= count <= most or len(row.outputs) >= row.limit:
             raise RuntimeError(
-                f"request {row.request.id!r} runs on after {count} of a block's {steps} steps and"
+                f"request {row.request.id!r} runs on after {count} of a block's {plan.steps} steps and"
                 f" {len(row.outputs)} of {row.limit} tokens: runner and scheduler disagree"
             )
         return StepOutput(row.request.id, ids, logprobs, reason)

@@ -37,6 +37,8 @@ class RowState:
       logprob, top_ids, top_logprobs: of that last token, `[slots]`, `[slots, n]`; None where no row
       asks.
       history: what penalties look at; None where no row asks.
+      texts: int32 `[slots, text]`, the row's tokens from its first, of which `lengths + 1` are
+      known; None where nothing is looked up.
     """
 
     tokens: jax.Array
@@ -47,6 +49,7 @@ class RowState:
     top_ids: jax.Array | None = None
     top_logprobs: jax.Array | None = None
     history: History | None = None
+    texts: jax.Array | None = None
 
     @classmethod
     def zeros(cls, slots: int, vocab: int, spec: SampleSpec) -> "RowState":
@@ -62,6 +65,8 @@ class RowState:
             )
         if spec.penalties:
             state = dataclasses.replace(state, history=History.zeros(slots, vocab))
+        if spec.text:
+            state = dataclasses.replace(state, texts=jnp.zeros((slots, spec.text), jnp.int32))
         return state
 
     def filled_from(self, older: "RowState") -> "RowState":
@@ -86,6 +91,15 @@ class RowState:
         """These lines in their slots; slots beyond the last are dropped."""
         return jax.tree.map(lambda a, b: a.at[slots].set(b, mode="drop"), self, lines)
 
+    def noted(self, places: jax.Array, tokens: jax.Array) -> "RowState":
+        """With tokens `[slots, n]` at these places of the texts; a place of -1 is dropped."""
+        if self.texts is None:
+            return self
+        places = jnp.where(places < 0, self.texts.shape[1], places)
+        lines = jnp.arange(places.shape[0])[:, None]
+        texts = self.texts.at[lines, places].set(tokens, mode="drop")
+        return dataclasses.replace(self, texts=texts)
+
     def sampled(self, new: Sampled, *, running: jax.Array, limit: jax.Array) -> "RowState":
         """After one more token for the running rows; the others stay as they are."""
         produced = self.produced + running
@@ -99,7 +113,7 @@ class RowState:
             tokens=pick(self.tokens, new.tokens),
             produced=produced,
             finish=pick(self.finish, done),
-        )
+        ).noted(jnp.where(running, self.lengths, -1)[:, None], new.tokens[:, None])
         if self.logprob is None:
             return state
         return dataclasses.replace(
@@ -137,6 +151,8 @@ def prefill(
     if shape.spec.penalties:
         state = dataclasses.replace(state, history=_count_chunks(state.history, inputs))
     lines = state.at(slots)
+    if shape.spec.text:
+        lines = dataclasses.replace(lines, texts=inputs["texts"])
     new = sample(
         logits,
         unpack(inputs["params"], shape.spec),
@@ -221,9 +237,7 @@ def empty_views(backend: ModuleType, caches: tuple, shape: DecodeShape) -> tuple
         return ()
     table = jnp.zeros((shape.rows, shape.pages), jnp.int32)
     lengths = jnp.zeros(shape.rows, jnp.int32)
-    views = jax.eval_shape(
-        lambda: _open_views(backend, caches, table, lengths=lengths, shape=shape)
-    )
+    views = jax.eval_shape(lambda: open_views(backend, caches, table, lengths=lengths, shape=shape))
     return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), views)
 
 
@@ -254,15 +268,16 @@ def _open(
 ) -> tuple:
     """What the steps of a block work on, per layer: the caches themselves or views of them."""
     return (
-        _open_views(backend, caches, table, lengths=entry.lengths, shape=shape)
+        open_views(backend, caches, table, lengths=entry.lengths, shape=shape)
         if shape.view
         else caches
     )
 
 
-def _open_views(backend: ModuleType, caches: tuple, table: jax.Array, *, lengths, shape):
+def open_views(backend: ModuleType, caches: tuple, table: jax.Array, *, lengths, shape):
+    """A view of each layer's cache for a block, with room for the block's new tokens."""
     return tuple(
-        backend.open_view(cache, table, lengths, tokens=shape.view, steps=shape.steps)
+        backend.open_view(cache, table, lengths, tokens=shape.view, steps=shape.tail)
         for cache in caches
     )
 

@@ -117,6 +117,57 @@ def attend_view(
     return (out / weights.sum(-1)[..., None]).astype(q.dtype), (keys, values)
 
 
+def verify_view(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    view: tuple[jax.Array, jax.Array],
+    *,
+    span: tuple[jax.Array, jax.Array, jax.Array],
+    scale: float,
+    window: int = 0,
+    soft_cap: float = 0.0,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """As `attend_view` for M tokens a row side by side: q `[B * M, K, G, H]`, k and v alike.
+
+    Rows may grow by different numbers of tokens: the new ones lie at the same places in all rows,
+    and what a row has rejected leaves a hole there.
+
+    Args:
+      q, k, v: of the new tokens.
+      view: of `open_view`.
+      span: the position of the token at each place of the view i32 `[B, S]`, the new ones included,
+        -1: none; the new tokens' positions i32 `[B, M]`; the place of the first of them.
+      scale, window, soft_cap: as in `attend`.
+    """
+    (positions, queries, place), dtype = span, view[0].dtype
+    exact = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    dot = functools.partial(jnp.einsum, precision=exact, preferred_element_type=jnp.float32)
+    rows, new = queries.shape
+    _, kv_heads, group, head_dim = q.shape
+
+    def heads_first(x):  # [B * M, K, ...] to [B, K, M, ...]
+        return x.reshape(rows, new, *x.shape[1:]).swapaxes(1, 2).astype(dtype)
+
+    keys, values = (
+        jax.lax.dynamic_update_slice(side, heads_first(x), (0, 0, place, 0))
+        for side, x in zip(view, (k, v), strict=True)
+    )
+    lines = heads_first(q).reshape(rows, kv_heads, new * group, head_dim)
+    scores = scale * dot("bkmh,bksh->bkms", lines, keys)
+    if soft_cap:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    there, asking = positions[:, None], queries[:, :, None]
+    seen = (there >= 0) & (there <= asking)  # [B, M, S]
+    if window:
+        seen &= there > asking - window
+    scores = jnp.where(jnp.repeat(seen, group, axis=1)[:, None], scores, MASKED)
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+    out = dot("bkms,bksh->bkmh", weights.astype(dtype), values) / weights.sum(-1)[..., None]
+    out = out.reshape(rows, kv_heads, new, group, head_dim).swapaxes(1, 2)
+    return out.reshape(q.shape).astype(q.dtype), (keys, values)
+
+
 def close_view(
     cache: jax.Array,
     view: tuple[jax.Array, jax.Array],

@@ -1,0 +1,245 @@
+"""Speculative decode blocks: a step proposes tokens, verifies them in one pass of the model and
+keeps those that plain decoding would have chosen.
+
+Verifying samples every place as `steps.decode_block` would, with the row's own rules, seed and
+output position, and accepts a proposal where it is the very token that was sampled there. So the
+outputs are those of plain decoding, greedy or sampled, up to the rounding of larger products; for a
+proposal made without randomness this is the rejection sampling of Leviathan et al. (2023), with the
+same draws. Penalties see the proposals before their place, which are accepted where it counts.
+Proposals come from `lookup.py`; how long they are is decided in `draft_length.py`.
+"""
+
+import dataclasses
+from types import ModuleType
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lepton_jax.engine import packing
+from lepton_jax.engine.lookup import lookup
+from lepton_jax.engine.packing import DecodeShape, float_bits
+from lepton_jax.engine.row_params import RowParams, SampleSpec, unpack
+from lepton_jax.engine.sampling import History, Sampled, sample
+from lepton_jax.engine.steps import RUNNING, RowState, attend_pages, open_views
+from lepton_jax.kernels.attention import PagedBatch
+from lepton_jax.models.build import Model
+
+
+class _Step(NamedTuple):
+    """What a block's loop carries.
+
+    `places` i32[B, S]: the position of the token at each place of the views, -1 where there is none
+    or it was rejected; `[B, 0]` without views. `record`: the result's pieces so far.
+    """
+
+    index: jax.Array
+    lines: RowState
+    working: tuple
+    places: jax.Array
+    record: dict[str, jax.Array]
+
+
+def speculative_block(
+    leaves: tuple,
+    memory: tuple[tuple, tuple],
+    state: RowState,
+    packed: jax.Array,
+    *,
+    model: Model,
+    backend: ModuleType,
+    shape: DecodeShape,
+) -> tuple[tuple[tuple, tuple], RowState, jax.Array]:
+    """As `steps.decode_block`, with up to `1 + shape.draft` tokens for each row and step."""
+    caches, scratch = memory
+    inputs = packing.decode_layout(shape).split(packed)
+    table, limit, width = inputs["page_table"], inputs["limit"], 1 + shape.draft
+    decoder, spec = model.bind(leaves), shape.spec
+    params = jax.tree.map(lambda a: jnp.repeat(a, width, 0), unpack(inputs["params"], spec))
+    entry = state.at(inputs["slots"])
+
+    def step(carry: _Step) -> _Step:
+        index, lines, working, places, record = carry
+        proposed = lookup(lines.texts, lines.lengths, shape.draft)
+        tokens = jnp.concatenate([lines.tokens[:, None], proposed], 1)  # [B, 1 + draft]
+        ahead = jnp.arange(width)
+        valid = (lines.finish == RUNNING)[:, None] & (
+            lines.produced[:, None] + ahead < limit[:, None]
+        )
+        positions = jnp.where(valid, lines.lengths[:, None] + ahead, -1)
+        if shape.view:
+            place = shape.view + index * width
+            places = jax.lax.dynamic_update_slice(places, positions, (0, place))
+            attend = _attend_view(backend, (places, positions, place))
+        else:
+            attend = attend_pages(backend, _verify_batch(lines, positions, table), decode=False)
+        hidden, working = decoder(
+            jnp.maximum(tokens, 0).reshape(-1), positions.reshape(-1), working, attend
+        )
+        new = sample(
+            decoder.logits(hidden),
+            params,
+            index=(lines.produced[:, None] + ahead).reshape(-1),
+            history=_histories(lines.history, proposed),
+            spec=spec,
+        )
+        new = jax.tree.map(lambda a: a.reshape(-1, width, *a.shape[1:]), new)
+        accepted = _accepted(new, proposed, valid)
+        kept = valid & (ahead <= accepted[:, None])
+        record = _write_record(record, new, lines.produced - entry.produced, kept=kept)
+        record = _count(record, proposed, accepted, valid=valid)
+        lines = _advance(lines, new, kept, limit=limit)
+        if shape.view:
+            tail = jnp.where(kept, positions, -1)
+            places = jax.lax.dynamic_update_slice(places, tail, (0, place))
+        return _Step(index + 1, lines, working, places, record)
+
+    def unfinished(carry: _Step) -> jax.Array:
+        return (carry.index < inputs["steps"][0]) & jnp.any(carry.lines.finish == RUNNING)
+
+    begin = _Step(
+        jnp.int32(0), entry, caches, jnp.zeros((shape.rows, 0), jnp.int32), _record(entry, shape)
+    )
+    if shape.view:
+        views = open_views(backend, caches, table, lengths=entry.lengths, shape=shape)
+        begin = begin._replace(working=views, places=_first_places(entry.lengths, shape))
+    end = jax.lax.while_loop(unfinished, step, begin)
+    lines, working = end.lines, end.working
+    if shape.view:
+        written = lines.lengths - entry.lengths
+        caches = tuple(
+            backend.close_view(cache, side, table, entry.lengths, written=written, steps=shape.tail)
+            for cache, side in zip(caches, _in_order(working, end.places, shape), strict=True)
+        )
+    else:
+        caches = working
+    pieces = dict(
+        steps=end.index[None],
+        count=lines.produced - entry.produced,
+        finish=lines.finish,
+        **end.record,
+    )
+    result = packing.result_layout(shape).join(pieces)
+    memory = caches, working if shape.view else scratch
+    return memory, state.put(inputs["slots"], lines), result
+
+
+def _attend_view(backend: ModuleType, span: tuple[jax.Array, jax.Array, jax.Array]):
+    """The decoder's `attend` of several tokens a row over one layer's view."""
+
+    def attend(q, k, v, view, **options):
+        return backend.verify_view(q, k, v, view, span=span, **options)
+
+    return attend
+
+
+def _verify_batch(lines: RowState, positions: jax.Array, table: jax.Array) -> PagedBatch:
+    """Positions `[B, 1 + draft]` as a batch over pages.
+
+    Each row counts as long as if all its tokens were there, because a kernel takes a row's queries
+    for its last tokens; what it reads too much is behind every query that matters.
+    """
+    rows, width = positions.shape
+    lengths = jnp.where(lines.finish == RUNNING, lines.lengths, 0)
+    lines_of = jnp.arange(rows, dtype=jnp.int32)
+    return PagedBatch(
+        positions=positions.reshape(-1),
+        rows=jnp.repeat(lines_of, width),
+        page_table=jnp.pad(table, ((0, 0), (0, width))),  # the null page behind the last one
+        kv_lens=lengths + width,
+        cu_q_lens=jnp.arange(rows + 1, dtype=jnp.int32) * width,
+        num_seqs=jnp.full((1,), rows, jnp.int32),
+    )
+
+
+def _histories(history: History | None, proposed: jax.Array) -> History | None:
+    """What penalties see at each place `[B * (1 + draft), V]`: the proposals before it too."""
+    if history is None:
+        return None
+    rows, draft = proposed.shape
+    width = 1 + draft
+    history = jax.tree.map(lambda a: jnp.repeat(a, width, 0), history)
+    before = jnp.arange(draft) < jnp.arange(width)[:, None]  # [1 + draft, draft]
+    tokens = jnp.where(before, proposed[:, None], -1)
+    lines = jnp.broadcast_to(jnp.arange(rows * width)[:, None], (rows * width, draft))
+    return history.count_output(lines.reshape(-1), tokens.reshape(-1))
+
+
+def _accepted(new: Sampled, proposed: jax.Array, valid: jax.Array) -> jax.Array:
+    """i32[B], how many proposals are what was sampled; none behind a token that ends the row."""
+    same = (new.tokens[:, :-1] == proposed) & ~new.stopped[:, :-1] & valid[:, 1:]
+    return jnp.sum(jnp.cumprod(same.astype(jnp.int32), axis=1), axis=1)
+
+
+def _advance(lines: RowState, new: Sampled, kept: jax.Array, *, limit: jax.Array) -> RowState:
+    """The rows after the tokens that they keep, bool[B, 1 + draft]: the first ones or none."""
+    count = jnp.sum(kept.astype(jnp.int32), 1)
+    running, last = count > 0, jnp.maximum(count - 1, 0)
+
+    def final(values):
+        return values[jnp.arange(values.shape[0]), last]
+
+    before = jnp.where(kept, lines.lengths[:, None] + 1 + jnp.arange(kept.shape[1]), -1)
+    history = lines.history
+    if history is not None:
+        line = jnp.broadcast_to(jnp.arange(kept.shape[0])[:, None], kept.shape)
+        tokens = jnp.where(kept, new.tokens, -1)
+        history = history.count_output(line.reshape(-1), tokens.reshape(-1))
+    lines = dataclasses.replace(
+        lines,
+        lengths=lines.lengths + count,
+        produced=lines.produced + jnp.maximum(count - 1, 0),
+        history=history,
+    )
+    lines = lines.noted(before, new.tokens)
+    return lines.sampled(jax.tree.map(final, new), running=running, limit=limit)
+
+
+def _record(entry: RowState, shape: DecodeShape) -> dict[str, jax.Array]:
+    """The per-token pieces of the result with the entry tokens at place 0, and zero counts."""
+    layout = packing.result_layout(shape)
+    pieces = layout.split(jnp.zeros(layout.size, jnp.int32))
+    for name in ("steps", "count", "finish"):
+        del pieces[name]
+    names = [name for name in pieces if pieces[name].ndim > 1]
+    return pieces | {n: pieces[n].at[:, 0].set(_bits(getattr(entry, n))) for n in names}
+
+
+def _write_record(record: dict, new: Sampled, done: jax.Array, *, kept: jax.Array) -> dict:
+    """The kept tokens behind the `done` `[B]` ones of this block."""
+    lines, ahead = jnp.arange(kept.shape[0])[:, None], jnp.arange(kept.shape[1])
+    place = jnp.where(kept, 1 + done[:, None] + ahead, record["tokens"].shape[1])
+    return record | {
+        name: record[name].at[lines, place].set(_bits(getattr(new, name)), mode="drop")
+        for name in record
+        if record[name].ndim > 1
+    }
+
+
+def _count(record: dict, proposed: jax.Array, accepted: jax.Array, *, valid: jax.Array) -> dict:
+    """The counts of `request.Speculated` after one more step."""
+    running, room = valid[:, 0], jnp.sum(valid[:, 1:], 1)
+    made = jnp.sum(valid[:, 1:] & (proposed >= 0), 1)
+    new = dict(rounds=running, proposed=made, whole=running & (accepted == room))
+    return record | {name: record[name] + values for name, values in new.items()}
+
+
+def _bits(values: jax.Array) -> jax.Array:
+    return float_bits(values) if values.dtype == jnp.float32 else values
+
+
+def _first_places(lengths: jax.Array, shape: DecodeShape) -> jax.Array:
+    """Positions of a new view's places i32[B, view + tail]: each row's text ends at `view`."""
+    places = jnp.arange(shape.view) - shape.view + lengths[:, None]
+    places = jnp.maximum(places, -1).astype(jnp.int32)
+    return jnp.pad(places, ((0, 0), (0, shape.tail)), constant_values=-1)
+
+
+def _in_order(views: tuple, places: jax.Array, shape: DecodeShape) -> tuple:
+    """The views' tails with the tokens that were kept first, as `close_view` wants them."""
+    tail = places[:, shape.view :]
+    order = jnp.argsort(jnp.where(tail < 0, jnp.iinfo(jnp.int32).max, tail), axis=1)
+    index = order[:, None, :, None]
+    return jax.tree.map(
+        lambda side: jnp.take_along_axis(side[:, :, shape.view :], index, axis=2), views
+    )
