@@ -141,9 +141,10 @@ class FakeDevice:
 class FakeEngine:
     """The loop over a scheduler and the fake device. Sizes as of `Scheduler`."""
 
-    def __init__(self, *, q_tile: int = 1, **sizes):
+    def __init__(self, *, q_tile: int = 1, draft: int = 0, **sizes):
         self.max_len, self.tile = sizes["max_len"], q_tile
         self.scheduler = Scheduler(q_tile=q_tile, **sizes)
+        self.scheduler.speculate(draft)
         self.device = FakeDevice(page_size=sizes["page_size"], tile=q_tile)
         self.outputs: dict[str, list[int]] = {}
         self.reasons: dict[str, str] = {}

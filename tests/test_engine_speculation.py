@@ -6,7 +6,6 @@ stops, log-probabilities, preemption.
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,9 +13,8 @@ from engine_reference import Reference, tiny
 from test_engine_loop import EOS, LEAVES, MAX_LEN, MODEL, REQUESTS, TIGHT, check, ids, params, serve
 
 from lepton_jax.config import EngineSection, SamplingParams
-from lepton_jax.engine.loop import Engine
 from lepton_jax.engine.lookup import lookup
-from lepton_jax.kernels import attention_reference, attention_xla
+from lepton_jax.engine.loop import Engine
 
 LOOKUP = dataclasses.replace(TIGHT, speculation="lookup", draft_tokens=3, num_pages=33)
 

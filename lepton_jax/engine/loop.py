@@ -80,8 +80,8 @@ class Engine:
             max_len=sizes.max_len,
             q_tile=backend.Q_TILE,
             prefix_cache=section.prefix_cache,
-            draft=sizes.draft,
         )
+        self.scheduler.speculate(sizes.draft)
         self._in_flight: InFlight | None = None
 
     def step(self) -> list[StepOutput]:

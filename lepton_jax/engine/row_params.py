@@ -39,8 +39,8 @@ class SampleSpec:
     Fields: `stochastic` (some row has a temperature), `truncate` (some such row has top-k, top-p or
     min-p), `penalties`, `bias` (places for biased ids in a row), `stop_ids` (places for stop and
     end-of-sequence ids in a row), `min_tokens`, `logprobs` (-1: none; n: of the token itself and of
-    at least n alternatives). `bias`, `stop_ids` and `logprobs` are 0 or powers of two. `text`: tokens
-    of each row that the device remembers for lookup (`speculation.py`); 0: none.
+    at least n alternatives). `bias`, `stop_ids` and `logprobs` are 0 or powers of two. `text`:
+    tokens of each row that the device remembers for lookup (`speculation.py`); 0: none.
     """
 
     stochastic: bool = False

@@ -4,8 +4,8 @@ The device runs programs in the order of dispatch, so the scheduler may plan on 
 but not yet read: a row whose last chunk is in a plan decodes in the same plan; a page is shareable
 as soon as the chunk that fills it is planned; a row that is sure to end in a block gives slot and
 pages up when the block is planned. A row's end by a stop token is known one beat late, and so is
-how many tokens a speculative block gave: until then the plans hold for the fewest and the most. A request to
-score ends with its prefill: it gives slot and pages up when its last chunk is planned.
+how many tokens a speculative block gave: until then plans hold for the fewest and the most. A
+request to score ends with its prefill: it gives slot and pages up when its last chunk is planned.
 Pure Python, no jax. Read next: `request.py` (the data), `pages.py` (the memory).
 """
 
@@ -103,13 +103,12 @@ class Scheduler:
         max_len: int,
         q_tile: int = 1,
         prefix_cache: bool = True,
-        draft: int = 0,
     ):
         chunk = -(-prefill_chunk // q_tile) * q_tile
         self.counters = Counters()
         self.policy: Callable[[Sequence[Row]], int] = first_come
         self.draft_policy: Callable[[Sequence[Row], int], int] = longest_draft
-        self._knobs = self._most = Knobs(decode_block, chunk, rows, draft)
+        self._knobs = self._most = Knobs(decode_block, chunk, rows)
         self._draft = 0  # of the block that is being planned
         self._max_len, self._tile, self._prefix_cache = max_len, q_tile, prefix_cache
         self._pool = PagePool(num_pages, page_size)
@@ -132,6 +131,11 @@ class Scheduler:
             if not low <= value <= high:
                 raise ValueError(f"knob {field.name}={value}: want {low} to {high}")
         self._knobs = knobs
+
+    def speculate(self, most: int) -> None:
+        """Lets steps verify up to so many proposed tokens a row; the knob is set to it."""
+        self._most = dataclasses.replace(self._most, draft=most)
+        self._knobs = dataclasses.replace(self._knobs, draft=most)
 
     @property
     def has_work(self) -> bool:
@@ -213,8 +217,8 @@ class Scheduler:
         """Preempts the youngest rows until the others' next blocks have pages.
 
         False where something in flight must be committed first: it may end rows, and outputs that
-        weren't read couldn't be prefilled again. The oldest row alone always fits (see `add`). Before
-        a row is sent away for the pages that a speculative block may need, a plain one is planned.
+        weren't read couldn't be prefilled again. The oldest row alone always fits (see `add`). A
+        block is plain before a row is sent away for the pages that a speculative one may need.
         """
         self._draft = self.draft_policy(self._running, self._knobs.draft) if self._running else 0
         if self._growth() > self._pool.available:
@@ -376,8 +380,8 @@ class Scheduler:
             self._finish(row)
         elif not plan.steps <= count <= most or len(row.outputs) >= row.limit:
             raise RuntimeError(
-                f"request {row.request.id!r} runs on after {count} of a block's {plan.steps} steps and"
-                f" {len(row.outputs)} of {row.limit} tokens: runner and scheduler disagree"
+                f"request {row.request.id!r} runs on after {count} of a block's {plan.steps} steps"
+                f" and {len(row.outputs)} of {row.limit} tokens: runner and scheduler disagree"
             )
         return StepOutput(row.request.id, ids, logprobs, reason)
 

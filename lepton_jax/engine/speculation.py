@@ -19,11 +19,40 @@ import jax.numpy as jnp
 from lepton_jax.engine import packing
 from lepton_jax.engine.lookup import lookup
 from lepton_jax.engine.packing import DecodeShape, float_bits
-from lepton_jax.engine.row_params import RowParams, SampleSpec, unpack
+from lepton_jax.engine.row_params import unpack
 from lepton_jax.engine.sampling import History, Sampled, sample
 from lepton_jax.engine.steps import RUNNING, RowState, attend_pages, open_views
 from lepton_jax.kernels.attention import PagedBatch
 from lepton_jax.models.build import Model
+from lepton_jax.models.decoder import Decoder
+
+
+def speculative_block(
+    leaves: tuple,
+    memory: tuple[tuple, tuple],
+    state: RowState,
+    packed: jax.Array,
+    *,
+    model: Model,
+    backend: ModuleType,
+    shape: DecodeShape,
+) -> tuple[tuple[tuple, tuple], RowState, jax.Array]:
+    """As `steps.decode_block`, with up to `1 + shape.draft` tokens for each row and step."""
+    caches, scratch = memory
+    inputs = packing.decode_layout(shape).split(packed)
+    entry = state.at(inputs["slots"])
+    block = _Block(model.bind(leaves), backend, shape, inputs, entry)
+    end = jax.lax.while_loop(block.unfinished, block.step, block.begin(caches))
+    caches = block.close(caches, end)
+    pieces = dict(
+        steps=end.index[None],
+        count=end.lines.produced - entry.produced,
+        finish=end.lines.finish,
+        **end.record,
+    )
+    result = packing.result_layout(shape).join(pieces)
+    memory = caches, end.working if shape.view else scratch
+    return memory, state.put(inputs["slots"], end.lines), result
 
 
 class _Step(NamedTuple):
@@ -40,88 +69,96 @@ class _Step(NamedTuple):
     record: dict[str, jax.Array]
 
 
-def speculative_block(
-    leaves: tuple,
-    memory: tuple[tuple, tuple],
-    state: RowState,
-    packed: jax.Array,
-    *,
-    model: Model,
-    backend: ModuleType,
-    shape: DecodeShape,
-) -> tuple[tuple[tuple, tuple], RowState, jax.Array]:
-    """As `steps.decode_block`, with up to `1 + shape.draft` tokens for each row and step."""
-    caches, scratch = memory
-    inputs = packing.decode_layout(shape).split(packed)
-    table, limit, width = inputs["page_table"], inputs["limit"], 1 + shape.draft
-    decoder, spec = model.bind(leaves), shape.spec
-    params = jax.tree.map(lambda a: jnp.repeat(a, width, 0), unpack(inputs["params"], spec))
-    entry = state.at(inputs["slots"])
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """A block while it is traced: what stays the same in all its steps."""
 
-    def step(carry: _Step) -> _Step:
-        index, lines, working, places, record = carry
-        proposed = lookup(lines.texts, lines.lengths, shape.draft)
-        tokens = jnp.concatenate([lines.tokens[:, None], proposed], 1)  # [B, 1 + draft]
-        ahead = jnp.arange(width)
-        valid = (lines.finish == RUNNING)[:, None] & (
-            lines.produced[:, None] + ahead < limit[:, None]
-        )
-        positions = jnp.where(valid, lines.lengths[:, None] + ahead, -1)
+    decoder: Decoder
+    backend: ModuleType
+    shape: DecodeShape
+    inputs: dict[str, jax.Array]
+    entry: RowState
+
+    def begin(self, caches: tuple) -> _Step:
+        shape, lengths = self.shape, self.entry.lengths
+        places = jnp.zeros((shape.rows, 0), jnp.int32)
         if shape.view:
-            place = shape.view + index * width
-            places = jax.lax.dynamic_update_slice(places, positions, (0, place))
-            attend = _attend_view(backend, (places, positions, place))
-        else:
-            attend = attend_pages(backend, _verify_batch(lines, positions, table), decode=False)
-        hidden, working = decoder(
-            jnp.maximum(tokens, 0).reshape(-1), positions.reshape(-1), working, attend
-        )
+            table = self.inputs["page_table"]
+            caches = open_views(self.backend, caches, table, lengths=lengths, shape=shape)
+            places = _first_places(lengths, shape)
+        return _Step(jnp.int32(0), self.entry, caches, places, _record(self.entry, shape))
+
+    def unfinished(self, carry: _Step) -> jax.Array:
+        running = jnp.any(carry.lines.finish == RUNNING)
+        return (carry.index < self.inputs["steps"][0]) & running
+
+    def step(self, carry: _Step) -> _Step:
+        """Proposes, verifies and accepts."""
+        lines, shape, limit = carry.lines, self.shape, self.inputs["limit"]
+        width = 1 + shape.draft
+        ahead = jnp.arange(width)
+        proposed = lookup(lines.texts, lines.lengths, shape.draft)
+        running, index = lines.finish == RUNNING, lines.produced[:, None] + ahead
+        valid = running[:, None] & (index < limit[:, None])
+        positions = jnp.where(valid, lines.lengths[:, None] + ahead, -1)
+        tokens = jnp.concatenate([lines.tokens[:, None], proposed], 1)
+        hidden, carry = self._forward(carry, jnp.maximum(tokens, 0), positions)
+        params = unpack(self.inputs["params"], shape.spec)
         new = sample(
-            decoder.logits(hidden),
-            params,
-            index=(lines.produced[:, None] + ahead).reshape(-1),
+            self.decoder.logits(hidden),
+            jax.tree.map(lambda a: jnp.repeat(a, width, 0), params),
+            index=index.reshape(-1),
             history=_histories(lines.history, proposed),
-            spec=spec,
+            spec=shape.spec,
         )
         new = jax.tree.map(lambda a: a.reshape(-1, width, *a.shape[1:]), new)
         accepted = _accepted(new, proposed, valid)
         kept = valid & (ahead <= accepted[:, None])
-        record = _write_record(record, new, lines.produced - entry.produced, kept=kept)
-        record = _count(record, proposed, accepted, valid=valid)
-        lines = _advance(lines, new, kept, limit=limit)
-        if shape.view:
-            tail = jnp.where(kept, positions, -1)
-            places = jax.lax.dynamic_update_slice(places, tail, (0, place))
-        return _Step(index + 1, lines, working, places, record)
-
-    def unfinished(carry: _Step) -> jax.Array:
-        return (carry.index < inputs["steps"][0]) & jnp.any(carry.lines.finish == RUNNING)
-
-    begin = _Step(
-        jnp.int32(0), entry, caches, jnp.zeros((shape.rows, 0), jnp.int32), _record(entry, shape)
-    )
-    if shape.view:
-        views = open_views(backend, caches, table, lengths=entry.lengths, shape=shape)
-        begin = begin._replace(working=views, places=_first_places(entry.lengths, shape))
-    end = jax.lax.while_loop(unfinished, step, begin)
-    lines, working = end.lines, end.working
-    if shape.view:
-        written = lines.lengths - entry.lengths
-        caches = tuple(
-            backend.close_view(cache, side, table, entry.lengths, written=written, steps=shape.tail)
-            for cache, side in zip(caches, _in_order(working, end.places, shape), strict=True)
+        done = lines.produced - self.entry.produced
+        record = _write_record(carry.record, new, done, kept=kept)
+        return carry._replace(
+            index=carry.index + 1,
+            lines=_advance(lines, new, kept, limit=limit),
+            places=self._place(carry, jnp.where(kept, positions, -1)),
+            record=_count(record, proposed, accepted, valid=valid),
         )
-    else:
-        caches = working
-    pieces = dict(
-        steps=end.index[None],
-        count=lines.produced - entry.produced,
-        finish=lines.finish,
-        **end.record,
-    )
-    result = packing.result_layout(shape).join(pieces)
-    memory = caches, working if shape.view else scratch
-    return memory, state.put(inputs["slots"], lines), result
+
+    def close(self, caches: tuple, end: _Step) -> tuple:
+        """The caches after the block: from the views only what the rows kept, in order."""
+        if not self.shape.view:
+            return end.working
+        lengths, table = self.entry.lengths, self.inputs["page_table"]
+        options = dict(written=end.lines.lengths - lengths, steps=self.shape.tail)
+        views = _in_order(end.working, end.places, self.shape)
+        return tuple(
+            self.backend.close_view(cache, view, table, lengths, **options)
+            for cache, view in zip(caches, views, strict=True)
+        )
+
+    def _forward(
+        self, carry: _Step, tokens: jax.Array, positions: jax.Array
+    ) -> tuple[jax.Array, _Step]:
+        """Hidden states of tokens `[B, 1 + draft]`, which go into the caches or views."""
+        if self.shape.view:
+            carry = carry._replace(places=self._place(carry, positions))
+            span = carry.places, positions, self._next_place(carry)
+            attend = _attend_view(self.backend, span)
+        else:
+            batch = _verify_batch(carry.lines, positions, self.inputs["page_table"])
+            attend = attend_pages(self.backend, batch, decode=False)
+        hidden, working = self.decoder(
+            tokens.reshape(-1), positions.reshape(-1), carry.working, attend
+        )
+        return hidden, carry._replace(working=working)
+
+    def _next_place(self, carry: _Step) -> jax.Array:
+        return self.shape.view + carry.index * (1 + self.shape.draft)
+
+    def _place(self, carry: _Step, positions: jax.Array) -> jax.Array:
+        """The places with this step's positions."""
+        if not self.shape.view:
+            return carry.places
+        return jax.lax.dynamic_update_slice(carry.places, positions, (0, self._next_place(carry)))
 
 
 def _attend_view(backend: ModuleType, span: tuple[jax.Array, jax.Array, jax.Array]):
