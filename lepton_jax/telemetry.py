@@ -1,8 +1,8 @@
 """What a run costs: counts and seconds of the engine, peak memory, and what devices can do at best.
 
-`StepStats` is a stretch of engine time, from one beat to a whole job: the difference of two
-readings of `Engine.stats()`. Here are only numbers; who prints them is above (`jobs/summary.py`).
-Nothing in this module imports jax.
+`BeatStats` is what the engine tells its listeners of each beat (`engine/beats.py`), `StepStats` a
+longer stretch of engine time: the difference of two readings of `Engine.stats()`. Here are only
+numbers; who prints them is above (`jobs/summary.py`). Nothing in this module imports jax.
 """
 
 import dataclasses
@@ -67,6 +67,59 @@ class StepStats:
         idle = self.prefill_padding + self.decode_padding
         places = idle + self.prefill_tokens + self.decode_tokens
         return idle / places if places else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class BeatStats:
+    """One beat whose results are read: what its programs did, and how full the engine was after.
+
+    Attributes:
+      prefill_tokens: prompt tokens computed by a program of `prefill_places` tokens; 0: none ran.
+      rows: in the decode block, by a program of `row_places` rows over `view` cached tokens.
+      steps: that the block ran, with drafts of up to `draft` tokens; `decode_tokens` what they
+        gave, in `rounds` steps of rows.
+      tokens: all new ones of the beat, those sampled at the end of a prefill too.
+      gap_seconds: that the device had nothing to do before.
+      ended: rows that the beat ended; `stopped` of them before their limit, so that their slots
+        idled to the end of the block and in the one that was dispatched meanwhile.
+      preemptions, prefix_hit_tokens: since the beat before.
+      running: rows with a slot, of `slots`; `waiting` have none.
+      free_pages: of the `pages` of the cache.
+    """
+
+    prefill_tokens: int = 0
+    prefill_places: int = 0
+    prefill_seconds: float = 0.0
+    rows: int = 0
+    row_places: int = 0
+    view: int = 0
+    steps: int = 0
+    decode_seconds: float = 0.0
+    gap_seconds: float = 0.0
+    draft: int = 0
+    rounds: int = 0
+    decode_tokens: int = 0
+    tokens: int = 0
+    ended: int = 0
+    stopped: int = 0
+    preemptions: int = 0
+    prefix_hit_tokens: int = 0
+    running: int = 0
+    slots: int = 0
+    waiting: int = 0
+    free_pages: int = 0
+    pages: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """Of the device, with the gap before."""
+        return self.gap_seconds + self.prefill_seconds + self.decode_seconds
+
+    @property
+    def padding(self) -> int:
+        """Places computed for no token: of prefill, of idle lines, of rows that had ended."""
+        idle = self.prefill_places - self.prefill_tokens
+        return idle + self.row_places * self.steps - self.rounds
 
 
 @dataclasses.dataclass(frozen=True)

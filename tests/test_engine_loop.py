@@ -159,6 +159,45 @@ def test_together_on_few_pages(tight, expected):
     assert tight.stats()["prefix_hit_tokens"] >= 40
 
 
+class Heard:
+    """A listener that keeps all."""
+
+    def __init__(self):
+        self.beats, self.forgotten = [], 0
+
+    def take(self, beat) -> None:
+        self.beats.append(beat)
+
+    def forget(self) -> None:
+        self.forgotten += 1
+
+
+def test_listeners_hear_of_every_beat(expected):
+    engine, heard = make(TIGHT), Heard()
+    engine.listen(heard)
+    got = serve(engine, REQUESTS)
+    stats, beats = engine.stats(), heard.beats
+
+    def total(name):
+        return sum(getattr(beat, name) for beat in beats)
+
+    pairs = dict(steps="decode_steps", tokens="generated_tokens", decode_tokens="decode_tokens")
+    same = ("prefill_tokens", "preemptions", "prefix_hit_tokens")
+    for ours, theirs in (pairs | dict(zip(same, same, strict=True))).items():
+        assert total(ours) == stats[theirs], ours
+    for name in ("prefill_seconds", "decode_seconds", "gap_seconds"):
+        assert total(name) == pytest.approx(stats[name]), name
+    assert total("padding") == stats["prefill_padding"] + stats["decode_padding"]
+    reasons = [output.finish_reason for output in got.values()]
+    assert (total("ended"), total("stopped")) == (len(reasons), reasons.count("stop"))
+    assert beats[0].slots == 4 and beats[0].waiting == len(REQUESTS) - beats[0].running > 0
+    assert (beats[-1].running, beats[-1].waiting, beats[-1].pages) == (0, 0, 35)
+    assert beats[-1].free_pages == 35
+    assert not heard.forgotten
+    engine.forget()
+    assert heard.forgotten == 1
+
+
 def test_preempted_rows_with_penalties_know_their_own_outputs(tight):
     with_knobs(tight)
     reference, before = Reference(MODEL, LEAVES, EOS), tight.stats()["preemptions"]

@@ -85,8 +85,16 @@ class Runs(RuleBasedStateMachine):
         m = self.most
         chunk = data.draw(st.integers(1, m.prefill_chunk // self.engine.tile)) * self.engine.tile
         block, live = (data.draw(st.integers(1, n)) for n in (m.decode_block, m.live_rows))
-        draft = data.draw(st.integers(0, m.draft))
-        self.engine.scheduler.knobs = Knobs(block, chunk, live, draft)
+        self.engine.scheduler.knobs = Knobs(
+            block,
+            chunk,
+            live,
+            draft=data.draw(st.integers(0, m.draft)),
+            admit_together=data.draw(st.integers(1, m.live_rows)),
+            reserve_pages=data.draw(st.integers(0, 2)),
+            beat_cost=data.draw(st.sampled_from([0.0, 1.0, 9.0])),
+            longest_first=data.draw(st.booleans()),
+        )
 
     @rule(beats=st.integers(1, 4))
     def run_on(self, beats):
@@ -101,7 +109,8 @@ class Runs(RuleBasedStateMachine):
         for row in left[:1]:
             lines = [*plan.chunks, *plan.rows] if plan else []
             self.idle[row] = 0 if row in [line.row for line in lines] else self.idle[row] + 1
-            assert self.idle[row] <= self.patience, f"{row.request.id} starves"
+            passing = len(self.requests) if e.scheduler.knobs.longest_first else 1
+            assert self.idle[row] <= self.patience * passing, f"{row.request.id} starves"
 
     @invariant()
     def pages_and_slots_are_conserved(self):

@@ -1,6 +1,7 @@
 """What a beat does, by arithmetic done by hand over a fake device. Random runs: the file beside."""
 
 import ast
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -391,25 +392,74 @@ def test_a_knob_never_speculates_beyond_what_was_compiled():
         scheduler.knobs = Knobs(decode_block=4, prefill_chunk=8, live_rows=2, draft=4)
 
 
-@pytest.mark.parametrize("name", ["decode_block", "prefill_chunk", "live_rows"])
+@pytest.mark.parametrize("name", ["decode_block", "prefill_chunk", "live_rows", "admit_together"])
 def test_knobs_beyond_what_was_compiled_are_refused(name):
     scheduler = engine(q_tile=4).scheduler
-    good = dict(decode_block=4, prefill_chunk=8, live_rows=2)
+    good = dict(decode_block=4, prefill_chunk=8, live_rows=2, admit_together=2)
     for value in (0, good[name] + 1):
         with pytest.raises(ValueError, match=rf"knob {name}={value}: want \d to {good[name]}"):
             scheduler.knobs = Knobs(**good | {name: value})
-    assert scheduler.knobs == Knobs(**good)
+    assert scheduler.knobs == Knobs(decode_block=4, prefill_chunk=8, live_rows=2)
 
 
-def test_the_admission_policy_may_be_another():
-    e = engine(rows=1)
-    e.add(*(request(n, [1] * len(n), max_tokens=2) for n in ("aaa", "b", "cc")))
-    e.scheduler.policy = lambda waiting: min(
-        range(len(waiting)), key=lambda i: len(waiting[i].request.prompt_ids)
-    )
+def order_of(e: FakeEngine) -> str:
+    """Ids in the order of their chunks."""
+    return "".join(c.row.request.id for plan in e.device.plans for c in plan.chunks)
+
+
+def knobs_of(e: FakeEngine, **changes) -> Knobs:
+    return dataclasses.replace(e.scheduler.knobs, **changes)
+
+
+def test_longest_first_admits_by_limit_and_passes_nobody_for_ever(monkeypatch):
+    limits = dict(a=2, b=3, c=9, d=4, e=9)
+    for window, order in ((128, "cedba"), (2, "bcaed"), (0, "abcde")):
+        monkeypatch.setattr(scheduler_module, "_ORDER_WINDOW", window)
+        e = engine(rows=1)
+        e.add(*(request(n, [1], max_tokens=limits[n], **NEVER) for n in limits))
+        e.scheduler.knobs = knobs_of(e, longest_first=True)
+        e.run()
+        assert order_of(e) == order, window
+
+
+def test_a_preempted_row_is_first_also_where_the_longest_are():
+    e = engine(rows=2, num_pages=6)
+    e.add(*(request(n, [1] * 4, max_tokens=12, **NEVER) for n in "ab"))
+    e.scheduler.knobs = knobs_of(e, longest_first=True)
+    e.beat()
+    e.add(request("c", [1], max_tokens=19, **NEVER))
     e.run()
-    order = [c.row.request.id for plan in e.device.plans for c in plan.chunks]
-    assert order == ["b", "cc", "aaa"]
+    assert e.scheduler.counters.preemptions == 1 and order_of(e) == "abbc"
+
+
+def test_rows_are_admitted_together_once_enough_slots_are_free():
+    e = engine(rows=3, prefill_chunk=16)
+    e.scheduler.knobs = knobs_of(e, admit_together=2)
+    limits = dict(a=5, b=9, c=9, d=3, e=3)
+    e.add(*(request(n, [1], max_tokens=limits[n], **NEVER) for n in limits))
+    assert [names(e.beat()) for _ in range(3)] == [("abc", "abc"), ("", "bc"), ("de", "de")]
+    e.run()
+    e = engine(rows=2)
+    e.scheduler.knobs = knobs_of(e, admit_together=2)
+    e.add(request("a", [1], max_tokens=9, **NEVER), request("b", [1], max_tokens=5, **NEVER))
+    e.beat()
+    e.add(request("c", [1], max_tokens=3, **NEVER))
+    assert names(e.beat()) == ("c", "ac")  # nobody else waits: one free slot is enough
+
+
+def test_pages_in_reserve_keep_rows_out_while_others_run():
+    e = engine(rows=2, num_pages=9)
+    e.scheduler.knobs = knobs_of(e, reserve_pages=5)
+    e.add(*(request(n, [1] * 4, max_tokens=5, **NEVER) for n in "ab"))
+    assert names(e.beat()) == ("a", "a")  # 2 of 8 pages; b needs 2 and 5 must be left
+    assert names(e.beat()) == ("b", "b")
+    e.run()
+
+
+def test_a_beat_that_costs_more_has_longer_blocks():
+    assert best_steps([1, 1, 8, 8], 8, 0) == 1
+    assert best_steps([1, 1, 8, 8], 8, 1) == best_steps([1, 1, 8, 8], 8)
+    assert best_steps([1, 1, 8, 8], 8, 100) == 8
 
 
 def test_the_scheduler_imports_no_jax():

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import psutil
 
 from lepton_jax.config import EngineSection, SamplingParams
+from lepton_jax.engine.beats import Beats, Listener
 from lepton_jax.engine.request import Request, StepOutput
 from lepton_jax.engine.row_params import SampleSpec
 from lepton_jax.engine.runner import InFlight, Runner, Sizes
@@ -83,6 +84,7 @@ class Engine:
         )
         self.scheduler.speculate(sizes.draft)
         self._in_flight: InFlight | None = None
+        self._beats = Beats(self.scheduler)
 
     def step(self) -> list[StepOutput]:
         """One beat. Returns what the beat before produced."""
@@ -91,7 +93,9 @@ class Engine:
         done, self._in_flight = self._in_flight, flight
         if done is None:
             return []
-        return self.scheduler.commit(done.plan, *self.runner.read(done))  # 3 commit
+        outputs = self.scheduler.commit(done.plan, *self.runner.read(done))  # 3 commit
+        self._beats.tell(done, outputs)
+        return outputs
 
     @property
     def has_work(self) -> bool:
@@ -137,6 +141,7 @@ class Engine:
         while self._in_flight is not None:
             self.step()
         self.scheduler.forget()
+        self._beats.forget()
 
     def warm_up(self, workload: Workload, *, wait: bool = True) -> None:
         """Compiles the programs that requests of a workload can reach, and allocates the cache.
@@ -167,6 +172,10 @@ class Engine:
         totals = (min(s.max_len, count + params.max_tokens) for count, params in workload)
         pages = sorted((-(-total // s.page_size) for total in totals), reverse=True)
         return sum(pages[: s.rows]) > s.num_pages - 1
+
+    def listen(self, listener: Listener) -> None:
+        """Tells a listener of every beat from now on, after its results are committed."""
+        self._beats.listeners.append(listener)
 
     def stats(self) -> dict:
         """Counts and seconds since the engine was made."""

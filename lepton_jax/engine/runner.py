@@ -52,10 +52,21 @@ class Sizes:
 class InFlight:
     """A dispatched plan; `ran`, `scores` and `result` are device arrays that will be ready when the
     programs are.
+
+    `prefill_places` is the size of its prefill program. `read` fills in the seconds, those that the
+    device had nothing to do before (`gap_seconds`) among them, and the `steps` and `tokens` of its
+    block; `rounds` counts a row's step once, however many tokens it gave.
     """
 
     plan: Plan
     dispatched: float
+    prefill_places: int = 0
+    gap_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    steps: int = 0
+    tokens: int = 0
+    rounds: int = 0
     ran: jax.Array | None = None
     score_shape: ScoreShape | None = None
     scores: jax.Array | None = None
@@ -70,6 +81,7 @@ class Timings:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     wait_seconds: float = 0.0
+    gap_seconds: float = 0.0
     prefill_tokens: int = 0
     prefill_padding: int = 0
     decode_steps: int = 0
@@ -196,6 +208,7 @@ class Runner:
             real = sum(len(chunk.tokens) for chunk in plan.chunks)
             self.timings.prefill_tokens += real
             self.timings.prefill_padding += shape.tokens - real
+            flight.prefill_places = shape.tokens
         if plan.rows:
             rows = self._fit(self._decode_sizes, len(plan.rows))
             cached = max(entry.cached for entry in plan.rows)
@@ -220,27 +233,37 @@ class Runner:
         where it had none.
         """
         waiting, scores = time.perf_counter(), None
+        if self._last_done:
+            flight.gap_seconds = max(0.0, flight.dispatched - self._last_done)
         if flight.scores is not None:
             buffer = np.asarray(flight.scores)
-            self.timings.prefill_seconds += self._lap(flight)
+            flight.prefill_seconds = self._lap(flight)
             hidden_size = self.model.config.hidden_size
             scores = scoring.read_scores(buffer, flight.score_shape, hidden_size)
         if flight.ran is not None:
             flight.ran.block_until_ready()
-            self.timings.prefill_seconds += self._lap(flight)
+            flight.prefill_seconds = self._lap(flight)
         result = None
         if flight.result is not None:
             buffer = np.asarray(flight.result)
-            self.timings.decode_seconds += self._lap(flight)
+            flight.decode_seconds = self._lap(flight)
             pieces = packing.result_layout(flight.decode_shape).split(buffer)
-            self._count_block(flight.decode_shape, pieces)
+            self._count_block(flight, pieces)
             result = _block_result(pieces, len(flight.plan.rows))
+        self.timings.gap_seconds += flight.gap_seconds
+        self.timings.prefill_seconds += flight.prefill_seconds
+        self.timings.decode_seconds += flight.decode_seconds
         self.timings.wait_seconds += time.perf_counter() - waiting
         return result, scores
 
-    def _count_block(self, shape: DecodeShape, pieces: dict[str, np.ndarray]) -> None:
-        steps_run, tokens = int(pieces["steps"][0]), int(pieces["count"].sum())
+    def _count_block(self, flight: InFlight, pieces: dict[str, np.ndarray]) -> None:
+        shape, steps_run, tokens = (
+            flight.decode_shape,
+            int(pieces["steps"][0]),
+            int(pieces["count"].sum()),
+        )
         rounds = int(pieces["rounds"].sum()) if shape.draft else tokens
+        flight.steps, flight.tokens, flight.rounds = steps_run, tokens, rounds
         self.timings.decode_steps += steps_run
         self.timings.decode_tokens += tokens
         self.timings.decode_padding += steps_run * shape.rows - rounds

@@ -11,6 +11,8 @@ Pure Python, no jax. Read next: `request.py` (the data), `pages.py` (the memory)
 
 import dataclasses
 import heapq
+import itertools
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -30,6 +32,7 @@ from lepton_jax.engine.scored import Scored, ScoreResult
 _BEAT_COST = (
     1  # steps that a beat's dispatch and prefill program cost: about one read of the weights
 )
+_ORDER_WINDOW = 128  # waiting rows among which `longest_first` looks, and the most that pass one
 
 
 @dataclasses.dataclass
@@ -44,6 +47,16 @@ class Counters:
 
 
 @dataclasses.dataclass(frozen=True)
+class Load:
+    """How full the engine is: rows with a slot and without one, pages that could be given out."""
+
+    running: int
+    waiting: int
+    free_pages: int
+    pages: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Knobs:
     """What may be set between beats, up to the values that the programs were compiled for.
 
@@ -52,17 +65,21 @@ class Knobs:
       prefill_chunk: most prompt tokens of a beat, padding to tiles included.
       live_rows: most rows that hold a slot; rows beyond a lowered value stay until they end.
       draft: most tokens that a step of a speculative block verifies; 0: no speculation.
+      admit_together: free slots to wait for before rows are admitted, so that their prompts fill a
+        program; fewer do where fewer rows wait.
+      reserve_pages: pages to leave free at an admission besides those of the next blocks.
+      beat_cost: steps of decode that a beat costs besides its own.
+      longest_first: waiting rows with the highest limit are admitted first.
     """
 
     decode_block: int
     prefill_chunk: int
     live_rows: int
     draft: int = 0
-
-
-def first_come(waiting: Sequence[Row]) -> int:
-    """The admission policy by default: index of the row to admit next. Preempted rows are first."""
-    return 0
+    admit_together: int = 1
+    reserve_pages: int = 0
+    beat_cost: float = _BEAT_COST
+    longest_first: bool = False
 
 
 def longest_draft(running: Sequence[Row], most: int) -> int:
@@ -70,16 +87,16 @@ def longest_draft(running: Sequence[Row], most: int) -> int:
     return most
 
 
-def best_steps(remaining: Sequence[int], most: int) -> int:
+def best_steps(remaining: Sequence[int], most: int, beat_cost: float = _BEAT_COST) -> int:
     """Steps of a block while requests wait for the slots of rows with `remaining` steps to go.
 
-    The number that gives the most tokens for its time, a beat costing _BEAT_COST steps besides; the
-    larger of equals. Rows that end early in a longer block idle until its end; a shorter block
+    The number that gives the most tokens for its time, a beat costing `beat_cost` steps besides;
+    the larger of equals. Rows that end early in a longer block idle until its end; a shorter block
     pays for another beat. So one row never cuts a large batch's block, and all rows together do.
     """
 
     def rate(steps: int) -> float:
-        return sum(min(steps, left) for left in remaining) / (steps + _BEAT_COST)
+        return sum(min(steps, left) for left in remaining) / (steps + beat_cost)
 
     return max(range(min(most, max(remaining)), 0, -1), key=rate, default=0)
 
@@ -88,8 +105,8 @@ class Scheduler:
     """Continuous batching over a fixed number of slots and pages.
 
     `schedule` and `commit` alternate; one plan may be in flight (scheduled, not committed), and the
-    plans are committed in order. `policy` may be replaced by another function of the waiting rows,
-    `draft_policy` by one of the rows with a slot and the knob `draft`.
+    plans are committed in order. `draft_policy` may be replaced by another function of the rows
+    with a slot and the knob `draft`.
     """
 
     def __init__(
@@ -106,9 +123,15 @@ class Scheduler:
     ):
         chunk = -(-prefill_chunk // q_tile) * q_tile
         self.counters = Counters()
-        self.policy: Callable[[Sequence[Row]], int] = first_come
         self.draft_policy: Callable[[Sequence[Row], int], int] = longest_draft
-        self._knobs = self._most = Knobs(decode_block, chunk, rows)
+        self._knobs = Knobs(decode_block, chunk, rows)
+        self._most = dataclasses.replace(
+            self._knobs,
+            admit_together=rows,
+            reserve_pages=num_pages,
+            beat_cost=math.inf,
+            longest_first=True,
+        )
         self._draft = 0  # of the block that is being planned
         self._max_len, self._tile, self._prefix_cache = max_len, q_tile, prefix_cache
         self._pool = PagePool(num_pages, page_size)
@@ -118,6 +141,8 @@ class Scheduler:
         self._rows: dict[str, Row] = {}  # all that are not finished
         self._unread = 0  # plans scheduled but not committed
         self._starved = False  # a waiting row found too few pages in this beat
+        self._admitting = False  # enough slots were free, and rows have been admitted since
+        self._passed = 0  # rows admitted before the one at the head of the queue
 
     @property
     def knobs(self) -> Knobs:
@@ -125,7 +150,7 @@ class Scheduler:
 
     @knobs.setter
     def knobs(self, knobs: Knobs) -> None:
-        least = Knobs(decode_block=1, prefill_chunk=self._tile, live_rows=1, draft=0)
+        least = Knobs(decode_block=1, prefill_chunk=self._tile, live_rows=1, draft=0, beat_cost=0)
         for field in dataclasses.fields(Knobs):
             value, low, high = (getattr(k, field.name) for k in (knobs, least, self._most))
             if not low <= value <= high:
@@ -138,9 +163,25 @@ class Scheduler:
         self._knobs = dataclasses.replace(self._knobs, draft=most)
 
     @property
+    def most(self) -> Knobs:
+        """The highest values that knobs may have."""
+        return self._most
+
+    @property
     def has_work(self) -> bool:
         """Whether some request is not finished."""
         return bool(self._rows)
+
+    @property
+    def load(self) -> Load:
+        """Rows and pages as they are now."""
+        pool = self._pool
+        return Load(
+            running=len(self._running),
+            waiting=len(self._waiting),
+            free_pages=pool.available,
+            pages=pool.num_pages - 1,
+        )
 
     def add(self, request: Request) -> None:
         """Queues a request. Raises ValueError, with the numbers, on one that can never run."""
@@ -178,6 +219,7 @@ class Scheduler:
     def forget(self) -> None:
         """Drops the cache of prompts. Raises ValueError while a request is open."""
         self._pool.forget()
+        self._admitting, self._passed = False, 0
 
     def schedule(self) -> Plan | None:
         """The next beat; None where nothing can be planned before what is in flight is committed.
@@ -268,7 +310,7 @@ class Scheduler:
                 chunks.append(self._chunk(row, budget * self._tile))
                 budget -= self._tiles(chunks[-1])
         while budget and self._may_admit():
-            index = self.policy(self._waiting)
+            index = self._next_waiting()
             row = self._waiting[index]
             if not _joins(row, chunks):
                 break
@@ -276,6 +318,7 @@ class Scheduler:
                 self._starved = True
                 break
             del self._waiting[index]
+            self._passed = self._passed + 1 if index else 0
             chunks.append(self._chunk(row, budget * self._tile))
             budget -= self._tiles(chunks[-1])
         return chunks
@@ -284,7 +327,22 @@ class Scheduler:
         return -(-len(chunk.tokens) // self._tile)
 
     def _may_admit(self) -> bool:
-        return bool(self._waiting) and len(self._running) < self._knobs.live_rows
+        """Whether rows wait and slots are free: once enough of them are, until none is."""
+        knobs, waiting = self._knobs, len(self._waiting)
+        free = knobs.live_rows - len(self._running)
+        enough = min(knobs.admit_together, knobs.live_rows, waiting)
+        self._admitting = waiting > 0 and free > 0 and (self._admitting or free >= enough)
+        return self._admitting
+
+    def _next_waiting(self) -> int:
+        """Index of the row to admit next. Preempted rows are first, and a row isn't passed for
+        ever.
+        """
+        passed_enough = self._passed >= _ORDER_WINDOW
+        if not self._knobs.longest_first or self._waiting[0].outputs or passed_enough:
+            return 0
+        limits = [row.limit for row in itertools.islice(self._waiting, _ORDER_WINDOW)]
+        return limits.index(max(limits))
 
     def _admit(self, row: Row) -> bool:
         """Gives a waiting row a slot and the pages of its known tokens; False if there are too few.
@@ -296,7 +354,8 @@ class Scheduler:
         usable = row.keys[: self._shareable(row) // pool.page_size]
         row.pages = pool.match(usable)
         hits = len(row.pages)
-        if self._pages_short(row) + self._growth() > pool.available:
+        reserved = self._knobs.reserve_pages if self._running else 0
+        if self._pages_short(row) + self._growth() + reserved > pool.available:
             pool.release(row.pages)
             row.pages = []
             return False
@@ -342,7 +401,7 @@ class Scheduler:
         most = self._knobs.decode_block
         steps = min(most, max(remaining, default=0))
         if steps and self._waiting:
-            steps = best_steps(remaining, most)
+            steps = best_steps(remaining, most, self._knobs.beat_cost)
         entries = tuple(self._enter(row, steps) for row in ready)
         for row in ready:  # not sooner: within a block nothing is free for another row
             if row.least == row.limit:
