@@ -11,6 +11,7 @@ It only joins the rooms below: `checkpoints` and `compression` give leaves, `eng
 
 import dataclasses
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -33,11 +34,15 @@ from lepton_jax.jobs.rows import Prompt
 from lepton_jax.jobs.score import ScoreMode
 from lepton_jax.jobs.scoring import ScoringMode, score_all
 from lepton_jax.jobs.session import Completion, Delta, Session
+from lepton_jax.sharding import Placement, devices_for
+from lepton_jax.sharding.partition import padding_costs
 from lepton_jax.text import tokenizer as tokenizers
+
+log = logging.getLogger(__name__)
 
 
 class LeptonEngine:
-    """A model that answers prompts on this machine's device.
+    """A model that answers prompts on this machine's devices.
 
     Attributes:
       tokenizer: after `load_model`.
@@ -97,6 +102,7 @@ class LeptonEngine:
         asked = self._config.compression
         recipe = Recipe.of(preset=compression) if compression else Recipe.from_config(asked)
         recipe.require_no_calibration(section.path)
+        devices = devices_for(self._config.mesh.model)
         compile_cache.enable()
         options = checkpoints.dtypes_here(section.dtype)
         compress = None
@@ -104,8 +110,11 @@ class LeptonEngine:
             specs = checkpoints.describe(section.path, **options).specs
             compress = compressor(recipe.rules, specs)
         self.loaded = checkpoints.load(
-            section.path, **options, compress=compress, progress=progress
+            section.path, **options, compress=compress, progress=progress, devices=devices
         )
+        model = self.loaded.model
+        for cost in padding_costs(model.specs, Placement(devices).axis, model.units):
+            log.warning("%s", cost)
         self.receipt = receipts.of_loaded(section.path, self.loaded.fingerprint)
         self.tokenizer = tokenizers.load(section.tokenizer or self.loaded.tokenizer_source)
         return self

@@ -91,12 +91,12 @@ class ModelSection:
 @dataclasses.dataclass(frozen=True)
 class MeshSection:
     data: int = _doc(1, "replicas; this release runs one")
-    model: int = _doc(1, "devices that share one model; this release uses one")
+    model: int = _doc(1, "devices that share one model, each with a part of every weight")
 
     def __post_init__(self):
         _check_types(self)
-        for name in ("data", "model"):
-            _check(self, name, getattr(self, name) == 1, "1 (this release runs on one device)")
+        _check(self, "data", self.data == 1, "1 (this release runs one replica)")
+        _check(self, "model", 1 <= self.model <= _MOST, "1 or more")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -229,6 +229,7 @@ def test_logits_of_a_large_vocabulary_are_never_whole():
 
     class WideModel:
         config = dataclasses.replace(model.config, vocab_size=262_144, hidden_size=8)
+        axis = model.axis
 
         def bind(self, leaves):
             return Wide()

@@ -88,7 +88,7 @@ def test_answers_a_summary_and_the_exit_codes(files):
         (["--config=config.py", "--config.engine.row=2"], "did you mean 'rows'"),
         (["--config=config.py", "--config.engine.rows=two"], "--config.engine.rows=two"),
         (["--config=config.py", "--config.engine.rows=0"], "rows=0 is not allowed: want 1"),
-        (["--config=config.py", "--config.mesh.model=2"], "model=2 is not allowed"),
+        (["--config=config.py", "--config.mesh.model=0"], "model=0 is not allowed"),
         (["--config=config.py", "stray"], "unknown arguments 'stray'"),
         (["--config=config.py", "--config.model.path=gone"], "'gone' doesn't exist"),
         (["--config=config.py", "--config.job.input=gone"], "job.input='gone' can't be read"),

@@ -9,8 +9,11 @@ weights are streamed in `stream.py`, our own directories are restored by `orbax_
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from lepton_jax.checkpoints import orbax_store
 from lepton_jax.checkpoints.loaded import (
@@ -25,6 +28,7 @@ from lepton_jax.checkpoints.locate import MANIFEST_NAME, locate
 from lepton_jax.checkpoints.manifest import Manifest
 from lepton_jax.checkpoints.stream import Compress, Progress, match, open_foreign, stream
 from lepton_jax.models.build import Model
+from lepton_jax.sharding import Placement
 
 __all__ = ["Loaded", "describe", "dtypes_here", "identify", "load", "tokenizer_source"]
 
@@ -36,8 +40,9 @@ def load(
     activation_dtype: Any = None,
     compress: Compress | None = None,
     progress: Progress | None = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Loaded:
-    """Loads a model onto the default device, one parameter at a time.
+    """Loads a model onto its devices, one parameter at a time.
 
     Args:
       path: a Hugging Face directory, a `.gguf` file, a directory saved by `orbax_store.save`,
@@ -48,6 +53,7 @@ def load(
       activation_dtype: of the residual stream; by default that of the weights.
       compress: `(path, spec, array) -> leaf`, applied to each parameter right after its transfer.
       progress: called with `(done_bytes, total_bytes, parameter)` after each one.
+      devices: that share the model, each with its part of every weight; by default the first one.
 
     On the host, loading holds the sources of one parameter and their combination at a time.
     Raises CheckpointError naming the file and what is wrong with it.
@@ -60,12 +66,20 @@ def load(
             activation_dtype=activation_dtype,
             compress=compress,
             progress=progress,
+            devices=devices,
         )
     config, files = open_foreign(kind, place)
     weights = weight_dtype(dtype, files.weights_dtype())
     model = build_model(place, config, dtype=weights, activation_dtype=activation_dtype)
     mappings = match(model, files, kind=kind)
-    leaves = stream(model, files, mappings=mappings, compress=compress, progress=progress)
+    leaves = stream(
+        model,
+        files,
+        mappings=mappings,
+        compress=compress,
+        progress=progress,
+        placement=Placement(devices or jax.local_devices()[:1], model.units),
+    )
     return Loaded(
         config=config,
         model=model,

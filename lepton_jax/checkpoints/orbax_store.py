@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,9 @@ from lepton_jax.checkpoints.loaded import Loaded, build_model, float_dtype, leaf
 from lepton_jax.checkpoints.locate import MANIFEST_NAME
 from lepton_jax.checkpoints.manifest import Manifest, leaf_row
 from lepton_jax.checkpoints.source import FLOAT_DTYPES
-from lepton_jax.checkpoints.stream import Compress, Progress
+from lepton_jax.checkpoints.stream import Compress, Progress, placed
 from lepton_jax.models.build import Model
+from lepton_jax.sharding import Placement
 from lepton_jax.tensors import CompressedTensor
 
 _LEAVES, _TOKENIZER = "leaves", "tokenizer"
@@ -140,6 +141,7 @@ def restore(
     activation_dtype: Any = None,
     compress: Compress | None = None,
     progress: Progress | None = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Loaded:
     """Reads a directory that `save` wrote; arguments as those of `load.load`.
 
@@ -153,6 +155,7 @@ def restore(
             "compression.preset=none, or compress the original checkpoint"
         )
     model = model_of(path, manifest, dtype=dtype, activation_dtype=activation_dtype)
+    placement = Placement(devices or jax.local_devices()[:1], model.units)
     abstract = manifest.abstract_leaves(path, model.specs)
     total, done, leaves = sum(map(_abstract_bytes, abstract.values())), 0, []
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
@@ -163,8 +166,8 @@ def restore(
                 spec = model.specs[name]
                 if not isinstance(leaf, CompressedTensor):
                     leaf = leaf.astype(spec.dtype)
-                    leaf = leaf if compress is None else compress(name, spec, leaf)
-                leaves.append(jax.block_until_ready(leaf))
+                leaf = placed(name, leaf, model=model, compress=compress, placement=placement)
+                leaves.append(leaf)
                 if progress is not None:
                     progress(done, total, name)
     return Loaded(

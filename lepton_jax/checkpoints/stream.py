@@ -26,6 +26,7 @@ from lepton_jax.models.build import Model
 from lepton_jax.models.config import ModelConfig
 from lepton_jax.models.keymap import Mapping, expand
 from lepton_jax.models.registry import canonical_name, config_from_gguf, config_from_hf, key_map
+from lepton_jax.sharding import Placement
 from lepton_jax.tensors import ParamSpec
 
 Compress = Callable[[str, ParamSpec, jax.Array], Any]
@@ -135,13 +136,16 @@ def stream(
     mappings: dict[str, Mapping],
     compress: Compress | None,
     progress: Progress | None,
+    placement: Placement,
 ) -> tuple[Any, ...]:
     """The leaves in the order of `model.specs`, each finished before the next is read."""
     total = sum(files.tensors[name].nbytes for m in mappings.values() for name in m.sources)
     leaves, done = [], 0
     for path in model.specs:
         try:
-            leaves.append(_leaf(model, files, mapping=mappings[path], compress=compress))
+            array = _combined(model.config, files, mapping=mappings[path], spec=model.specs[path])
+            leaves.append(placed(path, array, model=model, compress=compress, placement=placement))
+            del array
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
             if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
                 raise _out_of_memory(model, files, path=path) from error
@@ -152,13 +156,21 @@ def stream(
     return tuple(leaves)
 
 
-def _leaf(model: Model, files: TensorFiles, *, mapping: Mapping, compress: Compress | None) -> Any:
-    """One parameter, read, transferred and compressed; ready, so that its sources can go."""
-    spec = model.specs[mapping.target]
-    array = jax.device_put(_combined(model.config, files, mapping=mapping, spec=spec))
-    leaf = array if compress is None else compress(mapping.target, spec, array)
-    del array
-    return jax.block_until_ready(leaf)
+def placed(
+    path: str, leaf: Any, *, model: Model, compress: Compress | None, placement: Placement
+) -> Any:
+    """One parameter, compressed and on its devices; ready, so that its sources can go.
+
+    Compressing needs all of a weight, such as the largest value of a row: it is done on the first
+    device, which holds one whole weight for the moment. Else a device gets its part only.
+    """
+    spec = model.specs[path]
+    if compress is not None:
+        leaf = compress(path, spec, jax.device_put(leaf, placement.first))
+    try:
+        return jax.block_until_ready(placement.put(spec, leaf))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def _out_of_memory(model: Model, files: TensorFiles, *, path: str) -> CheckpointError:

@@ -25,6 +25,7 @@ from lepton_jax.engine.scheduler import Scheduler
 from lepton_jax.engine.scored import ScoreSpec, Scoring
 from lepton_jax.kernels.attention import backend_for
 from lepton_jax.models.build import Model
+from lepton_jax.sharding import Placement
 from lepton_jax.tensors import CompressedTensor
 
 Workload = Sequence[tuple[int, SamplingParams | ScoreSpec]]  # (prompt tokens, what is asked)
@@ -36,7 +37,7 @@ _HOST_SHARE = 1 / 64  # of the machine's memory where the device is the host its
 
 
 class Engine:
-    """Continuous batching of requests on one device."""
+    """Continuous batching of requests on one device, or on several that share the model."""
 
     def __init__(
         self,
@@ -47,6 +48,7 @@ class Engine:
         eos_ids: Sequence[int] = (),
         workload: Workload = (),
         strict: bool = False,
+        devices: Sequence[jax.Device] | None = None,
     ):
         """Plans memory; compiles nothing yet.
 
@@ -56,11 +58,19 @@ class Engine:
           eos_ids: ids that end a text unless a row ignores them.
           workload: of the coming requests, where they are known: it bounds the cache.
           strict: a program that the warm-up did not compile is an error instead of a warning.
+          devices: to run on; several share the model, each with its part of every weight. By
+            default where the leaves are. Leaves that lie elsewhere are cut and sent there.
         """
-        platform = jax.default_backend()
-        backend = backend_for(platform)
+        placement = Placement.holding(leaves, model.units)
+        if devices is not None:
+            placement = Placement(devices, model.units)
+        leaves, model = placement.put_all(model.specs, leaves), model.on(placement.axis)
+        backend = backend_for(placement.devices[0].platform)
         kv_dtype = _kv_dtype(section.kv_dtype, model, leaves)
-        sizes = _plan_sizes(section, model, backend=backend, kv_dtype=kv_dtype, workload=workload)
+        budget = _cache_budget(placement.first)
+        sizes = _plan_sizes(
+            section, model, backend=backend, kv_dtype=kv_dtype, workload=workload, budget=budget
+        )
         self.eos_ids = tuple(eos_ids)
         self.max_len = sizes.max_len
         self.runner = Runner(
@@ -71,6 +81,7 @@ class Engine:
             kv_dtype=kv_dtype,
             eos_ids=self.eos_ids,
             strict=strict,
+            placement=placement,
         )
         self.scheduler = Scheduler(
             rows=sizes.rows,
@@ -210,7 +221,9 @@ def _kv_dtype(name: str, model: Model, leaves: tuple):
     return jnp.dtype(jnp.bfloat16 if compressed else model.specs["embed"].dtype)
 
 
-def _plan_sizes(section: EngineSection, model: Model, *, backend, kv_dtype, workload) -> Sizes:
+def _plan_sizes(
+    section: EngineSection, model: Model, *, backend, kv_dtype, workload, budget: int
+) -> Sizes:
     """Fills in what the config leaves to the engine: max_len and num_pages."""
     config = model.config
     max_len = section.max_len or min(config.max_position, _DEFAULT_MAX_LEN)
@@ -225,14 +238,16 @@ def _plan_sizes(section: EngineSection, model: Model, *, backend, kv_dtype, work
     page = section.page_size
     totals = longest[: section.rows] or [max_len] * section.rows
     wanted = 1 + sum(-(-total // page) for total in totals) + section.rows
-    page_shape = backend.cache_shape(1, page, config.num_kv_heads, config.head_dim)
+    page_shape = backend.cache_shape(
+        1, page, model.axis.share(config.num_kv_heads), config.head_dim
+    )
     page_bytes = math.prod(page_shape) * kv_dtype.itemsize * config.num_layers
-    affordable = _cache_budget() // page_bytes
+    affordable = budget // page_bytes
     least = 1 + -(-max_len // page)
     if not section.num_pages and affordable < least:
         raise ValueError(
             f"one request of engine.max_len={max_len} tokens needs "
-            f"{least * page_bytes >> 20} MiB of cache, but {_cache_budget() >> 20} MiB are free "
+            f"{least * page_bytes >> 20} MiB of cache, but {budget >> 20} MiB are free "
             "for it: lower engine.max_len or set engine.num_pages"
         )
     return Sizes(
@@ -246,9 +261,9 @@ def _plan_sizes(section: EngineSection, model: Model, *, backend, kv_dtype, work
     )
 
 
-def _cache_budget() -> int:
-    """Bytes that the cache may take on this device."""
-    memory = jax.local_devices()[0].memory_stats()
+def _cache_budget(device: jax.Device) -> int:
+    """Bytes that the cache may take on a device."""
+    memory = device.memory_stats()
     if memory and "bytes_limit" in memory:
         return int(_DEVICE_SHARE * memory["bytes_limit"] - memory.get("bytes_in_use", 0))
     return int(_HOST_SHARE * psutil.virtual_memory().total)

@@ -25,6 +25,8 @@ from lepton_jax.engine.row_params import SampleSpec, pack
 from lepton_jax.engine.scored import ScoreResult, ScoreSpec
 from lepton_jax.engine.scoring import ScoreShape
 from lepton_jax.models.build import Model
+from lepton_jax.sharding import Placement
+from lepton_jax.sharding.placement import CUT_SPEC, WHOLE_SPEC, specs_of
 
 _SMALLEST_PREFILL = 128
 _SMALLEST_VIEW, _VIEW_STEP = 256, 64  # tokens
@@ -103,7 +105,7 @@ def ladder(top: int, factor: int, bottom: int) -> list[int]:
 
 
 class Runner:
-    """Runs plans of the scheduler on one device."""
+    """Runs plans of the scheduler on one device, or on several that share the model."""
 
     def __init__(
         self,
@@ -115,8 +117,10 @@ class Runner:
         kv_dtype: Any,
         eos_ids: tuple[int, ...],
         strict: bool = False,
+        placement: Placement | None = None,
     ):
-        self.model, self.sizes = model, sizes
+        self.placement = placement or Placement.holding(leaves, model.units)
+        self.model, self.sizes = model.on(self.placement.axis), sizes
         self.spec, self.score_spec = (
             SampleSpec(text=sizes.max_len if sizes.draft else 0),
             ScoreSpec(),
@@ -142,7 +146,7 @@ class Runner:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of all layers' caches."""
+        """Bytes of all layers' caches on each device."""
         itemsize = jnp.dtype(self._kv_dtype).itemsize
         return self.model.config.num_layers * int(np.prod(self._cache_shape())) * itemsize
 
@@ -218,7 +222,8 @@ class Runner:
             packed = self._pack_decode(plan, shape)
             if self._scratch_of != (shape.rows, shape.view, shape.tail):
                 self._scratch = ()  # the old one goes before the new one comes
-                self._scratch = steps.empty_views(self.backend, self._caches, shape)
+                views = steps.view_shapes(self.backend, self._abstract_caches(), shape)
+                self._scratch = self.placement.zeros(views, CUT_SPEC)
                 self._scratch_of = (shape.rows, shape.view, shape.tail)
             memory = self._caches, self._scratch
             (self._caches, self._scratch), self._state, flight.result = program(
@@ -316,46 +321,54 @@ class Runner:
         )
         memory = self._abstract_caches()
         if not prefill:
-            views = functools.partial(steps.empty_views, self.backend, shape=shape)
-            memory = memory, jax.eval_shape(views, memory)
-        arguments = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype),
-            (self._leaves, memory, self._abstract_state(shape.spec)),
-        )
-        packed = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
+            memory = memory, steps.view_shapes(self.backend, memory, shape)
+        leaves, place = self._abstract_leaves(), self.placement
+        arguments = memory, self._abstract_state(shape.spec), _ints(layout.size)
+        kinds = CUT_SPEC, steps.STATE_SPECS, WHOLE_SPEC
         # Scratch is written only: kept as an argument, it is where the views are made.
-        program = jax.jit(step, donate_argnums=(1, 2), keep_unused=True)
-        return program.lower(*arguments, packed).compile()
+        program = place.program(
+            step, (specs_of(leaves), *kinds), kinds, donate=(1, 2), keep_unused=True
+        )
+        return program.lower(leaves, *place.abstract(arguments, kinds)).compile()
 
     def _compile_score(self, shape: ScoreShape):
         step = functools.partial(scoring.score, model=self.model, backend=self.backend, shape=shape)
-        leaves = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), self._leaves)
-        packed = jax.ShapeDtypeStruct((scoring.score_layout(shape).size,), jnp.int32)
-        program = jax.jit(step, donate_argnums=1)
-        return program.lower(leaves, self._abstract_caches(), packed).compile()
+        leaves, place = self._abstract_leaves(), self.placement
+        arguments = self._abstract_caches(), _ints(scoring.score_layout(shape).size)
+        kinds = CUT_SPEC, WHOLE_SPEC
+        program = place.program(step, (specs_of(leaves), *kinds), kinds, donate=(1,))
+        return program.lower(leaves, *place.abstract(arguments, kinds)).compile()
+
+    def _abstract_leaves(self) -> tuple:
+        """Of all devices; what follows is of one device's share."""
+        return jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), self._leaves
+        )
 
     def _cache_shape(self) -> tuple[int, ...]:
         c, s = self.model.config, self.sizes
-        return self.backend.cache_shape(s.num_pages, s.page_size, c.num_kv_heads, c.head_dim)
+        kv_heads = self.model.axis.share(c.num_kv_heads)
+        return self.backend.cache_shape(s.num_pages, s.page_size, kv_heads, c.head_dim)
 
     def _abstract_caches(self) -> tuple:
         layer = jax.ShapeDtypeStruct(self._cache_shape(), self._kv_dtype)
         return (layer,) * self.model.config.num_layers
 
     def _abstract_state(self, spec: SampleSpec) -> steps.RowState:
-        return jax.eval_shape(
-            lambda: steps.RowState.zeros(self.sizes.rows, self.model.config.vocab_size, spec)
-        )
+        return jax.eval_shape(lambda: self._fresh_state(spec))
+
+    def _fresh_state(self, spec: SampleSpec) -> steps.RowState:
+        vocab = self.model.axis.share(self.model.config.vocab_size)
+        return steps.RowState.zeros(self.sizes.rows, vocab, spec)
 
     def _allocate(self) -> None:
         """Caches once; state again whenever the spec has grown, keeping what it held."""
         if self._caches is None:
-            self._caches = tuple(jnp.zeros(a.shape, a.dtype) for a in self._abstract_caches())
-        wanted = self._abstract_state(self.spec)
-        held = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), self._state)
-        if held == wanted:
+            self._caches = self.placement.zeros(self._abstract_caches(), CUT_SPEC)
+        wanted = self.placement.abstract(self._abstract_state(self.spec), steps.STATE_SPECS)
+        if jax.tree.map(jnp.shape, self._state) == jax.tree.map(jnp.shape, wanted):
             return
-        fresh = steps.RowState.zeros(self.sizes.rows, self.model.config.vocab_size, self.spec)
+        fresh = self.placement.copies(self._fresh_state(self.spec), steps.STATE_SPECS)
         self._state = fresh if self._state is None else fresh.filled_from(self._state)
 
     def _pack_prefill(self, plan: Plan, shape: PrefillShape) -> np.ndarray:
@@ -403,6 +416,10 @@ def draft_sizes(most: int) -> list[int]:
 
 def _block(shape: DecodeShape):
     return speculation.speculative_block if shape.draft else steps.decode_block
+
+
+def _ints(size: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((size,), jnp.int32)
 
 
 def _block_result(pieces: dict[str, np.ndarray], rows: int) -> BlockResult:

@@ -5,7 +5,9 @@ min-p, draw. What makes it cheap: top-k is a cut read off the best tokens (`_top
 test of the drawn token (`_draw_nucleus`), and the draw inverts the cumulative distribution block by
 block (`_draw`). What makes it exact: probabilities become integer weights (`_weights`), so sums
 don't depend on their order, a token of weight 0 can't be drawn, and a row's token depends on its
-logits, seed and position alone, not on its batch mates. Parameters: `row_params.py`.
+logits, seed and position alone, not on its batch mates or on how many devices share V (`axis`: each
+has a share of the logits, and only sums, maxima and a few candidates travel). Parameters:
+`row_params.py`.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from lepton_jax.engine.row_params import RowParams, SampleSpec
+from lepton_jax.sharding.axis import WHOLE, Axis
 
 _SCALE_BITS = 29  # the weights of a row add up to less than 2**30: int32 sums can't overflow
 _FLOOR = -math.log(2) * (_SCALE_BITS + 1)  # exp(_FLOOR) is below one weight unit: never drawn
@@ -94,8 +97,9 @@ def sample(
     index: jax.Array,
     history: History | None,
     spec: SampleSpec,
+    axis: Axis = WHOLE,
 ) -> Sampled:
-    """Sample one token for each row of logits f32[B, V].
+    """Sample one token for each row of logits f32[B, V]; each device of `axis` has a share of V.
 
     `index` i32[B] is the output position of that token (0 for a row's first): with the row's seed
     it fixes the draw, and it is what min_tokens is compared with. `history` is read only where
@@ -103,11 +107,11 @@ def sample(
     prompt and output, presence and frequency over the output; top-p over what top-k leaves; tokens
     tied with the last one kept are kept.
     """
-    shaped = _shape(logits, params, index=index, history=history, spec=spec)
-    best = jnp.max(shaped, -1)
-    tokens = _first_of(shaped, best)
+    shaped = _shape(logits, params, index=index, history=history, spec=spec, axis=axis)
+    best = axis.max(jnp.max(shaped, -1))
+    tokens = _first_of(shaped, best, axis)
     if spec.stochastic:
-        drawn = _sample_tokens(shaped, params, best=best, index=index, spec=spec)
+        drawn = _sample_tokens(shaped, params, best=best, index=index, spec=spec, axis=axis)
         tokens = jnp.where(params.temperature > 0, drawn, tokens)
     tokens = jnp.where(jnp.isfinite(best), tokens, -1)
     stopped = tokens < 0
@@ -115,19 +119,27 @@ def sample(
         stopped |= jnp.any(tokens[:, None] == params.stop_ids, -1)
     if spec.logprobs < 0:
         return Sampled(tokens, stopped)
-    total = jax.nn.logsumexp(logits, -1)
-    chosen = jnp.take_along_axis(logits, jnp.maximum(tokens, 0)[:, None], -1)[:, 0]
-    top, top_ids = jax.lax.top_k(logits, min(spec.logprobs, logits.shape[-1]))
+    total = log_total(logits, axis)
+    chosen = axis.pick(logits, jnp.maximum(tokens, 0)[:, None])[:, 0]
+    top, top_ids = axis.top_k(logits, spec.logprobs)
     return Sampled(tokens, stopped, chosen - total, top_ids, top - total[:, None])
 
 
-def _first_of(logits: jax.Array, best: jax.Array) -> jax.Array:
+def log_total(logits: jax.Array, axis: Axis) -> jax.Array:
+    """log of the sum of exp(logits [..., V]) over V."""
+    top = axis.max(jnp.max(logits, -1))
+    top = jnp.where(jnp.isfinite(top), top, 0)
+    return top + jnp.log(axis.sum(jnp.sum(jnp.exp(logits - top[..., None]), -1)))
+
+
+def _first_of(logits: jax.Array, best: jax.Array, axis: Axis = WHOLE) -> jax.Array:
     """The first id i32[B] whose logit is the best: argmax as compare and min.
 
     XLA's own argmax is a variadic reduce: 3.3 ms against 0.25 at [32, 49152] (CPU, 2026-11).
     """
-    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-    return jnp.min(jnp.where(logits == best[:, None], ids, logits.shape[-1]), -1)
+    share = logits.shape[-1]
+    ids = axis.whole(jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1), share)
+    return axis.min(jnp.min(jnp.where(logits == best[:, None], ids, axis.size * share), -1))
 
 
 def _shape(
@@ -137,11 +149,13 @@ def _shape(
     index: jax.Array,
     history: History | None,
     spec: SampleSpec,
+    axis: Axis = WHOLE,
 ) -> jax.Array:
     """The logits after bias, penalties and minimum length."""
-    vocab, lines = logits.shape[-1], jnp.arange(logits.shape[0])[:, None]
+    share, lines = logits.shape[-1], jnp.arange(logits.shape[0])[:, None]
     if spec.bias:
-        ids = jnp.where(params.bias_ids < 0, vocab, params.bias_ids)
+        ids = axis.local(params.bias_ids, share)
+        ids = jnp.where(ids < 0, share, ids)
         logits = logits.at[lines, ids].add(params.bias_values, mode="drop")
     if spec.penalties:
         counts = history.output_counts
@@ -151,33 +165,40 @@ def _shape(
         logits -= params.frequency[:, None] * counts
         logits -= jnp.where(counts > 0, params.presence[:, None], 0.0)
     if spec.min_tokens and spec.stop_ids:
-        early = (index < params.min_tokens)[:, None] & (params.stop_ids >= 0)
-        ids = jnp.where(early, params.stop_ids, vocab)
+        ids = axis.local(params.stop_ids, share)
+        early = (index < params.min_tokens)[:, None] & (ids >= 0)
+        ids = jnp.where(early, ids, share)
         logits = logits.at[lines, ids].set(-jnp.inf, mode="drop")
     return logits
 
 
 def _sample_tokens(
-    logits: jax.Array, params: RowParams, *, best: jax.Array, index: jax.Array, spec: SampleSpec
+    logits: jax.Array,
+    params: RowParams,
+    *,
+    best: jax.Array,
+    index: jax.Array,
+    spec: SampleSpec,
+    axis: Axis,
 ) -> jax.Array:
     """Temperature, truncation and the draw; meaningless in rows that are greedy or broken."""
     warm = params.temperature > 0
     temperature = jnp.where(warm, jnp.maximum(params.temperature, _COLDEST), 1.0)
     scores = (logits - best[:, None]) / temperature[:, None]
-    weights = _weights(scores)
+    weights = _weights(scores, axis)
     keys = _row_keys(params.seed, index)
     if not spec.truncate:
-        return _draw(weights, _random_bits(keys, 0))
+        return _draw(weights, _random_bits(keys, 0), axis)
     active = warm & jnp.isfinite(best)
-    cut = _top_k_cut(scores, jnp.where(active, params.top_k, 0))
-    total = jnp.sum(jnp.where(scores >= cut[:, None], weights, 0), -1)
+    cut = _top_k_cut(scores, jnp.where(active, params.top_k, 0), axis)
+    total = axis.sum(jnp.sum(jnp.where(scores >= cut[:, None], weights, 0), -1))
     share = jnp.maximum(jnp.ceil(total * params.top_p), 1.0).astype(jnp.int32)
     share = jnp.where(active & (params.top_p < 1), share, jnp.iinfo(jnp.int32).max)
     cut = jnp.maximum(cut, jnp.log(params.min_p))
-    return _draw_nucleus(jnp.where(scores >= cut[:, None], weights, 0), share, keys)
+    return _draw_nucleus(jnp.where(scores >= cut[:, None], weights, 0), share, keys, axis=axis)
 
 
-def _weights(scores: jax.Array) -> jax.Array:
+def _weights(scores: jax.Array, axis: Axis = WHOLE) -> jax.Array:
     """Integer weights i32[B, V] in proportion to exp(scores) (scores <= 0, 0 the best).
 
     A weight is floor(scale * exp(score)), scale the power of two that puts a row's total between
@@ -185,13 +206,13 @@ def _weights(scores: jax.Array) -> jax.Array:
     of a float32 uniform.
     """
     mass = jnp.exp(scores)
-    exponent = jax.lax.bitcast_convert_type(jnp.sum(mass, -1), jnp.int32) >> 23
+    exponent = jax.lax.bitcast_convert_type(axis.sum(jnp.sum(mass, -1)), jnp.int32) >> 23
     bits = (127 + 127 + _SCALE_BITS - exponent) << 23  # 2**(29 - exponent of the sum), made exactly
     scale = jax.lax.bitcast_convert_type(bits, jnp.float32)
     return (mass * scale[:, None]).astype(jnp.int32)
 
 
-def _top_k_cut(scores: jax.Array, top_k: jax.Array) -> jax.Array:
+def _top_k_cut(scores: jax.Array, top_k: jax.Array, axis: Axis = WHOLE) -> jax.Array:
     """The score f32[B] of a row's top_k-th token (i32[B]; 0: off, giving _FLOOR: keep all).
 
     Read off the leaders where they reach so far; only a longer list is bisected.
@@ -199,11 +220,12 @@ def _top_k_cut(scores: jax.Array, top_k: jax.Array) -> jax.Array:
     floor = jnp.full(top_k.shape, _FLOOR, jnp.float32)
 
     def find():
-        leaders = _leaders(scores)
+        leaders = axis.best(_leaders(scores), _LEADERS)
         reach = leaders.shape[-1]
         kth = jnp.take_along_axis(leaders, jnp.clip(top_k - 1, 0, reach - 1)[:, None], -1)[:, 0]
         low = jnp.where((top_k > 0) & (top_k <= reach), kth, floor)
-        return _bisect(scores, top_k, low, high=leaders[:, -1], is_open=top_k > reach)
+        bracket = low, leaders[:, -1]
+        return _bisect(scores, top_k, bracket, is_open=top_k > reach, axis=axis)
 
     return jax.lax.cond(jnp.any(top_k > 0), find, lambda: floor)
 
@@ -224,9 +246,14 @@ def _leaders(scores: jax.Array) -> jax.Array:
 
 
 def _bisect(
-    scores: jax.Array, top_k: jax.Array, low: jax.Array, *, high: jax.Array, is_open: jax.Array
+    scores: jax.Array,
+    top_k: jax.Array,
+    bracket: tuple[jax.Array, jax.Array],
+    *,
+    is_open: jax.Array,
+    axis: Axis,
 ) -> jax.Array:
-    """The highest cut f32[B] in [low, high] that keeps top_k i32[B] tokens, or low.
+    """The highest cut f32[B] in the bracket [low, high] that keeps top_k i32[B] tokens, or low.
 
     Rows that aren't open keep `low`. A row is done once its cut keeps exactly top_k, long before
     the floats run out; with a tie at the cut it never does, and stops where the bracket can't hold
@@ -235,13 +262,14 @@ def _bisect(
 
     def probe(state):
         low, high, mid, is_open = state
-        kept = jnp.sum((scores >= mid[:, None]).astype(jnp.int32), -1)
+        kept = axis.sum(jnp.sum((scores >= mid[:, None]).astype(jnp.int32), -1))
         low = jnp.where(is_open & (kept >= top_k), mid, low)
         high = jnp.where(kept >= top_k, high, mid)
         mid = (low + high) / 2
         tied = (high - low < _TIED) | (mid <= low) | (mid >= high)
         return low, high, mid, is_open & (kept != top_k) & ~tied
 
+    low, high = bracket
     state = low, high, low, is_open  # the first probe, at low, finds the rows with fewer tokens
     return jax.lax.while_loop(lambda state: jnp.any(state[3]), probe, state)[0]
 
@@ -268,7 +296,9 @@ def _random_bits(keys: jax.Array, attempt: jax.Array | int) -> jax.Array:
     return jax.vmap(bits)(keys)
 
 
-def _draw_nucleus(weights: jax.Array, share: jax.Array, keys: jax.Array) -> jax.Array:
+def _draw_nucleus(
+    weights: jax.Array, share: jax.Array, keys: jax.Array, *, axis: Axis = WHOLE
+) -> jax.Array:
     """Draw from the nucleus: the tokens than which the better ones weigh less than share i32[B].
 
     By rejection, not by its bounds: draw; if the better tokens weigh less than the share, the token
@@ -281,9 +311,10 @@ def _draw_nucleus(weights: jax.Array, share: jax.Array, keys: jax.Array) -> jax.
 
     def attempt(state):
         number, token, beyond, is_open = state
-        drawn = _draw(jnp.where(weights > beyond[:, None], weights, 0), _random_bits(keys, number))
-        weight = jnp.take_along_axis(weights, drawn[:, None], -1)
-        better = jnp.sum(jnp.where(weights > weight, weights, 0), -1)
+        left = jnp.where(weights > beyond[:, None], weights, 0)
+        drawn = _draw(left, _random_bits(keys, number), axis)
+        weight = axis.pick(weights, drawn[:, None])
+        better = axis.sum(jnp.sum(jnp.where(weights > weight, weights, 0), -1))
         token = jnp.where(is_open, drawn, token)
         is_open &= better >= share
         return number + 1, token, jnp.where(is_open, weight[:, 0], beyond), is_open
@@ -293,7 +324,7 @@ def _draw_nucleus(weights: jax.Array, share: jax.Array, keys: jax.Array) -> jax.
     return jax.lax.while_loop(lambda state: jnp.any(state[3]), attempt, state)[1]
 
 
-def _draw(weights: jax.Array, bits: jax.Array) -> jax.Array:
+def _draw(weights: jax.Array, bits: jax.Array, axis: Axis = WHOLE) -> jax.Array:
     """The token i32[B] where the running sum of weights i32[B, V] passes bits / 2**32 of the total.
 
     Two levels, so that no scan runs over V: first the block, then the place inside it. All
@@ -302,12 +333,14 @@ def _draw(weights: jax.Array, bits: jax.Array) -> jax.Array:
     """
     blocks = _blocks(weights, _BLOCK, 0)
     upto = jnp.cumsum(jnp.sum(blocks, -1), -1)
-    target = _high_product(bits, upto[:, -1].astype(jnp.uint32)).astype(jnp.int32)
+    before, total = axis.running(upto[:, -1])
+    target = _high_product(bits, total.astype(jnp.uint32)).astype(jnp.int32) - before
+    here = (target >= 0) & (target < upto[:, -1])
     block = jnp.sum((upto <= target[:, None]).astype(jnp.int32), -1)
     inside = jnp.take_along_axis(blocks, block[:, None, None], 1)[:, 0]
-    before = jnp.take_along_axis(upto, block[:, None], 1)[:, 0] - jnp.sum(inside, -1)
-    rest = target - before
-    return block * _BLOCK + jnp.sum((jnp.cumsum(inside, -1) <= rest[:, None]).astype(jnp.int32), -1)
+    rest = target - jnp.take_along_axis(upto, block[:, None], 1)[:, 0] + jnp.sum(inside, -1)
+    place = jnp.sum((jnp.cumsum(inside, -1) <= rest[:, None]).astype(jnp.int32), -1)
+    return axis.chosen(axis.whole(block * _BLOCK + place, weights.shape[-1]), here)
 
 
 def _high_product(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -74,7 +74,7 @@ def score(
     hidden, caches = decoder(inputs["tokens"], inputs["positions"], caches, attend)
     pieces = {}
     if shape.spec.targets:
-        pieces |= _log_probabilities(decoder, hidden, inputs, model.config.vocab_size)
+        pieces |= _log_probabilities(decoder, hidden, inputs, model)
     if shape.spec.pool:
         weights = jax.lax.bitcast_convert_type(inputs["weights"], jnp.float32)
         # As a sum by rows, not a product: unused lines are 0 and padding never counts.
@@ -84,13 +84,14 @@ def score(
     return caches, score_result_layout(shape, model.config.hidden_size).join(pieces)
 
 
-def _log_probabilities(decoder, hidden: jax.Array, inputs: dict, vocab: int) -> dict:
+def _log_probabilities(decoder, hidden: jax.Array, inputs: dict, model: Model) -> dict:
     """Of the targets of the asked places, and whether they are the likeliest, slice by slice.
 
     The likeliest ids themselves would take another pass over the logits: a third more time for all
     of this (2-core AVX-512 CPU, [128, 49152], 2026-11-24).
     """
     most, width = inputs["targets"].shape
+    axis, vocab = model.axis, model.axis.share(model.config.vocab_size)
     size = min(most, _SLICE_PLACES, max(8, _SLICE_BYTES // (4 * vocab)))
     slices = -(-most // size)
     padding = slices * size - most
@@ -100,9 +101,9 @@ def _log_probabilities(decoder, hidden: jax.Array, inputs: dict, vocab: int) -> 
     def one_slice(index, out):
         logprobs, greedy = out
         logits = decoder.logits(hidden[places[index]])
-        top = jnp.max(logits, -1, keepdims=True)
-        total = top + jnp.log(jnp.sum(jnp.exp(logits - top), -1, keepdims=True))
-        chosen = jnp.take_along_axis(logits, targets[index], -1)
+        top = axis.max(jnp.max(logits, -1, keepdims=True))
+        total = top + jnp.log(axis.sum(jnp.sum(jnp.exp(logits - top), -1, keepdims=True)))
+        chosen = axis.pick(logits, targets[index])
         is_top = (chosen >= top).astype(jnp.int32)
         return logprobs.at[index].set(chosen - total), greedy.at[index].set(is_top)
 

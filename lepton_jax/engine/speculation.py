@@ -25,6 +25,7 @@ from lepton_jax.engine.steps import RUNNING, RowState, attend_pages, open_views
 from lepton_jax.kernels.attention import PagedBatch
 from lepton_jax.models.build import Model
 from lepton_jax.models.decoder import Decoder
+from lepton_jax.sharding import Axis
 
 
 def speculative_block(
@@ -95,7 +96,7 @@ class _Block:
     def step(self, carry: _Step) -> _Step:
         """Proposes, verifies and accepts."""
         lines, shape, limit = carry.lines, self.shape, self.inputs["limit"]
-        width = 1 + shape.draft
+        width, axis = 1 + shape.draft, self.decoder.axis
         ahead = jnp.arange(width)
         proposed = lookup(lines.texts, lines.lengths, shape.draft)
         running, index = lines.finish == RUNNING, lines.produced[:, None] + ahead
@@ -108,8 +109,9 @@ class _Block:
             self.decoder.logits(hidden),
             jax.tree.map(lambda a: jnp.repeat(a, width, 0), params),
             index=index.reshape(-1),
-            history=_histories(lines.history, proposed),
+            history=_histories(lines.history, proposed, axis),
             spec=shape.spec,
+            axis=axis,
         )
         new = jax.tree.map(lambda a: a.reshape(-1, width, *a.shape[1:]), new)
         accepted = _accepted(new, proposed, valid)
@@ -118,7 +120,7 @@ class _Block:
         record = _write_record(carry.record, new, done, kept=kept)
         return carry._replace(
             index=carry.index + 1,
-            lines=_advance(lines, new, kept, limit=limit),
+            lines=_advance(lines, new, kept, limit=limit, axis=axis),
             places=self._place(carry, jnp.where(kept, positions, -1)),
             record=_count(record, proposed, accepted, valid=valid),
         )
@@ -189,7 +191,7 @@ def _verify_batch(lines: RowState, positions: jax.Array, table: jax.Array) -> Pa
     )
 
 
-def _histories(history: History | None, proposed: jax.Array) -> History | None:
+def _histories(history: History | None, proposed: jax.Array, axis: Axis) -> History | None:
     """What penalties see at each place `[B * (1 + draft), V]`: the proposals before it too."""
     if history is None:
         return None
@@ -197,6 +199,7 @@ def _histories(history: History | None, proposed: jax.Array) -> History | None:
     width = 1 + draft
     history = jax.tree.map(lambda a: jnp.repeat(a, width, 0), history)
     before = jnp.arange(draft) < jnp.arange(width)[:, None]  # [1 + draft, draft]
+    proposed = axis.local(proposed, history.prompt_seen.shape[1])
     tokens = jnp.where(before, proposed[:, None], -1)
     lines = jnp.broadcast_to(jnp.arange(rows * width)[:, None], (rows * width, draft))
     return history.count_output(lines.reshape(-1), tokens.reshape(-1))
@@ -208,7 +211,9 @@ def _accepted(new: Sampled, proposed: jax.Array, valid: jax.Array) -> jax.Array:
     return jnp.sum(jnp.cumprod(same.astype(jnp.int32), axis=1), axis=1)
 
 
-def _advance(lines: RowState, new: Sampled, kept: jax.Array, *, limit: jax.Array) -> RowState:
+def _advance(
+    lines: RowState, new: Sampled, kept: jax.Array, *, limit: jax.Array, axis: Axis
+) -> RowState:
     """The rows after the tokens that they keep, bool[B, 1 + draft]: the first ones or none."""
     count = jnp.sum(kept.astype(jnp.int32), 1)
     running, last = count > 0, jnp.maximum(count - 1, 0)
@@ -220,7 +225,8 @@ def _advance(lines: RowState, new: Sampled, kept: jax.Array, *, limit: jax.Array
     history = lines.history
     if history is not None:
         line = jnp.broadcast_to(jnp.arange(kept.shape[0])[:, None], kept.shape)
-        tokens = jnp.where(kept, new.tokens, -1)
+        tokens = axis.local(new.tokens, history.prompt_seen.shape[1])
+        tokens = jnp.where(kept, tokens, -1)
         history = history.count_output(line.reshape(-1), tokens.reshape(-1))
     lines = dataclasses.replace(
         lines,

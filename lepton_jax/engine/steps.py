@@ -20,6 +20,8 @@ from lepton_jax.engine.row_params import SampleSpec, unpack
 from lepton_jax.engine.sampling import History, Sampled, sample
 from lepton_jax.kernels.attention import PagedBatch, decode_batch
 from lepton_jax.models.build import Model
+from lepton_jax.sharding import Axis
+from lepton_jax.sharding.placement import CUT_SPEC, WHOLE_SPEC
 
 RUNNING, STOPPED, LENGTH = 0, 1, 2  # finish codes
 
@@ -124,6 +126,10 @@ class RowState:
         )
 
 
+# What of the state each device has of its own where several share a model: its share of V.
+STATE_SPECS = RowState(*[WHOLE_SPEC] * 7, history=CUT_SPEC, texts=WHOLE_SPEC)
+
+
 def prefill(
     leaves: tuple,
     caches: tuple,
@@ -149,7 +155,8 @@ def prefill(
 
     slots, final = inputs["slots"], inputs["final"] == 1
     if shape.spec.penalties:
-        state = dataclasses.replace(state, history=_count_chunks(state.history, inputs))
+        history = _count_chunks(state.history, inputs, axis=model.axis)
+        state = dataclasses.replace(state, history=history)
     lines = state.at(slots)
     if shape.spec.text:
         lines = dataclasses.replace(lines, texts=inputs["texts"])
@@ -159,10 +166,11 @@ def prefill(
         index=inputs["produced"],
         history=lines.history,
         spec=shape.spec,
+        axis=model.axis,
     )
     lines = dataclasses.replace(lines, lengths=inputs["kv_lens"], produced=inputs["produced"])
     lines = lines.sampled(new, running=final, limit=inputs["limit"])
-    lines = _count_sampled(lines, counted=final)
+    lines = _count_sampled(lines, counted=final, axis=model.axis)
     state = state.put(jnp.where(final, slots, state.tokens.shape[0]), lines)
     return caches, state, inputs["num_seqs"] + 0 * state.tokens[0]
 
@@ -178,7 +186,8 @@ def decode_block(
     shape: DecodeShape,
 ) -> tuple[tuple[tuple, tuple], RowState, jax.Array]:
     """Up to `steps` tokens for each listed row. The third result is laid out by
-    `packing.result_layout`; `memory` is the caches and scratch, which begins as `empty_views(...)`.
+    `packing.result_layout`; `memory` is the caches and scratch, which begins as zeros like
+    `view_shapes(...)`.
     """
     caches, scratch = memory
     inputs = packing.decode_layout(shape).split(packed)
@@ -202,11 +211,11 @@ def decode_block(
             index=lines.produced,
             history=lines.history,
             spec=shape.spec,
+            axis=model.axis,
         )
         lines = dataclasses.replace(lines, lengths=lines.lengths + running)
-        lines = _count_sampled(
-            lines.sampled(new, running=running, limit=inputs["limit"]), counted=running
-        )
+        lines = lines.sampled(new, running=running, limit=inputs["limit"])
+        lines = _count_sampled(lines, counted=running, axis=model.axis)
         return index + 1, lines, working, _write_record(record, lines, index + 1)
 
     def unfinished(carry):
@@ -227,18 +236,22 @@ def decode_block(
     return memory, state.put(inputs["slots"], lines), result
 
 
-def empty_views(backend: ModuleType, caches: tuple, shape: DecodeShape) -> tuple:
-    """The scratch of `decode_block`: memory for the view of each layer, or () for none.
+def view_shapes(backend: ModuleType, caches: tuple, shape: DecodeShape) -> tuple:
+    """The scratch of `decode_block` as ShapeDtypeStructs: memory for the view of each layer, or ()
+    for none.
 
     Fresh memory for every block would cost a CPU its page faults: 50,000 a block of 32 rows, a
     sixth of its time (2026-11-24).
     """
     if not shape.view:
         return ()
-    table = jnp.zeros((shape.rows, shape.pages), jnp.int32)
-    lengths = jnp.zeros(shape.rows, jnp.int32)
-    views = jax.eval_shape(lambda: open_views(backend, caches, table, lengths=lengths, shape=shape))
-    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), views)
+
+    def views(caches):
+        table = jnp.zeros((shape.rows, shape.pages), jnp.int32)
+        lengths = jnp.zeros(shape.rows, jnp.int32)
+        return open_views(backend, caches, table, lengths=lengths, shape=shape)
+
+    return jax.eval_shape(views, caches)
 
 
 def attend_pages(backend: ModuleType, batch: PagedBatch, *, decode: bool):
@@ -310,20 +323,22 @@ def _write_record(record: dict, lines: RowState, index) -> dict[str, jax.Array]:
     }
 
 
-def _count_chunks(history: History, inputs: dict) -> History:
+def _count_chunks(history: History, inputs: dict, *, axis: Axis) -> History:
     """Tokens of the chunks: prompt up to `outputs_from`, a preempted row's own outputs after it."""
     row, position = inputs["rows"], inputs["positions"]
     history = history.clear(jnp.where(inputs["first"] == 1, inputs["slots"], -1))
     slots = inputs["slots"][row]
     is_output = position >= inputs["outputs_from"][row]
-    tokens = jnp.where(position < 0, -1, inputs["tokens"])
+    tokens = axis.local(inputs["tokens"], history.prompt_seen.shape[1])
+    tokens = jnp.where(position < 0, -1, tokens)
     history = history.count_prompt(slots, jnp.where(is_output, -1, tokens))
     return history.count_output(slots, jnp.where(is_output, tokens, -1))
 
 
-def _count_sampled(lines: RowState, *, counted: jax.Array) -> RowState:
+def _count_sampled(lines: RowState, *, counted: jax.Array, axis: Axis) -> RowState:
     if lines.history is None:
         return lines
+    tokens = axis.local(lines.tokens, lines.history.prompt_seen.shape[1])
     rows = jnp.arange(lines.tokens.shape[0], dtype=jnp.int32)
-    history = lines.history.count_output(rows, jnp.where(counted, lines.tokens, -1))
+    history = lines.history.count_output(rows, jnp.where(counted, tokens, -1))
     return dataclasses.replace(lines, history=history)

@@ -15,6 +15,7 @@ from flax import nnx
 
 from lepton_jax.models.config import ModelConfig
 from lepton_jax.models.decoder import Decoder
+from lepton_jax.sharding.axis import WHOLE, Axis
 from lepton_jax.tensors import ParamSpec
 
 
@@ -26,15 +27,18 @@ class Model:
       specs: ParamSpec by path such as "layers.0.qkv", in the order in which `bind` takes leaves.
       dtype: storage dtype of weights and biases.
       activation_dtype: dtype of the residual stream and of q, k, v.
+      axis: the devices that share it. The specs are those of the whole model; `bind` then takes one
+        device's part of each leaf, inside a program over all of them.
     """
 
-    def __init__(self, config: ModelConfig, dtype: Any, activation_dtype: Any):
-        decoder = nnx.eval_shape(lambda: Decoder(config, dtype, activation_dtype))
+    def __init__(self, config: ModelConfig, dtype: Any, activation_dtype: Any, axis: Axis = WHOLE):
+        decoder = nnx.eval_shape(lambda: Decoder(config, dtype, activation_dtype, axis))
         graph, state = nnx.split(decoder)
         variables = dict(nnx.to_flat_state(state))
         order = sorted(variables, key=lambda path: (path[0] != "embed", path[0] != "layers", path))
         variables = {path: variables[path] for path in order}
         self.config, self.dtype, self.activation_dtype = config, dtype, activation_dtype
+        self.axis = axis
         self._graph = graph
         self._variables = variables
         self.specs: dict[str, ParamSpec] = {
@@ -66,7 +70,18 @@ class Model:
         than the model claims.
         """
         config = self.config.with_context(length)
-        return Model(config, self.dtype, self.activation_dtype)
+        return Model(config, self.dtype, self.activation_dtype, self.axis)
+
+    def on(self, axis: Axis) -> Model:
+        """The same model, shared by the devices of an axis."""
+        if axis == self.axis:
+            return self
+        return Model(self.config, self.dtype, self.activation_dtype, axis)
+
+    @property
+    def units(self) -> dict[str, int]:
+        """By logical axis of the specs, how many neighbours a cut must keep together."""
+        return {"heads": self.config.group * self.config.head_dim}
 
 
 def abstract_model(config: ModelConfig, dtype: Any, activation_dtype: Any) -> Model:

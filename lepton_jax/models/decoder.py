@@ -6,8 +6,9 @@ dim, D model dim, F ffn dim, V vocab, E experts, P pages, Z page size, L layers.
 
 Flax NNX describes the parameters here and `build.py` takes them apart; at run time the methods are
 plain functions of arrays. Layers are unrolled: scanning over stacked layers copies weights or
-caches. Attention and its cache belong to the caller, who passes `attend`. Read next: `build.py`,
-`lepton_jax/kernels/attention.py`.
+caches. Attention and its cache belong to the caller, who passes `attend`. Where devices share a
+model, each holds a part of every K, F and V, and `axis` adds up what they have. Read next:
+`build.py`, `lepton_jax/kernels/attention.py`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from flax import nnx
 from lepton_jax.models.config import NO_ROPE, ModelConfig
 from lepton_jax.models.moe import experts_ffn
 from lepton_jax.models.rope import rope_table, rotate
+from lepton_jax.sharding.axis import WHOLE, Axis
 from lepton_jax.tensors import einsum, einsum_parts, take
 
 ACTIVATION_FUNCTIONS = {
@@ -56,9 +58,9 @@ def soft_cap(x: jax.Array, cap: float) -> jax.Array:
 class Layer(nnx.Module):
     """Attention and ffn of one layer; its parameters are the paths below `layers.{i}.`"""
 
-    def __init__(self, config: ModelConfig, index: int, dtype: Any):
+    def __init__(self, config: ModelConfig, index: int, dtype: Any, axis: Axis = WHOLE):
         c = config
-        self.config, self.index = config, index
+        self.config, self.index, self.axis = config, index, axis
         K, G, H, D = c.num_kv_heads, c.group, c.head_dim, c.hidden_size
         self.attn_norm = norm_param(D, "embed")
         self.qkv = param(
@@ -132,7 +134,7 @@ class Layer(nnx.Module):
             soft_cap=c.attn_soft_cap,
         )
         heads = out.astype(x.dtype).reshape(x.shape[0], -1)
-        y = einsum("TI,DI->TD", heads, self.out.get_value())
+        y = self.axis.sum(einsum("TI,DI->TD", heads, self.out.get_value()))
         return (y + self.out_bias.get_value().astype(y.dtype) if c.out_bias else y), cache
 
     def ffn(self, x: jax.Array) -> jax.Array:
@@ -141,12 +143,12 @@ class Layer(nnx.Module):
         if c.num_experts:
             leaves = (self.router, self.experts_gate_up, self.experts_down)
             leaves = tuple(leaf.get_value() for leaf in leaves)
-            return experts_ffn(x, *leaves, config=c, activation=activation)
+            return self.axis.sum(experts_ffn(x, *leaves, config=c, activation=activation))
         gate, up = einsum_parts("TD,CFD->CTF", x, self.gate_up.get_value())
         if c.ffn_bias:
             gate_bias, up_bias = self.gate_up_bias.get_value().astype(x.dtype)
             gate, up = gate + gate_bias, up + up_bias
-        y = einsum("TF,DF->TD", activation(gate) * up, self.down.get_value())
+        y = self.axis.sum(einsum("TF,DF->TD", activation(gate) * up, self.down.get_value()))
         return y + self.down_bias.get_value().astype(y.dtype) if c.ffn_bias else y
 
     def _norm(self, x: jax.Array, name: str) -> jax.Array:
@@ -156,11 +158,11 @@ class Layer(nnx.Module):
 class Decoder(nnx.Module):
     """Tokens to hidden states to logits."""
 
-    def __init__(self, config: ModelConfig, dtype: Any, activation_dtype: Any):
-        self.config, self.activation_dtype = config, activation_dtype
+    def __init__(self, config: ModelConfig, dtype: Any, activation_dtype: Any, axis: Axis = WHOLE):
+        self.config, self.activation_dtype, self.axis = config, activation_dtype, axis
         V, D = config.vocab_size, config.hidden_size
         self.embed = param((V, D), ("vocab", "embed"), dtype, inputs=1)
-        self.layers = nnx.List([Layer(config, i, dtype) for i in range(config.num_layers)])
+        self.layers = nnx.List([Layer(config, i, dtype, axis) for i in range(config.num_layers)])
         self.final_norm = norm_param(D, "embed")
         if not config.tie_embeddings:
             self.head = param((V, D), ("vocab", "embed"), dtype, inputs=1)
@@ -187,7 +189,8 @@ class Decoder(nnx.Module):
         c = self.config
         if len(caches) != c.num_layers:
             raise ValueError(f"{len(caches)} caches for {c.num_layers} layers: pass one per layer")
-        x = take(self.embed.get_value(), tokens, self.activation_dtype)
+        table, dtype = self.embed.get_value(), self.activation_dtype
+        x = self.axis.lookup(lambda ids: take(table, ids, dtype), tokens, table.shape[0])
         if c.embed_scale != 1.0:
             x = x * jnp.asarray(c.embed_scale, x.dtype)
         factors = self.rope_factors.get_value() if c.rope_factor_sets else None
@@ -203,7 +206,10 @@ class Decoder(nnx.Module):
         return rms_norm(x, self.final_norm.get_value(), c.norm_eps), tuple(new_caches)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Logits f32 `[R, V]` of hidden states `[R, D]`, which are already normed."""
+        """Logits f32 `[R, V]` of hidden states `[R, D]`, which are already normed; this device's
+        share of V, -inf where it is padding.
+        """
         table = self.embed if self.config.tie_embeddings else self.head
         scores = einsum("RD,VD->RV", hidden.astype(jnp.float32), table.get_value())
-        return soft_cap(scores, self.config.final_soft_cap)
+        scores = soft_cap(scores, self.config.final_soft_cap)
+        return self.axis.within(scores, self.config.vocab_size)

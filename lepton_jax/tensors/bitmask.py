@@ -11,6 +11,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
+from lepton_jax.tensors.cut import Cut
 from lepton_jax.tensors.decompress import by_outputs, in_order
 from lepton_jax.tensors.leaves import ParamSpec, register_leaf
 from lepton_jax.tensors.sparse import (
@@ -75,6 +76,15 @@ class BitmaskTensor(SparseTensor):
         bits = flat.reshape(-1, inputs // 8, 8).astype(jnp.uint8) << jnp.arange(8, dtype=jnp.uint8)
         packed = jnp.sum(bits, axis=-1, dtype=jnp.uint8)
         return cls(packed.reshape(*outs, -1), values, starts.reshape(outs), scale)
+
+    def like(self, weights: list[jax.Array], scales: list[Any]) -> list[Self]:
+        kept = max(1, *(int(jnp.sum(w != 0)) for w in weights))
+        return [self.of(w, w != 0, s, kept=kept) for w, s in zip(weights, scales, strict=True)]
+
+    def planned_piece(self, part: ParamSpec, cut: Cut) -> Self:
+        """As if what is kept were spread evenly."""
+        kept = min(part.size, -(-math.prod(self.values.shape) // cut.parts))
+        return self.planned(part, **self.static() | dict(kept=kept))
 
     def static(self) -> dict[str, Any]:
         return dict(kept=math.prod(self.values.shape), values=jnp.dtype(self.values.dtype).name)

@@ -12,6 +12,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
+from lepton_jax.tensors.cut import Cut
 from lepton_jax.tensors.decompress import in_order
 from lepton_jax.tensors.leaves import ParamSpec, register_leaf
 from lepton_jax.tensors.sparse import (
@@ -68,7 +69,7 @@ class BlockSparseTensor(SparseTensor):
     @classmethod
     def of(cls, weight: jax.Array, kept_tiles: jax.Array, scale: Any = None, *, kept: int) -> Self:
         """The leaf of the tiles of a weight `[*out, I]` where `kept_tiles [O/R, I/C]` is true: at
-        `kept` places in each row.
+        `kept` places in each row, or at fewer, and then others, which are zeros, fill it up.
         """
         *outs, inputs = weight.shape
         tile_rows, columns = kept_tiles.shape
@@ -76,6 +77,24 @@ class BlockSparseTensor(SparseTensor):
         parts = weight.reshape(tile_rows, -1, columns, inputs // columns)
         values = jnp.take_along_axis(parts, tiles[:, None, :, None], axis=2)
         return cls(values.reshape(*outs, -1), tiles, inputs, scale)
+
+    def like(self, weights: list[jax.Array], scales: list[Any]) -> list[Self]:
+        height, width = self.static()["height"], self.static()["width"]
+        tiles = []
+        for weight in weights:
+            check_tiles(weight.shape, height, width)
+            columns = weight.shape[-1] // width
+            parts = weight.reshape(-1, height, columns, width)
+            tiles.append(jnp.any(parts != 0, axis=(1, 3)))
+        kept = max(1, *(int(jnp.max(jnp.sum(t, axis=-1))) for t in tiles))
+        return [self.of(w, t, s, kept=kept) for w, t, s in zip(weights, tiles, scales, strict=True)]
+
+    def planned_piece(self, part: ParamSpec, cut: Cut) -> Self:
+        """As if the tiles were spread evenly over the inputs."""
+        static = self.static()
+        if cut.dim == len(self.shape) - 1:
+            static["kept"] = -(-static["kept"] // cut.parts)
+        return self.planned(part, **static)
 
     def static(self) -> dict[str, Any]:
         tile_rows, kept = self.tiles.shape[-2:]

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self
 import jax
 import jax.numpy as jnp
 
+from lepton_jax.tensors.cut import Cut
 from lepton_jax.tensors.dots import ragged_dot
 
 
@@ -72,6 +73,17 @@ class CompressedTensor(abc.ABC):
 
         Raises ValueError, naming the field, where they don't go together.
         """
+
+    @abc.abstractmethod
+    def pieces(self, cut: Cut) -> list[Self]:
+        """Leaves of equal shapes for the parts of this weight, with values.
+
+        Raises ValueError, saying why, where this storage can't hold such a part.
+        """
+
+    def planned_piece(self, part: ParamSpec, cut: Cut) -> Self:
+        """What `pieces` gives of a planned leaf: a leaf of ParamSpecs for a weight `part`."""
+        return self.planned(part, **self.static())
 
     @abc.abstractmethod
     def flat(self, keep: int = 0) -> Self:

@@ -81,6 +81,10 @@ class NMTensor(SparseTensor):
         indices = jnp.sum(places << shifts[:, None], axis=-2, dtype=jnp.uint8)
         return cls(by_rank(values), indices, n, m, scale)
 
+    def like(self, weights: list[jax.Array], scales: list[Any]) -> list[Self]:
+        pairs = zip(weights, scales, strict=True)
+        return [self.of(w, w != 0, scale, n=self.n, m=self.m) for w, scale in pairs]
+
     def static(self) -> dict[str, Any]:
         return dict(n=self.n, m=self.m, values=jnp.dtype(self.values.dtype).name)
 

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import jax
 
+from lepton_jax.tensors.cut import Cut
 from lepton_jax.tensors.dots import ragged_dot
 from lepton_jax.tensors.leaves import CompressedTensor, ParamSpec
 from lepton_jax.tensors.matmul import matmul
@@ -37,6 +38,9 @@ class Observed(CompressedTensor):
     @classmethod
     def planned(cls, spec: ParamSpec, **static: Any) -> Self:
         raise ValueError(f"{spec.shape}: an observed weight is not stored, so it has no plan")
+
+    def pieces(self, cut: Cut) -> list[Self]:
+        raise ValueError(f"{self.shape}: an observed weight is not stored, so it has no pieces")
 
     def flat(self, keep: int = 0) -> Self:
         w = self.weight

@@ -7,12 +7,14 @@ arrays are `dots.py`.
 
 import dataclasses
 import functools
+import math
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 
 from lepton_jax.tensors import dots
+from lepton_jax.tensors.cut import Cut
 from lepton_jax.tensors.decompress import by_outputs, in_order
 from lepton_jax.tensors.leaves import CompressedTensor, ParamSpec, register_leaf
 
@@ -103,11 +105,59 @@ class QTensor(CompressedTensor):
         names = {jnp.dtype(dtype): name for name, dtype in _STORED.items()}
         return dict(
             values=names[jnp.dtype(self.values.dtype)],
-            group=self.shape[-1] // self.scale.shape[-1] if self.grouped else 0,
+            group=self.group,
             asymmetric=self.offset is not None,
             static_activations=self.act_scale is not None,
             act_bits=self.act_bits,
         )
+
+    def pieces(self, cut: Cut) -> list[Self]:
+        """Where parts of the inputs would cut through groups, these get smaller."""
+        whole, cuts = self, dict.fromkeys(("values", "scale", "offset"), cut)
+        if cut.dim == len(self.values.shape) - 1:
+            whole = self._with_group(self._group_within(cut))
+            groups = cut.of(cut.share // whole.group) if whole.grouped else None
+            values = cut.of(cut.share // 2) if whole.packed else cut
+            cuts = dict(values=values, scale=groups, offset=groups)
+        parts = {}
+        for name, how in cuts.items():
+            array = getattr(whole, name)
+            uncut = array is None or how is None
+            parts[name] = [array] * cut.parts if uncut else how.split(array)
+        return [
+            dataclasses.replace(whole, **{name: arrays[i] for name, arrays in parts.items()})
+            for i in range(cut.parts)
+        ]
+
+    def planned_piece(self, part: ParamSpec, cut: Cut) -> Self:
+        inputs = cut.dim == len(self.values.shape) - 1
+        group = self._group_within(cut) if inputs else self.group
+        return self.planned(part, **self.static() | dict(group=group))
+
+    @property
+    def group(self) -> int:
+        """Inputs that share a scale; 0: all."""
+        return self.shape[-1] // self.scale.shape[-1] if self.grouped else 0
+
+    def _group_within(self, cut: Cut) -> int:
+        """The largest group of inputs that no cut goes through."""
+        group = math.gcd(self.group, cut.share) if self.grouped else 0
+        if self.packed and group % 2:
+            raise ValueError(f"groups of {self.group} packed inputs, {cut.share} in a part")
+        return group
+
+    def _with_group(self, group: int) -> Self:
+        """The same weight with a scale for every `group` inputs, which divides today's."""
+        if group == self.group:
+            return self
+        times = self.group // group
+        values = self.values
+        if self.packed:
+            steps = _unpack(values, self.scale.shape[-1])
+            values = pack_int4(steps, self.scale.shape[-1] * times)
+        offset = self.offset if self.offset is None else jnp.repeat(self.offset, times, axis=-1)
+        scale = jnp.repeat(self.scale, times, axis=-1)
+        return dataclasses.replace(self, values=values, scale=scale, offset=offset)
 
     def flat(self, keep: int = 0) -> Self:
         def flattened(array, inner: int):

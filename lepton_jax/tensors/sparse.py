@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lepton_jax.tensors import dots
+from lepton_jax.tensors.cut import Cut
 from lepton_jax.tensors.leaves import CompressedTensor, ParamSpec
 
 VALUES = ("float32", "bfloat16", "float16", "int8")
@@ -34,6 +35,18 @@ class SparseTensor(CompressedTensor):
     @abc.abstractmethod
     def spread(self) -> jax.Array:
         """The stored values in their places `[*out, I]`, zeros elsewhere, without the scale."""
+
+    @abc.abstractmethod
+    def like(self, weights: list[jax.Array], scales: list[Any]) -> list[Self]:
+        """Leaves of this pattern and of equal shapes for the nonzero values of weights `[*out,
+        I]`, in the values' dtype and without their scales.
+        """
+
+    def pieces(self, cut: Cut) -> list[Self]:
+        """Packed anew: what is kept isn't spread evenly, and a part has its own places."""
+        by_outputs = self.scale is not None and cut.dim < len(self.shape) - 1
+        scales = cut.split(self.scale) if by_outputs else [self.scale] * cut.parts
+        return self.like(cut.split(self.spread()), scales)
 
     def flat(self, keep: int = 0) -> Self:
         fields = self.by_output.items()

@@ -1,0 +1,188 @@
+"""Devices that hold one model together: pieces are put on them, programs compiled over them.
+
+A value of a program either is the same on all devices (WHOLE_SPEC), or each device has one of its
+own (CUT_SPEC). To jax the latter is one array whose first dimension holds the devices' own arrays
+one after the other: they may be laid out as the device likes (a kernel's padded caches, a packed
+piece), and nobody has to say where the cut runs. On one device all of this is a plain jit.
+Read next: `partition.py`, `engine/runner.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from lepton_jax.sharding.axis import WHOLE, Axis, MeshAxis
+from lepton_jax.sharding.partition import cut_of, piece_plan, pieces_of
+from lepton_jax.tensors import ParamSpec
+
+CUT_SPEC, WHOLE_SPEC = PartitionSpec(WHOLE.name), PartitionSpec()
+
+
+def devices_for(count: int, found: Sequence[jax.Device] | None = None) -> list[jax.Device]:
+    """The first `count` devices. Raises ValueError where there are fewer."""
+    found = list(jax.devices() if found is None else found)
+    if count > len(found):
+        raise ValueError(
+            f"mesh.model={count} needs as many devices, and there are {len(found)} "
+            f"({found[0].platform}): lower mesh.model, or run where there are more"
+        )
+    return found[:count]
+
+
+class Placement:
+    """An ordered set of devices for one model.
+
+    Attributes:
+      devices: in the order of the pieces.
+      axis: what programs ask the others through.
+      units: what `partition.cut_of` takes.
+    """
+
+    def __init__(self, devices: Sequence[jax.Device], units: Mapping[str, int] | None = None):
+        self.devices, self.units = tuple(devices), dict(units or {})
+        count = len(self.devices)
+        self.axis: Axis = MeshAxis(size=count) if count > 1 else WHOLE
+        self.mesh = Mesh(np.array(self.devices), (self.axis.name,))
+
+    @classmethod
+    def holding(cls, leaves: Sequence[Any], units: Mapping[str, int]) -> Placement:
+        """Where leaves lie; the default device where they aren't on any yet."""
+        for array in jax.tree.leaves(leaves):
+            sharding = getattr(array, "sharding", None)
+            if isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == (WHOLE.name,):
+                return cls(tuple(sharding.mesh.devices.flat), units)
+        arrays = [array for array in jax.tree.leaves(leaves) if isinstance(array, jax.Array)]
+        return cls(tuple(arrays[0].devices())[:1] if arrays else jax.local_devices()[:1], units)
+
+    @property
+    def first(self) -> jax.Device:
+        """The first of the devices that belong to this process."""
+        return next(d for d in self.devices if d.process_index == jax.process_index())
+
+    def sharding(self, spec: PartitionSpec) -> Sharding:
+        if self.axis.size == 1:
+            return SingleDeviceSharding(self.devices[0])
+        return NamedSharding(self.mesh, spec)
+
+    def put(self, spec: ParamSpec, leaf: Any) -> Any:
+        """A leaf with values on its devices; one that lies cut on as many others is moved.
+
+        Raises ValueError where its storage type can't be cut so.
+        """
+        cut = cut_of(spec, self.axis, self.units)
+        if cut is None:
+            return jax.tree.map(self._everywhere, leaf)
+        if self._lies_cut(leaf):
+            return jax.tree.map(lambda a: jax.device_put(a, self.sharding(a.sharding.spec)), leaf)
+        try:
+            pieces = pieces_of(leaf, cut)
+        except ValueError as error:
+            raise ValueError(
+                f"a {type(leaf).__name__} of {spec.shape} can't be cut along {spec.axes[cut.dim]} "
+                f"into {cut.parts} parts of {cut.share} for mesh.{self.axis.name}={cut.parts}: "
+                f"{error}. Set mesh.{self.axis.name} lower, or compress this weight otherwise"
+            ) from error
+        return jax.tree.map(lambda *parts: self._joined(parts), *pieces)
+
+    def put_all(self, specs: Mapping[str, ParamSpec], leaves: Sequence[Any]) -> tuple[Any, ...]:
+        """`put` for the leaves of a model, in the order of its specs."""
+        return tuple(self.put(s, leaf) for s, leaf in zip(specs.values(), leaves, strict=True))
+
+    def planned(self, spec: ParamSpec, leaf: Any) -> Any:
+        """What `put` will give for a leaf of ParamSpecs: ShapeDtypeStructs with their shardings."""
+        cut = cut_of(spec, self.axis, self.units)
+        plan = piece_plan(leaf, spec, cut).abstract()
+        return self.abstract(plan, WHOLE_SPEC if cut is None else CUT_SPEC)
+
+    def abstract(self, tree: Any, specs: Any) -> Any:
+        """One device's arrays or ShapeDtypeStructs as arguments of a program; specs: a prefix."""
+
+        def argument(spec: PartitionSpec, part: Any) -> Any:
+            return jax.tree.map(lambda a: self._argument(a, spec), part)
+
+        return jax.tree.map(argument, specs, tree)
+
+    def zeros(self, tree: Any, specs: Any) -> Any:
+        """Arrays of zeros like one device's."""
+        return jax.tree.map(
+            lambda a: jnp.zeros(a.shape, a.dtype, device=a.sharding),
+            self.abstract(tree, specs),
+        )
+
+    def copies(self, tree: Any, specs: Any) -> Any:
+        """Arrays that each device shall begin with, from those of one."""
+
+        def placed(spec: PartitionSpec, part: Any) -> Any:
+            if spec == CUT_SPEC:
+                return jax.tree.map(lambda a: self._joined([a] * self.axis.size), part)
+            return jax.tree.map(self._everywhere, part)
+
+        return jax.tree.map(placed, specs, tree)
+
+    def program(
+        self, step: Callable, inputs: tuple, outputs: Any, *, donate: Sequence[int] = (), **options
+    ) -> Any:
+        """A jitted function that runs `step` on every device; `inputs` and `outputs` say of each
+        argument and result which of the two kinds it is. Further options are those of `jax.jit`.
+        """
+        if self.axis.size > 1:
+            step = jax.shard_map(
+                step, mesh=self.mesh, in_specs=inputs, out_specs=outputs, check_vma=False
+            )
+        return jax.jit(step, donate_argnums=tuple(donate), **options)
+
+    def _argument(self, array: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        spec = spec if array.shape else WHOLE_SPEC  # a scalar is the same everywhere
+        shape = array.shape
+        if spec == CUT_SPEC:
+            shape = (self.axis.size * shape[0], *shape[1:])
+        return jax.ShapeDtypeStruct(shape, array.dtype, sharding=self.sharding(spec))
+
+    def _lies_cut(self, leaf: Any) -> bool:
+        shardings = [getattr(array, "sharding", None) for array in jax.tree.leaves(leaf)]
+        meshes = {
+            s.mesh.size for s in shardings if isinstance(s, NamedSharding) and s.spec == CUT_SPEC
+        }
+        if meshes - {self.axis.size}:
+            raise ValueError(
+                f"leaves that lie in parts on {meshes} devices can't be moved to {self.axis.size}: "
+                "load the model for these devices"
+            )
+        return bool(meshes)
+
+    def _joined(self, parts: Sequence[Any]) -> jax.Array:
+        """The devices' own arrays as one; each is sent to its device only."""
+        shape = parts[0].shape
+        if not shape:
+            return self._everywhere(parts[0])
+        here = [
+            jax.device_put(part, device)
+            for part, device in zip(parts, self.devices, strict=True)
+            if device.process_index == jax.process_index()
+        ]
+        shape = (self.axis.size * shape[0], *shape[1:])
+        return jax.make_array_from_single_device_arrays(shape, self.sharding(CUT_SPEC), here)
+
+    def _everywhere(self, array: Any) -> jax.Array:
+        target = self.sharding(WHOLE_SPEC)
+        if self.axis.size == 1 or getattr(array, "sharding", None) == target:
+            return jax.device_put(array, target)
+        here = [d for d in self.devices if d.process_index == jax.process_index()]
+        copies = [jax.device_put(array, device) for device in here]
+        return jax.make_array_from_single_device_arrays(array.shape, target, copies)
+
+
+def specs_of(tree: Any) -> Any:
+    """The PartitionSpecs of placed arrays, or of what `planned` gives."""
+
+    def spec(array: Any) -> PartitionSpec:
+        named = isinstance(array.sharding, NamedSharding)
+        return array.sharding.spec if named else WHOLE_SPEC
+
+    return jax.tree.map(spec, tree)
