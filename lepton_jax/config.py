@@ -141,8 +141,16 @@ class CompressionSection:
     alpha: float = _doc(0.5, "of smoothquant: 1 moves all difficulty to the weights, 0 none")
     ranges: str = _doc("absmax", "of static activations: absmax, percentile or mse")
     percentile: float = _doc(99.9, "of ranges=percentile")
-    damp: float = _doc(0.01, "of gptq and sparsegpt: share of the mean diagonal that is added")
+    damp: float = _doc(
+        0.01, "of gptq, sparsegpt and keep_*: share of the mean diagonal that is added"
+    )
     act_order: bool = _doc(False, "gptq takes inputs with large activations first")
+    drop_layers: int = _doc(0, "remove this many layers, those of least influence (calibrated)")
+    keep_ffn: float = _doc(1.0, "keep this share of the ffn channels (calibrated); 1: all")
+    keep_kv_heads: int = _doc(
+        0, "keep this many kv heads with their query heads (calibrated); 0: all"
+    )
+    keep_experts: int = _doc(0, "keep this many experts (calibrated); 0: all")
 
     def __post_init__(self):
         _check_types(self)

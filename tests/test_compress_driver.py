@@ -166,6 +166,32 @@ def test_calibrated_rules(model, tmp_path):
         )
 
 
+def test_a_smaller_model_is_quantized_and_loads(model, tmp_path):
+    """Fewer layers, heads and channels, then int8: what the config says is what `run` gets."""
+    small = CompressionSection(drop_layers=1, keep_ffn=0.5, keep_kv_heads=1, preset="int8")
+    settings = dataclasses.replace(CONFIG, compression=small)
+    made = compress(model, tmp_path / "out", config=settings)
+    assert made["recipe"]["structure"]["keep_ffn"] == 0.5 and made["recipe"]["preset"] == "int8"
+    assert made["recipe"]["title"] == "drop_layers=1 keep_ffn=0.5 keep_kv_heads=1; int8"
+    assert len(made["structured"]["influence"]) == 2 and len(made["structured"]["layers"]) == 1
+    assert len(made["structured"]["kv_heads"][0]) == 1
+    D, F, H, V = 32, 64, 8, 260  # one of two layers, one of two kv heads with its two query heads
+    kept = D * (4 * H) + D * (2 * H) + 3 * D * F // 2 + V * D
+    whole = 2 * (D * 8 * H + D * 4 * H + 3 * D * F) + V * D
+    size = made["size"]
+    assert (size["kept"], size["parameters"]) == (kept, whole)
+    assert f"k/N {kept / whole:.2f}" in made["digest"]
+    page = (tmp_path / "out" / "receipt.html").read_text()
+    assert "Influence of each layer" in page and "keep_kv_heads" in page
+    assert not failures(verify_receipt(tmp_path / "out"))
+    with LeptonEngine() as engine:
+        engine.load_model(tmp_path / "out")
+        assert engine.loaded.config.num_layers == 1 and engine.loaded.config.ffn_size == F // 2
+        assert engine.generate("Hello")[0].token_ids
+    with pytest.raises(ValueError, match=r"drop_layers=1 .* needs calibration"):
+        LeptonEngine().load_model(model, config=RunConfig(compression=small))
+
+
 def test_without_comparison_only_sizes_and_errors(model, tmp_path):
     config = RunConfig(receipt=ReceiptSection(compare=False))
     made = compress(model, tmp_path / "out", preset="int4", config=config)
@@ -189,6 +215,11 @@ def test_mistakes_are_named_before_anything_is_written(model, tmp_path):
     gptq = ("embed|head -> keep", r".* -> weights=int8 rounding=gptq")
     mistakes = [
         (dict(preset="none"), config(), "nothing to do"),
+        (
+            {},
+            config(compression=CompressionSection(drop_layers=2)),
+            r"compression.drop_layers=2: this model allows 0 to 1",
+        ),
         (dict(rules=("leyer.* -> weights=int8",)), config(), r"match no parameter.*'leyer\.\*'"),
         (dict(rules=("embed -> weights=int2",)), config(), "int2.*allowed are int8"),
         (dict(preset="int5"), config(), "'int5' is unknown"),
@@ -289,8 +320,9 @@ def test_shipped_configs_hold_recipes_that_fit(file, model):
     weights = {path for path, spec in specs.items() if spec.inputs}
     for section in sections or [settings.compression]:
         recipe = Recipe.from_config(section)
-        assert set(scheme_of_each(recipe.rules, specs)) == weights
-        assert bool(recipe.calibrated) == any(
+        named = set(scheme_of_each(recipe.rules, specs))
+        assert named == (weights if recipe.rules else set())
+        assert bool(recipe.calibrated) == bool(recipe.structure) or any(
             word in repr(section) for word in ("gpt", "wanda", "'awq", "smoothq", "static")
         )
 

@@ -55,6 +55,7 @@ def receipt(title="int8", kl=4e-3, kept=100):
         "speed": {"device": "a device", "decode": speed, "prefill": speed},
         "held_out": {"sha256": "1" * 64},
         "calibration": None,
+        "structured": None,
         "environment": receipts.environment(),
         "weights": [
             {"path": f"layers.{i}.{kind}", "error": 0.01 * (i + 1), "product_error": None}
@@ -189,7 +190,7 @@ def test_reading_back(tmp_path):
     [
         (lambda text: text[:40], "can't be read"),
         (lambda text: "[]", "is no receipt"),
-        (lambda text: text.replace('"version": 1', '"version": 9'), "version 9 is unknown"),
+        (lambda text: text.replace('"version": 2', '"version": 9'), "version 9 is unknown"),
         (lambda text: text.replace('"weights_sha256"', '"weights"'), "lacks weights_sha256"),
     ],
 )

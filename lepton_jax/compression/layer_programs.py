@@ -53,6 +53,7 @@ class _Programs:
         self._model, self._factors = model, factors
         self._outputs = jax.jit(self._map_outputs)
         self._statistics = jax.jit(self._map_statistics, static_argnums=3)
+        self._inputs = jax.jit(self._map_inputs, static_argnums=3)
 
     def outputs(self, layer: Mapping[str, Any], x: jax.Array) -> jax.Array:
         """What the layer makes of `x [windows, T, D]`: the same shape."""
@@ -64,8 +65,21 @@ class _Programs:
         """Of the inputs of the needed parameters, over all tokens of `x [windows, T, D]`."""
         return self._statistics(dict(layer), self._factors, x, needs)
 
+    def inputs(self, layer: Mapping[str, Any], x: jax.Array, name: str) -> jax.Array:
+        """What the parameter `name` [O, I] is multiplied with: `[windows, T, I]`."""
+        return self._inputs(dict(layer), self._factors, x, name)
+
     def _map_outputs(self, layer, factors, x):
         return jax.lax.map(functools.partial(self._window, layer, factors), x)
+
+    def _map_inputs(self, layer, factors, x, name: str):
+        def look(window):
+            seen = []
+            observed = Observed(layer[name], lambda inputs, group_sizes: seen.append(inputs))
+            self._window({**layer, name: observed}, factors, window)
+            return seen[0]
+
+        return jax.lax.map(look, x)
 
     def _map_statistics(self, layer, factors, x, needs: Needs):
         def look(before, window):

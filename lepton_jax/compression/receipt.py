@@ -28,10 +28,11 @@ from lepton_jax.tensors import CompressedTensor
 
 NAME = "receipt.json"
 FORMAT = "lepton_jax receipt"
-VERSION = 1
+VERSION = 2
 _KEYS = (
     "fingerprint", "weights_sha256", "source", "recipe", "measure", "size", "weights", "quality",
-    "greedy_prefix", "speed", "held_out", "calibration", "engine", "environment", "digest",
+    "greedy_prefix", "speed", "held_out", "calibration", "structured", "engine", "environment",
+    "digest",
 )  # fmt: skip
 Receipt = dict[str, Any]
 

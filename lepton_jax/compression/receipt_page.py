@@ -53,6 +53,9 @@ ideal k/N, or above that of the dense model.</p>{% endif %}{% endif %}
 {{ product_errors }}
 {% if bytes_plot %}<h2>Size against KL</h2>
 {{ bytes_plot }}{% endif %}
+{% if r.structured %}<h2>Structure</h2>
+<p>{{ structure }}; layers kept: {{ r.structured.layers|join(", ") }}</p>
+{{ influence_plot }}{% endif %}
 <h2>Recipe</h2>
 <pre>{% for rule in r.recipe.rules %}{{ rule }}
 {% endfor %}</pre>
@@ -88,6 +91,8 @@ def page(receipt: Mapping[str, Any]) -> str:
         errors=Markup(_error_plot(receipt, "error", "Relative error |W - W'| / |W|")),
         product_errors=Markup(_error_plot(receipt, "product_error", "The same of products W x")),
         bytes_plot=Markup(_size_plot(receipt)),
+        structure=_structure_text(receipt),
+        influence_plot=Markup(_influence_plot(receipt)),
         rest=json.dumps(rest, indent=1),
     )
 
@@ -159,6 +164,26 @@ def _quality_rows(receipt: Mapping[str, Any]) -> list[tuple]:
         name = f"common tokens of {prefix['prompts']} greedy answers"
         rows.append((name, str(prefix["of"]), prefix, "{:.1f}"))
     return rows
+
+
+def _structure_text(receipt: Mapping[str, Any]) -> str:
+    structure = receipt["recipe"].get("structure") or {}
+    return ", ".join(f"{name} {value}" for name, value in structure.items() if value)
+
+
+def _influence_plot(receipt: Mapping[str, Any]) -> str:
+    """Of the dense model's layers; empty where none were dropped."""
+    influence = (receipt["structured"] or {}).get("influence")
+    if not influence:
+        return ""
+    kept = set(receipt["structured"]["layers"])
+    series = [
+        Series(name, [(i, v) for i, v in enumerate(influence) if (i in kept) == among])
+        for name, among in (("kept", True), ("dropped", False))
+    ]
+    return scatter(
+        series, title="Influence of each layer", x="layer", y="1 - cosine(input, output)"
+    )
 
 
 def _size_plot(receipt: Mapping[str, Any]) -> str:

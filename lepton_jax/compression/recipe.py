@@ -18,6 +18,7 @@ from lepton_jax.compression.calibrated_leaf import Options, kinds_for
 from lepton_jax.compression.presets import preset_rules
 from lepton_jax.compression.rules import Rule
 from lepton_jax.compression.scheme import Scheme
+from lepton_jax.compression.structure import Structure
 from lepton_jax.config import CompressionSection
 
 KEEP = "keep"  # in place of fields
@@ -33,11 +34,13 @@ class Recipe:
       rules: first match wins.
       preset: the name of the rules; "" where they are a user's own.
       options: of calibrated methods.
+      structure: what is left of the model before the rules come to its weights.
     """
 
     rules: tuple[Rule[Scheme], ...]
     preset: str = ""
     options: Options = dataclasses.field(default_factory=Options)
+    structure: Structure = dataclasses.field(default_factory=Structure)
 
     @classmethod
     def of(cls, *, preset: str = "none", rules: Sequence[str] = ()) -> Recipe:
@@ -55,9 +58,15 @@ class Recipe:
     def from_config(cls, section: CompressionSection) -> Recipe:
         """What a config's `compression` asks for."""
         recipe = cls.of(preset=section.preset, rules=section.rules)
-        names = [field.name for field in dataclasses.fields(Options)]
-        options = Options(**{name: getattr(section, name) for name in names})
-        return dataclasses.replace(recipe, options=options)
+        options, structure = (
+            cls(**{field.name: getattr(section, field.name) for field in dataclasses.fields(cls)})
+            for cls in (Options, Structure)
+        )
+        return dataclasses.replace(recipe, options=options, structure=structure)
+
+    def __bool__(self) -> bool:
+        """Whether it changes anything."""
+        return bool(self.rules or self.structure)
 
     def require_no_calibration(self, path: str) -> None:
         """Raises ValueError, with the command to use, where loading `path` so isn't possible."""
@@ -71,25 +80,34 @@ class Recipe:
 
     @property
     def calibrated(self) -> list[str]:
-        """What must see activations first: smoothing, and the rules of such schemes."""
-        found = [f"smooth={self.options.smooth}"] if self.options.smooth != "none" else []
+        """What must see activations first: structured pruning, smoothing, rules of such schemes."""
+        found = [str(self.structure)] if self.structure else []
+        found += [f"smooth={self.options.smooth}"] if self.options.smooth != "none" else []
         return found + [f"rule '{rule_text(r)}'" for r in self.rules if self._needs_tokens(r)]
 
     def _needs_tokens(self, rule: Rule[Scheme]) -> bool:
         return bool(kinds_for(rule.action, self.options))
 
     def as_dict(self) -> dict[str, Any]:
-        """For receipts: preset, rule texts, and the options where they matter."""
+        """For receipts: preset, rule texts, and options and structure where they matter."""
         options = dataclasses.asdict(self.options) if self.calibrated else None
         rules = [rule_text(rule) for rule in self.rules]
-        return {"preset": self.preset, "rules": rules, "options": options}
+        structure = dataclasses.asdict(self.structure) if self.structure else None
+        return {
+            "preset": self.preset,
+            "rules": rules,
+            "options": options,
+            "structure": structure,
+        }
 
     @property
     def title(self) -> str:
         """In a few words, for tables: the preset, or what the schemes are."""
         schemes = dict.fromkeys(scheme_text(rule.action) for rule in self.rules)
         smooth = [self.options.smooth] if self.options.smooth != "none" else []
-        return "; ".join([self.preset or "; ".join(schemes), *smooth])
+        preset = [self.preset] if self.preset not in ("", "none") else []
+        parts = [str(self.structure)] if self.structure else []
+        return "; ".join([*parts, *(preset or schemes), *smooth])
 
 
 def parse_rule(text: str) -> Rule[Scheme]:

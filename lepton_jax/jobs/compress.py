@@ -32,6 +32,8 @@ from lepton_jax.compression.calibration_data import (
 )
 from lepton_jax.compression.presets import compressor, scheme_of_each
 from lepton_jax.compression.recipe import Recipe
+from lepton_jax.compression.structure import planned_model
+from lepton_jax.compression.structured import prune_structure
 from lepton_jax.config import CalibrationSection, ReceiptSection, RunConfig
 from lepton_jax.jobs import measures
 from lepton_jax.jobs.benchmark import device_name
@@ -76,7 +78,7 @@ class CompressJob:
         """Raises ValueError on a recipe or an output that can't be."""
         self.config = config
         self.recipe = Recipe.from_config(config.compression)
-        if not self.recipe.rules:
+        if not self.recipe:
             raise ValueError("compression.preset is none and there are no rules: nothing to do")
         if not config.output:
             raise ValueError("output is empty: name the directory to write, --config.output=DIR")
@@ -104,7 +106,7 @@ def require_sense(config: RunConfig, recipes: Sequence[Recipe]) -> None:
     """
     model, asked = describe(config), config.receipt
     for recipe in recipes:
-        scheme_of_each(recipe.rules, model.specs)
+        scheme_of_each(recipe.rules, planned_model(recipe.structure, model).specs)
     calibrated = any(recipe.calibrated for recipe in recipes)
     tokens = measures.longest_texts(asked) if asked.compare else {}
     if calibrated:
@@ -197,16 +199,14 @@ def measure_dense(config: RunConfig, progress: Progress) -> Dense:
 
 def compress(config: RunConfig, recipe: Recipe, dense: Dense, *, progress: Progress) -> Compressed:
     """The model by a recipe, measured."""
-    calibration = None
-    if recipe.calibrated:
-        loaded, errors, calibration = _calibrate(config, recipe, progress=progress)
-    else:
-        loaded, errors = _stream(config, recipe, progress=progress)
+    work = _calibrate if recipe.calibrated else _stream
+    result = work(config, recipe, progress=progress)
+    loaded = result.loaded
     weights = receipt.weights_sha256(loaded.model.specs, loaded.leaves)
     fingerprint = receipt.fingerprint_of(dense.source["fingerprint"], weights)
     loaded = dataclasses.replace(loaded, fingerprint=fingerprint)
-    schemes = scheme_of_each(recipe.rules, dense.model.specs)
-    rows = receipt.weight_rows(loaded.model, loaded.leaves, schemes=schemes, errors=errors)
+    schemes = scheme_of_each(recipe.rules, loaded.model.specs)
+    rows = receipt.weight_rows(loaded.model, loaded.leaves, schemes=schemes, errors=result.errors)
     size = receipt.sizes(dense.model, dense.bytes, rows=rows, bytes_now=loaded.bytes)
     found, greedy, speed = None, None, None
     if dense.reference is not None:
@@ -223,7 +223,8 @@ def compress(config: RunConfig, recipe: Recipe, dense: Dense, *, progress: Progr
         "greedy_prefix": greedy,
         "speed": speed,
         "held_out": dense.held_out,
-        "calibration": calibration,
+        "calibration": result.calibration,
+        "structured": result.structured,
         "environment": receipt.environment(),
         "weights": rows,
     }
@@ -249,8 +250,20 @@ def write_receipt(folder: Path, final: receipt.Receipt) -> None:
     (folder / receipt_page.NAME).write_text(receipt_page.page(final), encoding="utf-8")
 
 
-def _stream(config: RunConfig, recipe: Recipe, *, progress: Progress):
-    """The model compressed weight by weight as it is read, and the relative errors."""
+@dataclasses.dataclass(frozen=True)
+class _Result:
+    """A compressed model with the relative errors of its weights, which text it was calibrated on,
+    and what structured pruning kept; None where there was none.
+    """
+
+    loaded: Loaded
+    errors: dict[str, dict[str, Any]]
+    calibration: dict[str, Any] | None = None
+    structured: dict[str, Any] | None = None
+
+
+def _stream(config: RunConfig, recipe: Recipe, *, progress: Progress) -> _Result:
+    """The model compressed weight by weight as it is read."""
     options = _options(config)
     specs = checkpoints.describe(config.model.path, **options).specs
     change, errors = compressor(recipe.rules, specs), {}
@@ -267,27 +280,41 @@ def _stream(config: RunConfig, recipe: Recipe, *, progress: Progress):
     loaded = checkpoints.load(
         config.model.path, **options, compress=compress_one, progress=_stage(progress, "compress")
     )
-    return loaded, errors
+    return _Result(loaded, errors)
 
 
-def _calibrate(config: RunConfig, recipe: Recipe, *, progress: Progress):
-    """The model compressed layer by layer on calibration text, errors, and which text it was."""
+def _calibrate(config: RunConfig, recipe: Recipe, *, progress: Progress) -> _Result:
+    """The model pruned and compressed layer by layer on calibration text."""
     loaded = checkpoints.load(
         config.model.path, **_options(config), progress=_stage(progress, "load")
     )
     _require_finite(loaded)
     drawn = text_windows(config.calibration, load_tokenizer(config), CALIBRATION_TEXT)
-    leaves, errors = compress_layers(
-        loaded.model,
-        dict(zip(loaded.model.specs, loaded.leaves, strict=True)),
-        drawn.tokens,
-        recipe.rules,
-        options=recipe.options,
-        progress=_stage(progress, "compress"),
+    model, leaves = loaded.model, dict(zip(loaded.model.specs, loaded.leaves, strict=True))
+    structured, errors = None, {}
+    if recipe.structure:
+        model, leaves, structured = prune_structure(
+            model,
+            leaves,
+            drawn.tokens,
+            recipe.structure,
+            damp=recipe.options.damp,
+            progress=_stage(progress, "prune"),
+        )
+    if recipe.rules:
+        leaves, errors = compress_layers(
+            model,
+            leaves,
+            drawn.tokens,
+            recipe.rules,
+            options=recipe.options,
+            progress=_stage(progress, "compress"),
+        )
+    kept = tuple(leaves[path] for path in model.specs)
+    loaded = dataclasses.replace(
+        loaded, config=model.config, model=model, leaves=kept, bytes=sum(map(leaf_bytes, kept))
     )
-    leaves = tuple(leaves[path] for path in loaded.model.specs)
-    size = sum(map(leaf_bytes, leaves))
-    return dataclasses.replace(loaded, leaves=leaves, bytes=size), errors, drawn.receipt
+    return _Result(loaded, errors, drawn.receipt, structured)
 
 
 def _measured(config: RunConfig, dense: Dense, loaded: Loaded, *, size: dict, progress: Progress):

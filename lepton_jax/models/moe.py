@@ -30,10 +30,7 @@ def experts_ffn(
       activation: applied to the gate.
     """
     visits = config.experts_per_token
-    probability = jax.nn.softmax(einsum("TD,ED->TE", x.astype(jnp.float32), router), axis=-1)
-    weight, expert = jax.lax.top_k(probability, visits)
-    if config.norm_expert_weights:
-        weight = weight / weight.sum(-1, keepdims=True)
+    weight, expert = routing(x, router, config)
     flat = expert.reshape(-1)
     order = jnp.argsort(flat)
     group_sizes = jnp.bincount(flat, length=config.num_experts).astype(jnp.int32)
@@ -42,3 +39,14 @@ def experts_ffn(
     result = ragged_einsum("TF,EDF->TD", hidden, down, group_sizes)
     back = result[jnp.argsort(order)].reshape(x.shape[0], visits, -1)
     return jnp.sum(back.astype(jnp.float32) * weight[..., None], axis=1).astype(x.dtype)
+
+
+def routing(x: jax.Array, router, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """The weights and the indices of the experts that each token of x `[T, D]` visits, both
+    `[T, experts_per_token]`.
+    """
+    probability = jax.nn.softmax(einsum("TD,ED->TE", x.astype(jnp.float32), router), axis=-1)
+    weight, expert = jax.lax.top_k(probability, config.experts_per_token)
+    if config.norm_expert_weights:
+        weight = weight / weight.sum(-1, keepdims=True)
+    return weight, expert
