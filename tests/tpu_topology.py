@@ -1,36 +1,24 @@
-"""Compiling for TPUs that aren't there: libtpu holds the real compilers and describes any chip.
+"""Programs for TPUs that aren't there, and what the tests ask of them.
 
 `topology_mesh("v6e:1x1")` gives a mesh of such devices, `abstract` describes arguments on it,
-`compile_on` runs XLA:TPU and Mosaic, and the rest read what came out: bytes of arguments and of
-temporaries, donations, kernel calls, copies of an array of a given shape. Nothing runs. Used by the
-tests that guard the TPU programs' memory.
+`compile_on` compiles, and the rest read what came out: bytes of arguments and of temporaries,
+donations, kernel calls, copies of an array of a given shape. Nothing runs; how the compilers are
+reached is `lepton_jax/planning/topology.py`. Used by the tests that guard the programs' memory.
 """
 
-import contextlib
-import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-from jax.experimental import topologies
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# Without these libtpu asks the network which machine it is on, for minutes.
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v6e-4")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-# It also locks the machine's TPU; compiling needs none, and two test runs may compile at once.
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+from lepton_jax.planning.topology import compile_absent, topology_devices
 
 
 def topology_mesh(name: str) -> Mesh:
     """A mesh, axes ("data", "model") = (1, all chips), over a topology such as "v6e:2x2"."""
-    one_chip = name.split(":")[1] in ("1x1", "1x1x1")
-    options = {"chips_per_host_bounds": (1, 1, 1)} if one_chip else {}
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
-    return Mesh(np.array(topology.devices).reshape(1, -1), ("data", "model"))
+    return Mesh(np.array(topology_devices(name)).reshape(1, -1), ("data", "model"))
 
 
 def abstract(mesh: Mesh, tree: object) -> object:
@@ -49,21 +37,7 @@ def compile_on(
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         jitted = jax.jit(function, donate_argnums=tuple(donate_argnums))
         lowered = jitted.lower(*abstract(mesh, args))
-        with _without_cache():
-            return lowered.compile()
-
-
-@contextlib.contextmanager
-def _without_cache() -> Iterator[None]:
-    """A program of an absent chip can be put in the compilation cache, but not be read from it."""
-    enabled = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
-    try:
-        yield
-    finally:
-        jax.config.update("jax_enable_compilation_cache", enabled)
-        compilation_cache.reset_cache()
+        return compile_absent(lowered)
 
 
 def compiled_text(compiled: jax.stages.Compiled) -> str:

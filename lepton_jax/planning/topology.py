@@ -1,0 +1,95 @@
+"""TPUs that aren't there: libtpu holds the real compilers and describes slices of any chip.
+
+`topology_devices("v6e:2x2")` gives devices to lay arrays and programs out on, `compile_absent` runs
+XLA:TPU and Mosaic. Nothing runs on them, and no TPU is needed or locked. Read next: `programs.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Iterator
+
+import jax
+from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
+
+from lepton_jax.planning.chips import TPUS
+
+# Slices as Google Cloud rents them, smallest first (docs.cloud.google.com/tpu/docs, by version).
+FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+CUBES = ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
+SLICES = {"v4": CUBES, "v5e": FLAT, "v5p": CUBES, "v6e": FLAT, "tpu7x": CUBES}
+
+# Without these libtpu asks the network which machine it is on, for minutes, and locks the TPU.
+_QUIET = {
+    "TPU_ACCELERATOR_TYPE": "v6e-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """The chip and the slice of a name such as "v5e:2x4".
+
+    Raises ValueError, with the names that exist, on any other.
+    """
+    chip, _, size = name.partition(":")
+    if chip not in TPUS:
+        raise ValueError(
+            f"plan.topology={name!r}: no such chip; want one of {', '.join(TPUS)} and a slice, as "
+            "in v5e:2x4, or leave it empty to plan for the device at hand"
+        )
+    if size not in SLICES[chip]:
+        raise ValueError(
+            f"plan.topology={name!r}: {chip} comes in slices of {', '.join(SLICES[chip])}"
+        )
+    return chip, size
+
+
+def topology_devices(name: str) -> list[jax.Device]:
+    """All devices of a slice; a TPU7x chip shows as two.
+
+    Raises ValueError where there is no such slice or no libtpu, with what to do.
+    """
+    chip, size = split_name(name)
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError(
+            f"plan.topology={name!r} needs the TPU compiler, libtpu, and no TPU: pip install libtpu"
+        )
+    for variable, value in _QUIET.items():
+        os.environ.setdefault(variable, value)
+    one_chip = set(size) == {"1", "x"}
+    options = {"chips_per_host_bounds": (1, 1, 1)} if one_chip else {}
+    try:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(
+            f"plan.topology={name!r} is unknown to the installed libtpu: {error}. Install a newer "
+            "one, pip install -U libtpu"
+        ) from error
+    # libtpu describes a v4 chip as two cores; a machine that has one runs it as one device.
+    return [d for d in described.devices if chip != "v4" or d.core_on_chip == 0]
+
+
+def compile_absent(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compiles a program of devices that aren't there.
+
+    It could be put in the compilation cache, but not be read from it, so the cache is left out.
+    """
+    with _without_cache():
+        return lowered.compile()
+
+
+@contextlib.contextmanager
+def _without_cache() -> Iterator[None]:
+    enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
