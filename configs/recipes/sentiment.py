@@ -17,7 +17,7 @@ def get_config(arg=None):
             "labels": ("positive", "negative"),
             "template": "Review: {text}\nSentiment: {label}",
             "calibrate": True,
-            "alert": "negative>=0.9",
+            "alert": "negative>=0.6",
         },
         "job": {
             "mode": "classify",

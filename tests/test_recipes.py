@@ -1,0 +1,50 @@
+"""The recipes: each config runs on the real model and is about as often right as its page says."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+RECIPES = CHECKOUT / "configs" / "recipes"
+# What the pages say, less what another machine's rounding may change: three rows at most.
+LEAST = {"intents": 0.775, "sentiment": 0.8, "products": 0.7, "credit": 0.58}
+
+
+def test_every_recipe_has_a_page_and_a_line_in_the_list():
+    names = {path.stem for path in RECIPES.glob("*.py")}
+    listed = (RECIPES / "README.md").read_text(encoding="utf-8")
+    assert names == set(LEAST)
+    for name in names:
+        assert f"({name}.md)" in listed
+        page = (RECIPES / f"{name}.md").read_text(encoding="utf-8")
+        assert f"python -m lepton_jax.run --config=configs/recipes/{name}.py" in page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(LEAST))
+def test_a_recipe_is_as_right_as_its_page_says(name, smollm2_path, tmp_path):
+    output = tmp_path / "out.jsonl"
+    command = [sys.executable, "-m", "lepton_jax.run", f"--config=configs/recipes/{name}.py"]
+    ran = subprocess.run(
+        [*command, f"--config.model.path={smollm2_path}", f"--config.job.output={output}"],
+        cwd=CHECKOUT,
+        env=os.environ | {"PYTHONPATH": str(CHECKOUT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    summary = json.loads(Path(f"{output}.summary.json").read_text())
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert summary["accuracy"]["rows"] == len(rows) == summary["rows"] >= 20
+    assert summary["accuracy"]["mean"] == pytest.approx(sum(r["correct"] for r in rows) / len(rows))
+    assert summary["accuracy"]["mean"] >= LEAST[name]
+    assert "correct" in ran.stdout
+    if name == "sentiment":
+        alerts = Path(f"{output}.alerts.jsonl").read_text().splitlines()
+        assert [json.loads(line)["id"] for line in alerts] == [r["id"] for r in rows if r["alert"]]
+        assert len(alerts) == summary["alerts"] >= 5
