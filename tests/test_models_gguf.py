@@ -24,6 +24,7 @@ ARCHITECTURES = {
     "llama_llama3": "llama",
     "llama_linear": "llama",
     "llama_yarn": "llama",
+    "smollm3": "smollm3",
     "mistral": "llama",
     "mixtral": "llama",
     "qwen2": "qwen2",
@@ -36,6 +37,7 @@ ARCHITECTURES = {
 }
 # What GGUF can't say or what the fixtures choose differently from every released model.
 RESTORED = {
+    "smollm3": ("layer_windows",),
     "qwen2": ("layer_windows",),
     "qwen3_moe": ("norm_expert_weights",),
     "gemma2": ("attn_scale",),
@@ -49,7 +51,7 @@ def gguf_arrays(case, config, architecture):
     table = gguf.get_tensor_name_map(number, config.num_layers)
     arrays, experts = {}, {}
     for name, array in tiny_models.hf_arrays(case, config).items():
-        if architecture == "llama" and re.search(r"[qk]_proj", name):
+        if architecture in ("llama", "smollm3") and re.search(r"[qk]_proj", name):
             array = interleaved(array, config.head_dim)
         if architecture.startswith("gemma") and name.endswith("norm.weight"):
             array = array + 1
@@ -101,7 +103,7 @@ def metadata(case, config, architecture):
         gguf.Keys.Rope.DIMENSION_COUNT: rope.dim,
     }
     window = max(config.layer_windows)
-    if window and architecture != "qwen2":
+    if window and architecture not in ("qwen2", "smollm3"):
         own[gguf.Keys.Attention.SLIDING_WINDOW] = window
     if architecture == "gemma3":
         own[gguf.Keys.Attention.SLIDING_WINDOW_PATTERN] = 2

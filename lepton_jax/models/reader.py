@@ -28,8 +28,8 @@ IGNORED_HF_KEYS = frozenset(
     """.split()
 )
 
-# GGUF keys below `<architecture>.` of the same kind.
-IGNORED_GGUF_KEYS = frozenset({"rope.scaling.finetuned", "tensor_data_layout"})
+# GGUF keys below `<architecture>.` of the same kind, and its own name, which few families ask for.
+IGNORED_GGUF_KEYS = frozenset({"architecture", "rope.scaling.finetuned", "tensor_data_layout"})
 
 
 class KeyReader:

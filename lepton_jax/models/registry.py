@@ -78,6 +78,7 @@ def config_from_gguf(metadata: dict[str, Any], tensor_names: Iterable[str] = ())
         )
     prefix = f"{architecture}."
     own = {key[len(prefix) :]: value for key, value in metadata.items() if key.startswith(prefix)}
+    own["architecture"] = architecture
     tokens = metadata.get("tokenizer.ggml.tokens")
     if "vocab_size" not in own and tokens is not None:
         own["vocab_size"] = len(tokens)

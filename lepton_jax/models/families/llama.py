@@ -21,6 +21,7 @@ from lepton_jax.models.reader import KeyReader
 from lepton_jax.models.rope_keys import gguf_rope, hf_rope
 
 SMOLLM3_THETA = 2_000_000.0
+SMOLLM3_ROPE_INTERVAL = 4  # the last of so many layers has no RoPE
 
 
 def hf_config(keys: KeyReader) -> ModelConfig:
@@ -47,7 +48,7 @@ def hf_config(keys: KeyReader) -> ModelConfig:
 def _smollm3_layers(keys: KeyReader, fields: dict[str, Any]) -> dict[str, Any]:
     """Every fourth layer has no RoPE; where a window is used, those are the windowed ones."""
     layers = fields["num_layers"]
-    interval = keys.number("no_rope_layer_interval", 4)
+    interval = keys.number("no_rope_layer_interval", SMOLLM3_ROPE_INTERVAL)
     default = [int((i + 1) % interval != 0) for i in range(layers)]
     turns = keys.get("no_rope_layers", default)
     if len(turns) != layers or any(turn not in (0, 1) for turn in turns):
@@ -65,7 +66,11 @@ def _smollm3_layers(keys: KeyReader, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def gguf_config(keys: KeyReader, tensors: frozenset[str]) -> ModelConfig:
-    """Metadata of architecture "llama": Llama, Mistral, Mixtral."""
+    """Metadata of the architectures "llama" (Llama, Mistral, Mixtral) and "smollm3".
+
+    For SmolLM3 GGUF has no key that says which layers have no RoPE: readers know that it is every
+    fourth.
+    """
     fields = base_gguf_fields(keys, tensors)
     window = keys.number("attention.sliding_window", None) or 0
     experts = keys.get("expert_count", 0)
@@ -77,11 +82,16 @@ def gguf_config(keys: KeyReader, tensors: frozenset[str]) -> ModelConfig:
         ffn_bias="blk.0.ffn_gate.bias" in tensors,
         num_experts=experts,
         experts_per_token=keys.get("expert_used_count", 0),
-        layer_ropes=(0,) * fields["num_layers"],
+        layer_ropes=_gguf_ropes(keys, fields["num_layers"]),
         layer_windows=(window,) * fields["num_layers"],
         **gguf_rope(keys, fields, tensors),
         **fields,
     )
+
+
+def _gguf_ropes(keys: KeyReader, layers: int) -> tuple[int, ...]:
+    every = SMOLLM3_ROPE_INTERVAL if keys.get("architecture") == "smollm3" else layers + 1
+    return tuple(NO_ROPE if (i + 1) % every == 0 else 0 for i in range(layers))
 
 
 def gguf_map(config: ModelConfig) -> list[Mapping]:
@@ -93,7 +103,7 @@ FAMILY = Family(
     name="llama",
     hf_architectures=("LlamaForCausalLM", "SmolLM3ForCausalLM"),
     hf_types=("llama", "smollm3"),
-    gguf_architectures=("llama",),
+    gguf_architectures=("llama", "smollm3"),
     hf_config=hf_config,
     gguf_config=gguf_config,
     hf_map=hf_base,
