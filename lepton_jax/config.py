@@ -17,6 +17,7 @@ FORMATS = ("jsonl", "csv", "parquet", "openai_batch")
 MODES = ("generate", "score", "classify", "embed", "rank", "perplexity")
 SPECULATION = ("off", "lookup")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+KV_DTYPES = (*DTYPES, "int8", "float8_e4m3fn")
 _MOST = 2**31 - 1  # counts travel to the device as int32
 _MOST_ANSWERS = 256
 _MOST_BIAS = 1e6
@@ -110,7 +111,9 @@ class EngineSection:
         0, "most tokens of prompt and output; 0: the model's maximum, but at most 4096"
     )
     kv_dtype: str = _doc(
-        "auto", "dtype of the cache: auto (that of the weights), float32, bfloat16, float16"
+        "auto",
+        "dtype of the cache: auto (that of the weights), float32, bfloat16, float16; int8 (not on "
+        "TPU) or float8_e4m3fn for half the memory",
     )
     prefix_cache: bool = _doc(True, "reuse the cache of prompts that begin alike")
     speculation: str = _doc(
@@ -124,7 +127,7 @@ class EngineSection:
             _check(self, name, 1 <= getattr(self, name) <= _MOST, "1 or more")
         for name in ("num_pages", "max_len"):
             _check(self, name, 0 <= getattr(self, name) <= _MOST, "0 (the engine chooses) or more")
-        _check(self, "kv_dtype", self.kv_dtype in DTYPES, f"one of {', '.join(DTYPES)}")
+        _check(self, "kv_dtype", self.kv_dtype in KV_DTYPES, f"one of {', '.join(KV_DTYPES)}")
         good = self.speculation in SPECULATION
         _check(self, "speculation", good, f"one of {', '.join(SPECULATION)}")
 

@@ -26,7 +26,7 @@ def make(**sizes) -> Runner:
     """A runner of programs in tiles of 4; nothing is compiled or allocated here."""
     model, leaves = tiny("llama", layers=1)
     fields = dict(rows=3, page_size=4, num_pages=20, prefill_chunk=16, decode_block=5, max_len=24)
-    backend = SimpleNamespace(Q_TILE=TILE, cache_shape=lambda *sizes: sizes)
+    backend = SimpleNamespace(Q_TILE=TILE, cache_layer=lambda *sizes, dtype: (sizes, dtype))
     return Runner(
         model,
         leaves,

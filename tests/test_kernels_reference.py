@@ -1,5 +1,6 @@
 """The reference attention against loops in numpy, one query and one head at a time."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -29,7 +30,8 @@ def slow_attention(q, keys, values, position, *, scale, window, soft_cap):
 
 def paged(lengths, rng):
     """A cache that is NaN but for the rows' tokens, and their keys and values [rows][S, K, H]."""
-    cache = np.full(reference.cache_shape(PAGES, PAGE, K, H), np.nan, np.float32)
+    layer = reference.cache_layer(PAGES, PAGE, K, H, dtype=jnp.float32)
+    cache = np.full(layer.shape, np.nan, np.float32)
     keys = [rng.normal(size=(length, K, H)).astype(np.float32) for length in lengths]
     values = [rng.normal(size=(length, K, H)).astype(np.float32) for length in lengths]
     for row, length in enumerate(lengths):
@@ -103,7 +105,7 @@ def test_write_places_tokens_and_sends_the_rest_to_the_null_page():
         num_seqs=jnp.array([3], jnp.int32),
     )
     k = jnp.arange(3 * K * H, dtype=jnp.float32).reshape(3, K, H) + 1
-    cache = jnp.zeros(reference.cache_shape(PAGES, PAGE, K, H), jnp.bfloat16)
+    cache = zeros(reference.cache_layer(PAGES, PAGE, K, H, dtype=jnp.bfloat16))
     written = np.asarray(reference.write(cache, k, -k, batch), np.float32)
     np.testing.assert_array_equal(written[2, 2, 0], np.asarray(k[0]))
     np.testing.assert_array_equal(written[2, 2, 1], -np.asarray(k[0]))
@@ -120,6 +122,10 @@ def test_output_keeps_the_dtype_of_the_query():
     q = jnp.ones((3, K, G, H), jnp.bfloat16)
     out = reference.attend(q, cache_of(cache), batch, decode=True, scale=1.0)
     assert out.dtype == jnp.bfloat16 and bool(jnp.isfinite(out).all())
+
+
+def zeros(layer):
+    return jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), layer)
 
 
 def cache_of(array):

@@ -63,11 +63,16 @@ def page_table(rows, width):
     return jnp.asarray(pages[: rows * width].reshape(rows, width), jnp.int32)
 
 
+def layer(num_kv_heads, head_dim, *, pages=PAGES, page=PAGE, dtype=jnp.bfloat16):
+    """One layer's cache, abstract."""
+    return tpu.cache_layer(pages, page, num_kv_heads, head_dim, dtype=dtype)
+
+
 def normal(key, shape, dtype=jnp.float32):
     return jax.random.normal(jax.random.key(key), shape, jnp.float32).astype(dtype)
 
 
-def run(backend, batch, heads, *, decode, dtype=jnp.float32, **options):
+def run(backend, batch, heads, *, decode, dtype=jnp.float32, kv_dtype=None, **options):
     """Fills the rows' history, writes the batch's tokens, attends: the same for every backend."""
     num_kv_heads, group, head_dim = heads
     tokens = batch.positions.shape[0]
@@ -81,7 +86,8 @@ def run(backend, batch, heads, *, decode, dtype=jnp.float32, **options):
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     def program(history, batch):
-        cache = jnp.zeros(backend.cache_shape(PAGES, PAGE, num_kv_heads, head_dim), dtype)
+        layer = backend.cache_layer(PAGES, PAGE, num_kv_heads, head_dim, dtype=kv_dtype or dtype)
+        cache = jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), layer)
         cache = backend.write(cache, normal(1, past, dtype), normal(2, past, dtype), history)
         cache = backend.write(cache, normal(3, new, dtype), normal(4, new, dtype), batch)
         return backend.attend(q, cache, batch, decode=decode, **options)
@@ -134,7 +140,7 @@ def test_several_wide_heads_have_pages_of_their_own(interpreted, decode):
     if decode:
         lengths = jnp.array([36, 0, 51], jnp.int32)
         batch = decode_batch(lengths, lengths > 0, page_table(3, 4))
-    assert tpu.cache_shape(PAGES, PAGE, 4, 256) == (4 * PAGES, PAGE, 2, 256)
+    assert layer(4, 256).shape == (4 * PAGES, PAGE, 2, 256)
     options = {"window": 20, "decode": decode, "dtype": jnp.bfloat16}
     assert_parity(batch, (4, 2, 256), atol=3e-2, **options)
 
@@ -143,7 +149,7 @@ def test_several_wide_heads_have_pages_of_their_own(interpreted, decode):
 def test_padding_and_idle_rows_write_only_to_the_null_page(heads):
     num_kv_heads, _, head_dim = heads
     table = page_table(3, 4)
-    shape = tpu.cache_shape(PAGES, PAGE, num_kv_heads, head_dim)
+    shape = layer(num_kv_heads, head_dim).shape
     k = jnp.ones((3, num_kv_heads, head_dim), jnp.bfloat16)
     batch = decode_batch(jnp.array([20, 33, 5], jnp.int32), jnp.array([False, True, False]), table)
     # A row can also be idle by its length alone, with a position left from an earlier block.
@@ -158,12 +164,10 @@ def test_padding_and_idle_rows_write_only_to_the_null_page(heads):
 
 
 def test_a_cache_the_kernel_cannot_read_is_refused_by_name():
-    batch = prefill_batch([3], [3], tokens=3)
-    k = jnp.zeros((3, 4, 256))
     with pytest.raises(ValueError, match=r"head_dim 256 \(kv_heads 4\).*bfloat16"):
-        tpu.write(jnp.zeros(tpu.cache_shape(PAGES, PAGE, 4, 256)), k, k, batch)
-    with pytest.raises(ValueError, match="not in int8: set engine.kv_dtype"):
-        tpu.write(jnp.zeros(tpu.cache_shape(PAGES, PAGE, 4, 128), jnp.int8), k, k, batch)
+        layer(4, 256, dtype=jnp.float32)
+    with pytest.raises(ValueError, match="float8_e4m3fn, not in int8: set engine.kv_dtype"):
+        layer(4, 128, dtype=jnp.int8)
 
 
 LAYERS, STEPS, ROWS, WIDTH, TOKENS = 4, 8, 64, 16, 512
@@ -213,13 +217,12 @@ CHIPS_AND_HEADS = [
 
 
 def test_the_copies_of_a_cache_that_is_not_donated_are_seen():
-    shape = tpu.cache_shape(LARGE, 64, 8, 128)
-    caches = (jax.ShapeDtypeStruct(shape, jnp.bfloat16),) * LAYERS
+    cache = layer(8, 128, pages=LARGE, page=64).abstract()
     x = jax.ShapeDtypeStruct((TOKENS, 8, 4, 128), jnp.bfloat16)
     batch = prefill_batch([300, 700], [212, 200], tokens=TOKENS)
-    compiled = compile_on(mesh_of("v6e:1x1"), prefill, caches, x, batch)
+    compiled = compile_on(mesh_of("v6e:1x1"), prefill, (cache,) * LAYERS, x, batch)
     assert donated_bytes(compiled) == 0
-    assert len(copies_of(compiled_text(compiled), shape)) >= LAYERS
+    assert len(copies_of(compiled_text(compiled), cache.shape)) >= LAYERS
 
 
 def test_an_old_jax_is_refused_with_the_way_out(monkeypatch):
@@ -231,29 +234,29 @@ def test_an_old_jax_is_refused_with_the_way_out(monkeypatch):
 @pytest.mark.parametrize(("chip", "heads"), CHIPS_AND_HEADS, ids=str)
 def test_a_decode_block_compiles_without_copying_its_caches(chip, heads):
     num_kv_heads, group, head_dim = heads
-    shape = tpu.cache_shape(LARGE, 64, num_kv_heads, head_dim)
+    cache = layer(num_kv_heads, head_dim, pages=LARGE, page=64).abstract()
     compiled = compile_on(
         mesh_of(chip),
         decode_block,
-        (jax.ShapeDtypeStruct(shape, jnp.bfloat16),) * LAYERS,
+        (cache,) * LAYERS,
         jax.ShapeDtypeStruct((ROWS, num_kv_heads, group, head_dim), jnp.bfloat16),
         jax.ShapeDtypeStruct((ROWS,), jnp.int32),
         jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.int32),
         donate_argnums=[0],
     )
-    assert_lean(compiled, shape)
+    assert_lean(compiled, cache.shape)
 
 
 @pytest.mark.parametrize(("chip", "heads"), CHIPS_AND_HEADS, ids=str)
 def test_prefill_compiles_without_copying_its_caches(chip, heads):
     num_kv_heads, group, head_dim = heads
-    shape = tpu.cache_shape(LARGE, 64, num_kv_heads, head_dim)
+    cache = layer(num_kv_heads, head_dim, pages=LARGE, page=64).abstract()
     compiled = compile_on(
         mesh_of(chip),
         prefill,
-        (jax.ShapeDtypeStruct(shape, jnp.bfloat16),) * LAYERS,
+        (cache,) * LAYERS,
         jax.ShapeDtypeStruct((TOKENS, num_kv_heads, group, head_dim), jnp.bfloat16),
         prefill_batch([300, 700], [212, 200], tokens=TOKENS),
         donate_argnums=[0],
     )
-    assert_lean(compiled, shape)
+    assert_lean(compiled, cache.shape)

@@ -64,7 +64,7 @@ def test_matches_reference(kind, window, soft_cap, dtype):
         cache = filled_cache(np.random.default_rng(1), dtype)
         if backend is attention_xla:
             cache = cache.transpose(0, 2, 3, 1, 4)
-        assert cache.shape == backend.cache_shape(PAGES, Z, K, H)
+        assert cache.shape == backend.cache_layer(PAGES, Z, K, H, dtype=dtype).shape
         cache = backend.write(cache, *new, batch)
         call = functools.partial(
             backend.attend, decode=decode, scale=0.3, window=window, soft_cap=soft_cap

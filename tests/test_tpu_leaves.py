@@ -83,8 +83,8 @@ def arguments(kind):
     tables = scheme if kind in QUANTIZED else Scheme()
     specs = compress_specs([Rule(PRODUCTS, scheme), Rule("embed|head", tables)], llama().specs)
     config = llama().config
-    shape = attention_tpu.cache_shape(ROWS * WIDTH + 1, PAGE, config.num_kv_heads, config.head_dim)
-    cache = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    heads = (config.num_kv_heads, config.head_dim)
+    cache = attention_tpu.cache_layer(ROWS * WIDTH + 1, PAGE, *heads, dtype=jnp.bfloat16).abstract()
     sample = SampleSpec(stop_ids=4)
     state = jax.eval_shape(lambda: steps.RowState.zeros(ROWS, config.vocab_size, sample))
     leaves = tuple(spec.abstract() for spec in specs.values())

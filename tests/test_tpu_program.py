@@ -77,18 +77,17 @@ def llama():
     return abstract_model(config, jnp.bfloat16, jnp.bfloat16)
 
 
-def cache_shape(rows):
+def cache_layer(rows):
     """One layer's cache: pages for every row to be full, and the null page."""
-    config = llama().config
-    pages = rows * WIDTH + 1
-    return attention_tpu.cache_shape(pages, PAGE, config.num_kv_heads, config.head_dim)
+    heads = (llama().config.num_kv_heads, llama().config.head_dim)
+    return attention_tpu.cache_layer(rows * WIDTH + 1, PAGE, *heads, dtype=jnp.bfloat16).abstract()
 
 
 def arguments(program):
     """What the runner passes before the packed buffer: leaves, caches, state."""
     config = llama().config
     specs = compress_specs(preset_rules(program.preset), llama().specs)
-    cache = jax.ShapeDtypeStruct(cache_shape(program.rows), jnp.bfloat16)
+    cache = cache_layer(program.rows)
     state = jax.eval_shape(
         lambda: steps.RowState.zeros(program.rows, config.vocab_size, program.spec)
     )
@@ -138,7 +137,7 @@ def test_every_layer_calls_the_kernel_on_a_cache_that_nothing_copies(program):
     text = compiled_text(compiled(program))
     _, caches, state = arguments(program)
     assert donated_count(text) == len(jax.tree.leaves((caches, state)))
-    assert copies_of(text, cache_shape(program.rows)) == []
+    assert copies_of(text, cache_layer(program.rows).shape) == []
     calls = kernel_calls(text, "ragged_paged_attention")
     assert len(calls) == len(jax.tree.leaves(caches)) == 32
     in_the_loop = [call for call in calls if "decode_block)/while/body" in call]

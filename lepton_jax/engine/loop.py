@@ -9,7 +9,6 @@ read. Text is `lepton_jax/text`, rows and files are `lepton_jax/jobs`. Read next
 
 import hashlib
 import itertools
-import math
 from collections.abc import Sequence
 
 import jax
@@ -238,10 +237,9 @@ def _plan_sizes(
     page = section.page_size
     totals = longest[: section.rows] or [max_len] * section.rows
     wanted = 1 + sum(-(-total // page) for total in totals) + section.rows
-    page_shape = backend.cache_shape(
-        1, page, model.axis.share(config.num_kv_heads), config.head_dim
-    )
-    page_bytes = math.prod(page_shape) * kv_dtype.itemsize * config.num_layers
+    kv_heads = model.axis.share(config.num_kv_heads)
+    layer = backend.cache_layer(1, page, kv_heads, config.head_dim, dtype=kv_dtype)
+    page_bytes = config.num_layers * sum(spec.nbytes for spec in jax.tree.leaves(layer))
     affordable = budget // page_bytes
     least = 1 + -(-max_len // page)
     if not section.num_pages and affordable < least:

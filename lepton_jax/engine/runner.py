@@ -126,7 +126,14 @@ class Runner:
             ScoreSpec(),
         )
         self.timings = Timings()
-        self._leaves, self.backend, self._kv_dtype = tuple(leaves), backend, kv_dtype
+        self._leaves, self.backend = tuple(leaves), backend
+        self._cache_layer = backend.cache_layer(
+            sizes.num_pages,
+            sizes.page_size,
+            model.axis.share(model.config.num_kv_heads),
+            model.config.head_dim,
+            dtype=kv_dtype,
+        )
         self._eos_ids = eos_ids
         self.programs = Programs(self._compile, strict=strict)
         self._caches: tuple | None = None
@@ -147,8 +154,8 @@ class Runner:
     @property
     def kv_bytes(self) -> int:
         """Bytes of all layers' caches on each device."""
-        itemsize = jnp.dtype(self._kv_dtype).itemsize
-        return self.model.config.num_layers * int(np.prod(self._cache_shape())) * itemsize
+        layer = sum(spec.nbytes for spec in jax.tree.leaves(self._cache_layer))
+        return self.model.config.num_layers * layer
 
     def require(self, spec: SampleSpec | ScoreSpec) -> None:
         """Makes the programs from now on serve rows of this spec too."""
@@ -305,7 +312,9 @@ class Runner:
         if not self._view_sizes:
             return 0
         view = self._fit(self._view_sizes, cached)
-        token_bytes = self.kv_bytes // (self.sizes.num_pages * self.sizes.page_size)
+        layer, places = self._cache_layer, self.sizes.num_pages * self.sizes.page_size
+        layer_bytes = int(np.prod(layer.shape)) * jnp.dtype(layer.dtype).itemsize // places
+        token_bytes = self.model.config.num_layers * layer_bytes
         return view if rows * view * token_bytes <= _MOST_VIEW_BYTES else 0
 
     def _compile(self, shape):
@@ -345,13 +354,8 @@ class Runner:
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), self._leaves
         )
 
-    def _cache_shape(self) -> tuple[int, ...]:
-        c, s = self.model.config, self.sizes
-        kv_heads = self.model.axis.share(c.num_kv_heads)
-        return self.backend.cache_shape(s.num_pages, s.page_size, kv_heads, c.head_dim)
-
     def _abstract_caches(self) -> tuple:
-        layer = jax.ShapeDtypeStruct(self._cache_shape(), self._kv_dtype)
+        layer = jax.tree.map(lambda spec: spec.abstract(), self._cache_layer)
         return (layer,) * self.model.config.num_layers
 
     def _abstract_state(self, spec: SampleSpec) -> steps.RowState:

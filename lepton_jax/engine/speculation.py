@@ -130,11 +130,14 @@ class _Block:
         if not self.shape.view:
             return end.working
         lengths, table = self.entry.lengths, self.inputs["page_table"]
-        options = dict(written=end.lines.lengths - lengths, steps=self.shape.tail)
-        views = _in_order(end.working, end.places, self.shape)
+        options = dict(
+            written=end.lines.lengths - lengths,
+            steps=self.shape.tail,
+            order=_kept_first(end.places[:, self.shape.view :]),
+        )
         return tuple(
             self.backend.close_view(cache, view, table, lengths, **options)
-            for cache, view in zip(caches, views, strict=True)
+            for cache, view in zip(caches, end.working, strict=True)
         )
 
     def _forward(
@@ -278,11 +281,8 @@ def _first_places(lengths: jax.Array, shape: DecodeShape) -> jax.Array:
     return jnp.pad(places, ((0, 0), (0, shape.tail)), constant_values=-1)
 
 
-def _in_order(views: tuple, places: jax.Array, shape: DecodeShape) -> tuple:
-    """The views' tails with the tokens that were kept first, as `close_view` wants them."""
-    tail = places[:, shape.view :]
-    order = jnp.argsort(jnp.where(tail < 0, jnp.iinfo(jnp.int32).max, tail), axis=1)
-    index = order[:, None, :, None]
-    return jax.tree.map(
-        lambda side: jnp.take_along_axis(side[:, :, shape.view :], index, axis=2), views
-    )
+def _kept_first(tail: jax.Array) -> jax.Array:
+    """The order of a view's new tokens, by their positions i32[B, tail], -1 where rejected, that
+    puts those first which were kept.
+    """
+    return jnp.argsort(jnp.where(tail < 0, jnp.iinfo(jnp.int32).max, tail), axis=1)

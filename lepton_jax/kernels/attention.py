@@ -1,10 +1,10 @@
 """Attention behind one door: what a step's batch looks like, and which backend serves a platform.
 
-A backend is a module with `Q_TILE`, `cache_shape`, `write` and `attend`:
+A backend is a module with `Q_TILE`, `cache_layer`, `write` and `attend`:
 `attention_xla.py` (CPU and GPU), `attention_tpu.py` (ragged paged attention in Pallas), and
 `attention_reference.py` (plain jnp, what the others are tested against).
-All speak of the same paged cache: one array per layer, cut into pages of Z tokens, page 0 a null
-page.
+All speak of the same paged cache: for each layer an array, or a tree of them where it is quantized
+(`kv_cache.py`), cut into pages of Z tokens, page 0 a null page.
 """
 
 import dataclasses

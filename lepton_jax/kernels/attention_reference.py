@@ -1,6 +1,6 @@
 """Attention in plain jnp: what every other backend is measured against.
 
-Here: the paged backend (`cache_shape`, `write`, `attend`) in its simplest form, and
+Here: the paged backend (`cache_layer`, `write`, `attend`) in its simplest form, and
 `causal_attend`, which needs no cache at all. Every query gathers all pages of its row, so memory
 grows as T * S: right for tests, wrong for a hot path.
 Not here: the choice between backends and the `PagedBatch` that describes a step (`attention.py`).
@@ -9,10 +9,13 @@ Read next: `attention_tpu.py`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+
+from lepton_jax.kernels.kv_cache import KV, encode, planned
+from lepton_jax.kernels.kv_cache import decode as decode_kv
 
 if TYPE_CHECKING:
     from lepton_jax.kernels.attention import PagedBatch
@@ -23,9 +26,12 @@ Q_TILE = 1  # sequences of a prefill may start at any token
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
-def cache_shape(num_pages: int, page_size: int, num_kv_heads: int, head_dim: int) -> tuple:
-    """Shape of one layer's cache: [P, Z, 2, K, H], keys at index 0 and values at index 1."""
-    return (num_pages, page_size, 2, num_kv_heads, head_dim)
+def cache_layer(
+    num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, *, dtype: Any
+) -> Any:
+    """One layer's cache, as ParamSpecs: [P, Z, 2, K, H], keys at index 0 and values at index 1."""
+    axes = ("pages", "page_tokens", "sides", "kv_heads", "head_dim")
+    return planned((num_pages, page_size, 2, num_kv_heads, head_dim), axes, dtype)
 
 
 def slots(batch: PagedBatch, page_size: int) -> tuple[jax.Array, jax.Array]:
@@ -44,15 +50,16 @@ def valid_tokens(batch: PagedBatch) -> jax.Array:
     return (batch.positions >= 0) & (batch.positions < batch.kv_lens[batch.rows])
 
 
-def write(cache: jax.Array, k: jax.Array, v: jax.Array, batch: PagedBatch) -> jax.Array:
+def write(cache: KV, k: jax.Array, v: jax.Array, batch: PagedBatch) -> KV:
     """Stores k and v, both [T, K, H], at the tokens' places in the cache [P, Z, 2, K, H]."""
     page, place = slots(batch, cache.shape[1])
-    return cache.at[page, place].set(jnp.stack([k, v], axis=1).astype(cache.dtype))
+    new = encode(jnp.stack([k, v], axis=1), cache)
+    return jax.tree.map(lambda held, lines: held.at[page, place].set(lines), cache, new)
 
 
 def attend(
     q: jax.Array,
-    cache: jax.Array,
+    cache: KV,
     batch: PagedBatch,
     *,
     decode: bool,
@@ -67,7 +74,7 @@ def attend(
     Padding and idle rows give 0. With `decode`, token t belongs to row t.
     """
     rows = jnp.arange(q.shape[0]) if decode else batch.rows
-    pages = cache[batch.page_table[rows]]  # [T, W, Z, 2, K, H]
+    pages = decode_kv(jax.tree.map(lambda a: a[batch.page_table[rows]], cache))  # [T,W,Z,2,K,H]
     tokens, width, page_size, _, num_kv_heads, head_dim = pages.shape
     kv = pages.reshape(tokens, width * page_size, 2, num_kv_heads, head_dim)
     scores = _scores("tkgh,tskh->tkgs", q, kv[:, :, 0], scale=scale, soft_cap=soft_cap)

@@ -1,8 +1,9 @@
 """Attention on TPU: jax's Pallas kernel `ragged_paged_attention`, fitted to our paged cache.
 
 Here: the cache layout the kernel reads, padding of heads to what it can tile, its block sizes, and
-the in-place write. Not here: a kernel of our own, int8 caches. To compile without a TPU, lower in
-`jax.sharding.use_abstract_mesh` or `shard_map` over topology devices, which tell Pallas the chip
+the in-place write. Not here: a kernel of our own, caches with scales (the kernel takes one constant
+for a whole cache, so float8 is stored as it is and int8 refused). To compile without a TPU, lower
+in `jax.sharding.use_abstract_mesh` or `shard_map` over topology devices, which tell Pallas the chip
 (`tests/tpu_topology.py`).
 
 Heads up to 128 wide: [P, Z, 2K, H], a head's key and value side by side, H padded to 128 and K to
@@ -13,6 +14,7 @@ Read next: `attention_reference.py`, which says the same in a few lines of jnp.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +22,12 @@ import jax.numpy as jnp
 from lepton_jax import compat
 from lepton_jax.kernels.attention import PagedBatch
 from lepton_jax.kernels.attention_reference import slots, valid_tokens
+from lepton_jax.tensors import ParamSpec
 
 Q_TILE = 1  # sequences of a prefill may start at any token
 
 LANES = 128  # of a TPU vector register; the kernel reads a head's key as whole registers
-CACHE_DTYPES = ("bfloat16", "float32")
+CACHE_DTYPES = ("bfloat16", "float32", "float8_e4m3fn")
 
 # Block sizes. jax's table of sizes tuned on v6e mostly takes 1,024 cached tokens in at most 16
 # pages (more spill the scalar registers), and 32 query tokens, or 64 where there are few heads.
@@ -37,12 +40,22 @@ DECODE_BLOCK_LINES = 32
 VMEM_LIMIT_BYTES = 32 * 2**20  # every chip since v4 has at least 64 MiB
 
 
-def cache_shape(num_pages: int, page_size: int, num_kv_heads: int, head_dim: int) -> tuple:
-    """Shape of one layer's cache, K and H padded: [P, Z, 2K, H]; wide heads [K * P, Z, 2, H]."""
+def cache_layer(
+    num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, *, dtype: Any
+) -> ParamSpec:
+    """One layer's cache, K and H padded: [P, Z, 2K, H]; wide heads [K * P, Z, 2, H].
+
+    Raises:
+      ValueError: the kernel can't read this dtype, or not at this head_dim.
+    """
+    dtype = jnp.dtype(dtype)
+    _check_dtype(dtype, num_kv_heads, head_dim)
     lanes = _padded_head_dim(head_dim)
     if _has_own_pages(num_kv_heads, head_dim):
-        return (num_kv_heads * num_pages, page_size, 2, lanes)
-    return (num_pages, page_size, 2 * _padded_kv_heads(num_kv_heads), lanes)
+        axes = ("kv_heads", "page_tokens", "sides", "head_dim")  # a head's pages side by side
+        return ParamSpec((num_kv_heads * num_pages, page_size, 2, lanes), dtype, axes)
+    shape = (num_pages, page_size, 2 * _padded_kv_heads(num_kv_heads), lanes)
+    return ParamSpec(shape, dtype, ("pages", "page_tokens", "kv_heads", "head_dim"))
 
 
 def write(cache: jax.Array, k: jax.Array, v: jax.Array, batch: PagedBatch) -> jax.Array:
@@ -51,9 +64,12 @@ def write(cache: jax.Array, k: jax.Array, v: jax.Array, batch: PagedBatch) -> ja
     Padding and the tokens of idle rows go to page 0.
     """
     tokens, num_kv_heads, head_dim = k.shape
-    _check_cache(cache, num_kv_heads, head_dim)
     pages, page_size, _, lanes = cache.shape
-    kv = jnp.stack([k, v], axis=2).astype(cache.dtype)  # [T, K, 2, H]
+    kv = jnp.stack([k, v], axis=2)  # [T, K, 2, H]
+    if cache.dtype == jnp.float8_e4m3fn:
+        most = float(jnp.finfo(cache.dtype).max)
+        kv = jnp.clip(kv, -most, most)  # what is larger would become NaN
+    kv = kv.astype(cache.dtype)
     page, place = slots(batch, page_size)
     flat = page * page_size + place  # one index per token: XLA's cheapest scatter
     if _has_own_pages(num_kv_heads, head_dim):
@@ -79,13 +95,11 @@ def attend(
     """Attention of q [T, K, G, H] over the cache; returns [T, K, G, H] in q's dtype.
 
     Meaning as in `attention_reference.attend`; each of the `num_seqs` sequences needs a query
-    token. The kernel multiplies in the cache's dtype and sums in float32.
-
-    Raises:
-      ValueError: the kernel can't read this cache's dtype, or not at this head_dim.
+    token. The kernel multiplies in the cache's dtype, a float8 cache in bfloat16, and sums in
+    float32.
     """
     tokens, num_kv_heads, group, head_dim = q.shape
-    _check_cache(cache, num_kv_heads, head_dim)
+    narrow = cache.dtype == jnp.float8_e4m3fn
     pages, page_size, combined, lanes = cache.shape
     kv_lens, page_table, cu_q_lens, num_seqs = _sequences(batch, decode)
     page_bytes = page_size * combined * lanes * cache.dtype.itemsize
@@ -94,11 +108,13 @@ def attend(
         sm_scale=scale,
         sliding_window=window or None,
         soft_cap=soft_cap or None,
+        k_scale=1.0 if narrow else None,  # with a scale the kernel widens to q's dtype
+        v_scale=1.0 if narrow else None,
         num_kv_pages_per_block=_pages_per_block(page_table.shape[1], page_size, page_bytes),
         num_queries_per_block=_queries_per_block(tokens, combined // 2, group, decode),
         vmem_limit_bytes=VMEM_LIMIT_BYTES,
     )
-    padded = _pad(q.astype(cache.dtype), 3, lanes)
+    padded = _pad(q.astype(jnp.bfloat16 if narrow else cache.dtype), 3, lanes)
     if _has_own_pages(num_kv_heads, head_dim):
 
         def one_head(operands: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -165,14 +181,13 @@ def _pad(array: jax.Array, axis: int, size: int) -> jax.Array:
     return jnp.pad(array, widths)
 
 
-def _check_cache(cache: jax.Array, num_kv_heads: int, head_dim: int) -> None:
-    dtype = cache.dtype.name
-    if dtype not in CACHE_DTYPES:
+def _check_dtype(dtype: jnp.dtype, num_kv_heads: int, head_dim: int) -> None:
+    if dtype.name not in CACHE_DTYPES:
         raise ValueError(
-            f"attention on TPU reads caches in {' or '.join(CACHE_DTYPES)}, not in {dtype}: "
+            f"attention on TPU reads caches in {' or '.join(CACHE_DTYPES)}, not in {dtype.name}: "
             "set engine.kv_dtype to one of these"
         )
-    if dtype == "float32" and head_dim > LANES:
+    if dtype == jnp.float32 and head_dim > LANES:
         raise ValueError(
             f"attention on TPU reads no float32 cache at head_dim {head_dim} (kv_heads "
             f"{num_kv_heads}): float32 heads go up to {LANES}. Set engine.kv_dtype to bfloat16"

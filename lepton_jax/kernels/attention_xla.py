@@ -7,35 +7,56 @@ of the page table, and no program is compiled per context length. A page keeps e
 together (`[2, K, Z, H]`), so a gathered page goes into the dot as it is: on a 2-core AVX-512 CPU a
 third faster than the token-major layout (jax 0.12.0.1, 8 and 32 rows, 200 tokens of context, K=3
 G=3 H=64, 2026-11-24).
+
+A quantized cache (`kv_cache.py`) is decoded where it is read: a block of pages at a time, or once
+for a whole decode block where there is a view. What a view gets is encoded and decoded first, so a
+token has one value, wherever it is read from and however a run was cut into blocks.
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lepton_jax.kernels.attention import PagedBatch
 from lepton_jax.kernels.attention_reference import MASKED, slots, valid_tokens
+from lepton_jax.kernels.kv_cache import KV, QuantizedKV, decode, encode, planned
 
 Q_TILE = 1  # sequences of a prefill may start at any token
 _QUERIES = 32  # of one prompt, that a prefill works on at once
 _BLOCK = 128  # cached tokens visited at once
 
 
-def cache_shape(num_pages: int, page_size: int, num_kv_heads: int, head_dim: int) -> tuple:
-    """Shape of one layer's cache: [P, 2, K, Z, H], keys at index 0 and values at index 1."""
-    return (num_pages, 2, num_kv_heads, page_size, head_dim)
+class View(NamedTuple):
+    """A decode block's own copy of its rows' cache: a text's token i has place i in `keys` and
+    `values`, `[B, K, tokens + steps, H]`. `tail`: the new tokens as a quantized cache stores them,
+    `[B, 2, K, steps, H]`; None where the cache is plain.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    tail: QuantizedKV | None
 
 
-def write(cache: jax.Array, k: jax.Array, v: jax.Array, batch: PagedBatch) -> jax.Array:
+def cache_layer(
+    num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, *, dtype: Any
+) -> Any:
+    """One layer's cache, as ParamSpecs: [P, 2, K, Z, H], keys at index 0 and values at index 1."""
+    axes = ("pages", "sides", "kv_heads", "page_tokens", "head_dim")
+    return planned((num_pages, 2, num_kv_heads, page_size, head_dim), axes, dtype)
+
+
+def write(cache: KV, k: jax.Array, v: jax.Array, batch: PagedBatch) -> KV:
     """Stores k and v, both `[T, K, H]`, at the tokens' places in the cache `[P, 2, K, Z, H]`."""
     page, place = slots(batch, cache.shape[3])
-    return cache.at[page, :, :, place].set(jnp.stack([k, v], axis=1).astype(cache.dtype))
+    new = encode(jnp.stack([k, v], axis=1), cache)
+    return jax.tree.map(lambda held, lines: held.at[page, :, :, place].set(lines), cache, new)
 
 
 def attend(
     q: jax.Array,
-    cache: jax.Array,
+    cache: KV,
     batch: PagedBatch,
     *,
     decode: bool,
@@ -57,77 +78,74 @@ def attend(
 
 
 def open_view(
-    cache: jax.Array, page_table: jax.Array, lengths: jax.Array, *, tokens: int, steps: int
-) -> tuple[jax.Array, jax.Array]:
-    """The rows' cached keys and values side by side for a decode block: two arrays `[B, K, tokens +
-    steps, H]`.
+    cache: KV, page_table: jax.Array, lengths: jax.Array, *, tokens: int, steps: int
+) -> View:
+    """The rows' cached keys and values side by side for a decode block.
 
     Each row's text ends at place `tokens`, whatever its length, so the token of step i has place
     `tokens + i` in every row and one slice update writes all rows. The copy is paid once a block;
     the steps then read without gathers.
     """
-    num_pages, _, kv_heads, page_size, head_dim = cache.shape
+    _, _, kv_heads, page_size, head_dim = cache.shape
     index = jnp.maximum(jnp.arange(tokens) - tokens + lengths[:, None], 0)  # [B, tokens]
     page = jnp.take_along_axis(page_table, index // page_size, axis=1)
-    lines = cache.reshape(num_pages * 2 * kv_heads * page_size, head_dim)
 
     def side(half):
         first = (2 * page + half)[:, None] * kv_heads + jnp.arange(kv_heads)[:, None]
         line = first * page_size + (index % page_size)[:, None]
-        return jnp.pad(
-            jnp.take(lines, line, axis=0, mode="clip"), ((0, 0), (0, 0), (0, steps), (0, 0))
-        )
+        taken = jax.tree.map(lambda a: jnp.take(_lines(a), line, axis=0, mode="clip"), cache)
+        return jnp.pad(decode(taken), ((0, 0), (0, 0), (0, steps), (0, 0)))
 
-    return side(0), side(1)
+    tail = None
+    if isinstance(cache, QuantizedKV):
+        tail = encode(jnp.zeros((len(lengths), 2, kv_heads, steps, head_dim)), cache)
+    return View(side(0), side(1), tail)
 
 
 def attend_view(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    view: tuple[jax.Array, jax.Array],
+    view: View,
     *,
     span: tuple[jax.Array, jax.Array],
     scale: float,
     window: int = 0,
     soft_cap: float = 0.0,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+) -> tuple[jax.Array, View]:
     """A decode step on a view: stores k and v `[B, K, H]` and attends q `[B, K, G, H]`.
 
     `span`: first place of each row's text in the view, `[B]`, and the place of the new token, the
     same in all rows. Returns the result, like q, and the new view.
     """
-    (starts, place), dtype = span, view[0].dtype
+    (starts, place), dtype = span, view.keys.dtype
     exact = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
     dot = functools.partial(jnp.einsum, precision=exact, preferred_element_type=jnp.float32)
-    keys, values = (
-        jax.lax.dynamic_update_slice(side, new[:, :, None].astype(dtype), (0, 0, place, 0))
-        for side, new in zip(view, (k, v), strict=True)
-    )
-    scores = scale * dot("bkgh,bksh->bkgs", q.astype(dtype), keys)
+    view = _extended(view, k[:, :, None], v[:, :, None], place)
+    scores = scale * dot("bkgh,bksh->bkgs", q.astype(dtype), view.keys)
     if soft_cap:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
-    places = jnp.arange(keys.shape[2])
+    places = jnp.arange(view.keys.shape[2])
     seen = (places >= starts[:, None]) & (places <= place)
     if window:
         seen &= places > place - window
     scores = jnp.where(seen[:, None, None], scores, MASKED)
     weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-    out = dot("bkgs,bksh->bkgh", weights.astype(dtype), values)
-    return (out / weights.sum(-1)[..., None]).astype(q.dtype), (keys, values)
+    out = dot("bkgs,bksh->bkgh", weights.astype(dtype), view.values)
+    return (out / weights.sum(-1)[..., None]).astype(q.dtype), view
 
 
 def verify_view(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    view: tuple[jax.Array, jax.Array],
+    view: View,
     *,
     span: tuple[jax.Array, jax.Array, jax.Array],
     scale: float,
     window: int = 0,
     soft_cap: float = 0.0,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+) -> tuple[jax.Array, View]:
     """As `attend_view` for M tokens a row side by side: q `[B * M, K, G, H]`, k and v alike.
 
     Rows may grow by different numbers of tokens: the new ones lie at the same places in all rows,
@@ -140,21 +158,18 @@ def verify_view(
         -1: none; the new tokens' positions i32 `[B, M]`; the place of the first of them.
       scale, window, soft_cap: as in `attend`.
     """
-    (positions, queries, place), dtype = span, view[0].dtype
+    (positions, queries, place), dtype = span, view.keys.dtype
     exact = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
     dot = functools.partial(jnp.einsum, precision=exact, preferred_element_type=jnp.float32)
     rows, new = queries.shape
     _, kv_heads, group, head_dim = q.shape
 
     def heads_first(x):  # [B * M, K, ...] to [B, K, M, ...]
-        return x.reshape(rows, new, *x.shape[1:]).swapaxes(1, 2).astype(dtype)
+        return x.reshape(rows, new, *x.shape[1:]).swapaxes(1, 2)
 
-    keys, values = (
-        jax.lax.dynamic_update_slice(side, heads_first(x), (0, 0, place, 0))
-        for side, x in zip(view, (k, v), strict=True)
-    )
-    lines = heads_first(q).reshape(rows, kv_heads, new * group, head_dim)
-    scores = scale * dot("bkmh,bksh->bkms", lines, keys)
+    view = _extended(view, heads_first(k), heads_first(v), place)
+    lines = heads_first(q).reshape(rows, kv_heads, new * group, head_dim).astype(dtype)
+    scores = scale * dot("bkmh,bksh->bkms", lines, view.keys)
     if soft_cap:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     there, asking = positions[:, None], queries[:, :, None]
@@ -163,33 +178,71 @@ def verify_view(
         seen &= there > asking - window
     scores = jnp.where(jnp.repeat(seen, group, axis=1)[:, None], scores, MASKED)
     weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-    out = dot("bkms,bksh->bkmh", weights.astype(dtype), values) / weights.sum(-1)[..., None]
+    out = dot("bkms,bksh->bkmh", weights.astype(dtype), view.values) / weights.sum(-1)[..., None]
     out = out.reshape(rows, kv_heads, new, group, head_dim).swapaxes(1, 2)
-    return out.reshape(q.shape).astype(q.dtype), (keys, values)
+    return out.reshape(q.shape).astype(q.dtype), view
 
 
 def close_view(
-    cache: jax.Array,
-    view: tuple[jax.Array, jax.Array],
+    cache: KV,
+    view: View,
     page_table: jax.Array,
     lengths: jax.Array,
     *,
     written: jax.Array,
     steps: int,
-) -> jax.Array:
+    order: jax.Array | None = None,
+) -> KV:
     """Stores the first `written` `[B]` of a block's `steps` new tokens in the cache `[P, 2, K, Z,
-    H]`.
+    H]`; the first as `order` i32 `[B, steps]` lists them, or else as they lie in the view.
     """
-    num_pages, _, kv_heads, page_size, head_dim = cache.shape
+    _, _, kv_heads, page_size, _ = cache.shape
     new = jnp.arange(steps)
     index = lengths[:, None] + new  # [B, steps]
     page = jnp.take_along_axis(page_table, index // page_size, axis=1, mode="clip")
     page = jnp.where(new < written[:, None], page, 0)
     halves = (2 * page[:, None] + jnp.arange(2)[:, None])[:, :, None] * kv_heads
     line = (halves + jnp.arange(kv_heads)[:, None]) * page_size + (index % page_size)[:, None, None]
-    tails = jnp.stack([side[:, :, -steps:] for side in view], axis=1)  # [B, 2, K, steps, H]
-    lines = cache.reshape(num_pages * 2 * kv_heads * page_size, head_dim)
-    return lines.at[line].set(tails, mode="promise_in_bounds").reshape(cache.shape)
+    tails = view.tail
+    if tails is None:
+        sides = [side[:, :, -steps:] for side in (view.keys, view.values)]
+        tails = jnp.stack(sides, axis=1)  # [B, 2, K, steps, H]
+    if order is not None:
+        tails = jax.tree.map(
+            lambda a: jnp.take_along_axis(
+                a, order.reshape(-1, 1, 1, steps, *[1] * (a.ndim - 4)), axis=3
+            ),
+            tails,
+        )
+
+    def store(held, lines):
+        return _lines(held).at[line].set(lines, mode="promise_in_bounds").reshape(held.shape)
+
+    return jax.tree.map(store, cache, tails)
+
+
+def _extended(view: View, k: jax.Array, v: jax.Array, place: jax.Array) -> View:
+    """A view with new keys and values, `[B, K, M, H]`, from `place` on."""
+    tail = view.tail
+    if tail is not None:
+        new = encode(jnp.stack([k, v], axis=1), tail)  # [B, 2, K, M, H]
+        k, v = decode(new).swapaxes(0, 1)
+        first = place - (view.keys.shape[2] - tail.shape[3])
+        tail = jax.tree.map(
+            lambda held, lines: jax.lax.dynamic_update_slice_in_dim(held, lines, first, 3),
+            tail,
+            new,
+        )
+    keys, values = (
+        jax.lax.dynamic_update_slice(side, lines.astype(side.dtype), (0, 0, place, 0))
+        for side, lines in ((view.keys, k), (view.values, v))
+    )
+    return View(keys, values, tail)
+
+
+def _lines(pages: jax.Array) -> jax.Array:
+    """`[P, 2, K, Z, ...]` as `[P * 2 * K * Z, ...]`."""
+    return pages.reshape(-1, *pages.shape[4:])
 
 
 def _decode(q, cache, batch, *, scale, window, soft_cap):
@@ -276,14 +329,20 @@ def _running_softmax(q, cache, table, positions, *, blocks, scale, window, soft_
     exact = jax.lax.Precision.HIGHEST if cache.dtype == jnp.float32 else None
     dot = functools.partial(jnp.einsum, precision=exact, preferred_element_type=jnp.float32)
     queries = jnp.repeat(q[:, None].astype(cache.dtype), pages, axis=1)
-    halves = cache.reshape(-1, *cache.shape[2:])  # keys of a page, then its values
+    halves = jax.tree.map(
+        lambda a: a.reshape(-1, *a.shape[2:]), cache
+    )  # a page's keys, then values
     inside = jnp.arange(pages * page_size).reshape(pages, page_size)
 
     def visit(block, carry):
         top, total, out = carry
         ids = 2 * jax.lax.dynamic_index_in_dim(table, block, axis=1, keepdims=False)
-        k = jnp.take(halves, ids, axis=0, mode="clip")  # [R, pages, K, Z, H]
-        v = jnp.take(halves, ids + 1, axis=0, mode="clip")
+        k, v = (  # [R, pages, K, Z, H]
+            decode(
+                jax.tree.map(lambda a, side=side: jnp.take(a, side, axis=0, mode="clip"), halves)
+            )
+            for side in (ids, ids + 1)
+        )
         scores = scale * dot("rpkgmh,rpkzh->rpkgmz", queries, k)
         if soft_cap:
             scores = soft_cap * jnp.tanh(scores / soft_cap)

@@ -8,6 +8,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 
 from lepton_jax.config import EngineSection
@@ -81,8 +82,8 @@ def largest_len(served: Served, section: EngineSection, *, rows: int, budget: in
 def token_bytes(served: Served) -> int:
     """Of one token in one layer's cache on one device, padding of heads included."""
     page = 64
-    shape = served.cache_shape(1, page)
-    return math.prod(shape) * jnp.dtype(served.kv_dtype).itemsize // page
+    layer = served.cache_layer(1, page)
+    return sum(spec.nbytes for spec in jax.tree.leaves(layer)) // page
 
 
 def cache_bytes(served: Served, sizes: Sizes) -> int:
@@ -95,8 +96,10 @@ def view_bytes(served: Served, sizes: Sizes) -> int:
     """Of the copy of its rows' cache that a decode block on a CPU or GPU works on, at most."""
     if not hasattr(served.backend, "open_view"):
         return 0
+    layer = served.cache_layer(1, 1)
+    token = math.prod(layer.shape) * jnp.dtype(layer.dtype).itemsize  # wide where it is quantized
     places = sizes.rows * (sizes.max_len + sizes.decode_block)
-    return min(served.config.num_layers * token_bytes(served) * places, _VIEW_BYTES)
+    return min(served.config.num_layers * token * places, _VIEW_BYTES)
 
 
 def _temporaries(served: Served, sizes: Sizes) -> int:

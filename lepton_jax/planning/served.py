@@ -49,7 +49,7 @@ class Served:
         cut = SHARDED_AXES & set(spec.axes)
         return -(-spec.nbytes // self.shards) if cut else spec.nbytes
 
-    def cache_shape(self, pages: int, page_size: int) -> tuple[int, ...]:
-        """Of one layer's cache on one device."""
-        kv_heads = -(-self.config.num_kv_heads // self.shards)
-        return self.backend.cache_shape(pages, page_size, kv_heads, self.config.head_dim)
+    def cache_layer(self, pages: int, page_size: int) -> Any:
+        """One layer's cache on one device, as a tree of ParamSpecs."""
+        kv_heads, head_dim = -(-self.config.num_kv_heads // self.shards), self.config.head_dim
+        return self.backend.cache_layer(pages, page_size, kv_heads, head_dim, dtype=self.kv_dtype)
