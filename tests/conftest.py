@@ -1,10 +1,15 @@
-"""Fixtures that tests of every room share: the two real models, fetched once into the cache."""
+"""What tests of every room share: the two real models, fetched once into the cache, and a CPU that
+counts as eight devices, so that sharding is tested in this process (the others take no longer).
+"""
 
 from pathlib import Path
 
+import jax
 import pytest
 
 from lepton_jax.checkpoints.demo import demo_model
+
+jax.config.update("jax_num_cpu_devices", 8)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,95 @@
+"""Whole models on several devices: the logits of transformers for every family, and of one device
+for every storage type. Tiny models, one program each.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_models
+
+from lepton_jax.compression.leaf import compress_weight
+from lepton_jax.compression.presets import compressor, preset_rules
+from lepton_jax.compression.rules import weights_of
+from lepton_jax.compression.scheme import Scheme
+from lepton_jax.models.build import abstract_model
+from lepton_jax.sharding import Placement
+from lepton_jax.sharding.placement import CUT_SPEC, WHOLE_SPEC, specs_of
+
+SPARSE = dict(prune="magnitude", storage="sparse")
+SCHEMES = {
+    "n_of_m": Scheme("keep", pattern="2:4", **SPARSE),
+    "bitmask": Scheme("int8", sparsity=0.5, **SPARSE),
+    "tiles": Scheme("keep", sparsity=0.5, pattern="4x8", **SPARSE),
+    "int4_g16": Scheme("int4", group=16, asymmetric=True),
+}
+
+
+def logits_on(count, model, leaves, ids):
+    """Logits `[T, V]` of leaves in the order of the specs, on `count` devices."""
+    placement = Placement(jax.devices()[:count], model.units)
+    placed = placement.put_all(model.specs, leaves)
+    shared = model.on(placement.axis)
+
+    def step(leaves, ids):
+        return tiny_models.forward(shared, leaves, ids)
+
+    program = placement.program(step, (specs_of(placed), WHOLE_SPEC), CUT_SPEC)
+    shares = np.split(np.asarray(program(placed, jnp.asarray(ids))), count)
+    vocab = model.config.vocab_size
+    logits = np.concatenate(shares, axis=-1)
+    assert np.isneginf(logits[:, vocab:]).all()
+    return logits[:, :vocab]
+
+
+def model_of(case):
+    fixture = tiny_models.load(case)
+    model = abstract_model(fixture.config, jnp.float32, jnp.float32)
+    return fixture, model, tiny_models.in_order(model, fixture.leaves)
+
+
+# Three devices divide nothing here: kv heads, ffn and vocabulary are all padded.
+@pytest.mark.parametrize(
+    ("case", "count"), [(c, 2 + i % 3) for i, c in enumerate(tiny_models.CASES)]
+)
+def test_logits_of_transformers_from_several_devices(case, count):
+    fixture, model, leaves = model_of(case)
+    logits = logits_on(count, model, leaves, fixture.ids)
+    np.testing.assert_allclose(logits, fixture.expected, atol=2e-4)
+
+
+def drawn(case):
+    """A model of two layers whose ffn every storage type can halve, its leaves and token ids."""
+    config = dataclasses.replace(
+        tiny_models.load(case).config,
+        ffn_size=64,
+        num_layers=2,
+        layer_windows=(0, 0),
+        layer_ropes=(0, 0),
+    )
+    model, rng = abstract_model(config, jnp.float32, jnp.float32), np.random.default_rng(3)
+    leaves = [rng.normal(size=s.shape).astype(np.float32) * 0.2 for s in model.specs.values()]
+    return model, [jnp.asarray(leaf) for leaf in leaves], rng.integers(0, config.vocab_size, 24)
+
+
+@pytest.mark.parametrize("name", [*SCHEMES, "int8", "w8a8", "fp8"])
+def test_logits_of_one_device_from_compressed_leaves(name):
+    model, dense, ids = drawn("mixtral" if name in ("int8", "n_of_m") else "llama")
+    if name in SCHEMES:
+        weights = weights_of(model.specs)
+        pairs = zip(model.specs, dense, strict=True)
+        leaves = [compress_weight(a, SCHEMES[name]) if p in weights else a for p, a in pairs]
+    else:
+        compress = compressor(preset_rules(name), model.specs)
+        pairs = zip(model.specs.items(), dense, strict=True)
+        leaves = [compress(path, spec, leaf) for (path, spec), leaf in pairs]
+    one, two = (logits_on(count, model, leaves, ids) for count in (1, 2))
+    if name in ("w8a8", "fp8"):
+        # Activations of 8 bits are scaled by what a device has of a row: other rounding, no worse.
+        exact = logits_on(1, model, dense, ids)
+        assert np.std(one - two) < np.std(one - exact)
+        assert np.std(two - exact) < 1.1 * np.std(one - exact)
+    else:
+        assert np.abs(one - two).max() < (0.03 if name == "int4_g16" else 2e-3) * one.std()

@@ -1,0 +1,153 @@
+"""Every storage type in parts: side by side they are the weight with padding, to the last bit.
+
+Where a part can't be stored, that is an error with a reason.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lepton_jax.compression.leaf import compress_weight
+from lepton_jax.compression.scheme import Scheme
+from lepton_jax.sharding import MeshAxis, Placement
+from lepton_jax.sharding.partition import cut_of, padding_costs, piece_plan, pieces_of
+from lepton_jax.tensors import BitmaskTensor, Cut, ParamSpec
+
+OUT, WIDTH = 24, 96
+SPEC = ParamSpec((3, OUT, WIDTH), jnp.float32, ("kv_heads", "qkv", "embed"), inputs=1)
+WEIGHT = np.random.default_rng(0).normal(size=SPEC.shape).astype(np.float32)
+SPARSE = dict(prune="magnitude", storage="sparse")
+SCHEMES = {
+    "plain": None,
+    "int8": Scheme(),
+    "w8a8": Scheme(activations="dynamic"),
+    "int8_g32": Scheme(group=32),
+    "int4_asymmetric": Scheme("int4", group=16, asymmetric=True),
+    "float8": Scheme("float8"),
+    "n_of_m": Scheme("keep", pattern="2:4", **SPARSE),
+    "n_of_m_int8": Scheme("int8", pattern="4:8", **SPARSE),
+    "bitmask": Scheme("keep", sparsity=0.6, **SPARSE),
+    "bitmask_int8": Scheme("int8", sparsity=0.6, **SPARSE),
+    "tiles": Scheme("keep", sparsity=0.5, pattern="8x16", **SPARSE),
+}
+CUTS = {
+    "outputs": Cut(1, 3, 8),
+    "padded outputs": Cut(0, 2, 2),
+    "inputs": Cut(2, 2, 48),
+    "padded inputs": Cut(2, 2, 64),
+}
+
+
+def leaf_of(name):
+    weight = jnp.asarray(WEIGHT)
+    return weight if SCHEMES[name] is None else compress_weight(weight, SCHEMES[name])
+
+
+def dense(leaf):
+    return np.asarray(
+        leaf if isinstance(leaf, (jax.Array, np.ndarray)) else leaf.dense(jnp.float32)
+    )
+
+
+def padded(array, cut):
+    widths = [(0, 0)] * array.ndim
+    widths[cut.dim] = (0, cut.parts * cut.share - array.shape[cut.dim])
+    return np.pad(array, widths)
+
+
+@pytest.mark.parametrize("how", CUTS)
+@pytest.mark.parametrize("name", SCHEMES)
+def test_parts_side_by_side_are_the_weight(name, how):
+    leaf, cut = leaf_of(name), CUTS[how]
+    pieces = pieces_of(leaf, cut)
+    shapes = [jax.tree.map(jnp.shape, piece) for piece in pieces]
+    assert len(pieces) == cut.parts and all(shape == shapes[0] for shape in shapes)
+    whole = np.concatenate([dense(piece) for piece in pieces], axis=cut.dim)
+    np.testing.assert_array_equal(whole, padded(dense(leaf), cut))
+
+
+@pytest.mark.parametrize("how", CUTS)
+@pytest.mark.parametrize("name", SCHEMES)
+def test_the_plan_of_a_part_is_what_the_part_becomes(name, how):
+    cut, scheme = CUTS[how], SCHEMES[name]
+    plan = SPEC if scheme is None else scheme.plan(SPEC)
+    plan, piece = piece_plan(plan, SPEC, cut), pieces_of(leaf_of(name), cut)[0]
+    assert plan.shape == piece.shape == cut.shape(SPEC.shape)
+    if isinstance(piece, BitmaskTensor):  # how many it keeps is known once there are values
+        kept = piece.values.shape[0]
+        assert plan.values.shape[0] == pytest.approx(kept, rel=0.25 if "padded" not in how else 1)
+        plan = dataclasses.replace(plan, values=dataclasses.replace(plan.values, shape=(kept,)))
+    if name != "tiles":  # so many tiles are kept by inputs as the fullest row needs
+        planned = jax.tree.map(lambda spec: (tuple(spec.shape), jnp.dtype(spec.dtype)), plan)
+        assert planned == jax.tree.map(lambda a: (a.shape, a.dtype), piece)
+
+
+def test_smaller_groups_where_a_cut_goes_through_one():
+    leaf = leaf_of("int4_asymmetric")
+    pieces = leaf.pieces(Cut(2, 4, 24))
+    assert leaf.group == 16 and pieces[0].group == 8
+    whole = np.concatenate([dense(piece) for piece in pieces], axis=2)
+    np.testing.assert_array_equal(whole, dense(leaf))
+    with pytest.raises(ValueError, match="groups of 16 packed inputs, 3 in a part"):
+        leaf.pieces(Cut(2, 32, 3))
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_parts_of_the_inputs_add_up(name):
+    leaf = leaf_of(name)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(4, WIDTH)), jnp.float32)
+
+    def product(piece, x):
+        if isinstance(piece, jax.Array):
+            return x @ piece.reshape(-1, x.shape[1]).T
+        return piece.flat().matmul(x)
+
+    pieces = pieces_of(leaf, Cut(2, 2, 48))
+    added = sum(
+        product(piece, part) for piece, part in zip(pieces, jnp.split(x, 2, 1), strict=True)
+    )
+    exact = x @ dense(leaf).reshape(-1, WIDTH).T
+    slack = 0.2 if name in ("w8a8", "float8", "int8_g32", "int4_asymmetric") else 2e-3
+    np.testing.assert_allclose(added, exact, atol=slack)
+
+
+@pytest.mark.parametrize(
+    ("name", "parts", "said"),
+    [("n_of_m", 4, "2:4 does not fit"), ("bitmask", 8, "multiples of 8"), ("tiles", 4, "8x20")],
+)
+def test_what_cannot_be_cut_says_why_and_what_to_change(name, parts, said):
+    spec = dataclasses.replace(SPEC, axes=("a", "b", "ffn"), shape=(3, OUT, 40))
+    scheme = SCHEMES[name]
+    if name == "tiles":
+        scheme = dataclasses.replace(scheme, pattern="8x20")
+    leaf = compress_weight(jnp.asarray(WEIGHT[..., :40]), scheme)
+    placement = Placement(jax.devices()[:parts])
+    with pytest.raises(ValueError, match=f"along ffn into {parts} parts .*{said}.*Set mesh.model"):
+        placement.put(spec, leaf)
+
+
+def test_the_table_names_one_dimension_and_keeps_heads_together():
+    axis = MeshAxis(size=2)
+    heads = ParamSpec((32, 3 * 4 * 16), jnp.float32, ("embed", "heads"), inputs=1)
+    assert cut_of(heads, axis, {"heads": 64}) == Cut(1, 2, 128)
+    assert cut_of(SPEC, axis, {}) == Cut(0, 2, 2)
+    assert cut_of(ParamSpec((8,), jnp.float32, ("embed",)), axis, {}) is None
+    both = ParamSpec((8, 8), jnp.float32, ("ffn", "vocab"))
+    with pytest.raises(ValueError, match="'ffn', 'vocab'.* would all be cut along mesh.model"):
+        cut_of(both, axis, {})
+
+
+def test_padding_says_what_it_costs():
+    specs = {
+        "qkv": SPEC,
+        "gate_up": ParamSpec((2, 56, 32), jnp.float32, ("gate_up", "ffn", "embed")),
+    }
+    assert padding_costs(specs, MeshAxis(size=2), {}) == [
+        "3 kv heads padded to 4 for mesh.model=2: 33 % more attention and cache"
+    ]
+    assert padding_costs(specs, MeshAxis(size=3), {}) == [
+        "56 ffn padded to 57 for mesh.model=3: 1.8 % more of what works on the ffn"
+    ]
