@@ -53,6 +53,19 @@ GATHER = """
   ROOT %g = f32[4,8]{1,0} gather(%flat, %p1), offset_dims={1}
 }
 """
+NESTED = """
+%relaid (q: f32[1000,8]) -> f32[1000,8] {
+  %q = f32[1000,8]{1,0} parameter(0)
+  ROOT %c = f32[1000,8]{1,0} copy(%q)
+}
+
+%part (p0: f32[1000,8], p1: s32[]) -> f32[2,8] {
+  %p0 = f32[1000,8]{1,0} parameter(0)
+  %f = f32[1000,8]{1,0} fusion(%p0), kind=kLoop, calls=%relaid
+  %p1 = s32[]{:S(6)} parameter(1)
+  ROOT %s = f32[2,8]{1,0:T(8,128)S(1)} dynamic-slice(%f, %p1, %p1)
+}
+"""
 UPDATE = """
 %put (p0: f32[1000,8], p1: f32[2,8], p2: s32[2]) -> f32[1000,8] {
   %p0 = f32[1000,8]{1,0} parameter(0)
@@ -70,6 +83,14 @@ def test_a_fused_gather_reads_rows_and_a_fused_scatter_writes_them():
     rest = ("%u = f32[2,8]{1,0} parameter(1)", "%i = s32[2]{0} parameter(2)")
     call = "%b = f32[1000,8]{1,0} fusion(%a, %u, %i), kind=kCustom, calls=%put"
     assert moved(A, *rest, call, before=UPDATE) == (64 + 8, 64)
+
+
+def test_a_slice_of_a_fused_copy_reads_a_slice_and_a_copy_all():
+    index = "%i = s32[]{:S(6)} parameter(1)"
+    part = "%b = f32[2,8]{1,0:T(8,128)S(1)} fusion(%a, %i), kind=kLoop, calls=%part"
+    assert moved(A, index, part, before=NESTED) == (64, 0)
+    whole = f"%b = {FAST} fusion(%a), kind=kLoop, calls=%relaid"
+    assert moved(A, whole, before=NESTED) == (KB, 0)
 
 
 LOOP = """
@@ -169,6 +190,6 @@ def test_a_missing_libtpu_is_named_with_its_installation(monkeypatch):
         topology_devices("v6e:1x1")
 
 
-def test_a_chip_is_as_many_devices_as_a_machine_shows():
+def test_chips_show_as_one_device_or_two():
     counts = {name: len(topology_devices(name)) for name in ("v4:2x2x1", "v5e:2x4", "tpu7x:1x1x1")}
-    assert counts == {"v4:2x2x1": 4, "v5e:2x4": 8, "tpu7x:1x1x1": 2}
+    assert counts == {"v4:2x2x1": 8, "v5e:2x4": 8, "tpu7x:1x1x1": 2}

@@ -135,7 +135,7 @@ class Runner:
             dtype=kv_dtype,
         )
         self._eos_ids = eos_ids
-        self.programs = Programs(self._compile, strict=strict)
+        self.programs = Programs(lambda shape: self.lower(shape).compile(), strict=strict)
         self._caches: tuple | None = None
         self._state: steps.RowState | None = None
         self._scratch: tuple = ()
@@ -317,9 +317,10 @@ class Runner:
         token_bytes = self.model.config.num_layers * layer_bytes
         return view if rows * view * token_bytes <= _MOST_VIEW_BYTES else 0
 
-    def _compile(self, shape):
+    def lower(self, shape: PrefillShape | DecodeShape | ScoreShape) -> jax.stages.Lowered:
+        """The program of a shape before it is compiled; leaves and devices may be abstract."""
         if isinstance(shape, ScoreShape):
-            return self._compile_score(shape)
+            return self._lower_score(shape)
         prefill = isinstance(shape, PrefillShape)
         layout = (packing.prefill_layout if prefill else packing.decode_layout)(shape)
         step = functools.partial(
@@ -338,15 +339,15 @@ class Runner:
         program = place.program(
             step, (specs_of(leaves), *kinds), kinds, donate=(1, 2), keep_unused=True
         )
-        return program.lower(leaves, *place.abstract(arguments, kinds)).compile()
+        return program.lower(leaves, *place.abstract(arguments, kinds))
 
-    def _compile_score(self, shape: ScoreShape):
+    def _lower_score(self, shape: ScoreShape):
         step = functools.partial(scoring.score, model=self.model, backend=self.backend, shape=shape)
         leaves, place = self._abstract_leaves(), self.placement
         arguments = self._abstract_caches(), _ints(scoring.score_layout(shape).size)
         kinds = CUT_SPEC, WHOLE_SPEC
         program = place.program(step, (specs_of(leaves), *kinds), kinds, donate=(1,))
-        return program.lower(leaves, *place.abstract(arguments, kinds)).compile()
+        return program.lower(leaves, *place.abstract(arguments, kinds))
 
     def _abstract_leaves(self) -> tuple:
         """Of all devices; what follows is of one device's share."""

@@ -59,19 +59,23 @@ def _made(name: str, peaks: DevicePeaks, *, memory: int, **more) -> Chip:
     )
 
 
-def _tpu(name: str, kind: str, *, gib: float, gbits: float) -> Chip:
+def _tpu(name: str, kind: str, *, gib: float, gbits: float, parts: int = 1) -> Chip:
+    """A device that is one of `parts` of a chip with this interconnect; `gib` are its own."""
     peaks = device_peaks(kind)
-    return _made(name, peaks, memory=int(gib * _GIB), link=gbits / 8 * 1e9)
+    if name == "v4":  # telemetry has those of both cores
+        peaks = DevicePeaks(*(peak / parts for peak in dataclasses.astuple(peaks)))
+    return _made(name, peaks, memory=int(gib * _GIB), link=gbits / parts / 8 * 1e9)
 
 
-# HBM in GiB, interconnect in Gbit/s a chip. A TPU7x chip shows as two devices: each has half of its
-# 192 GiB and of its 9,600 Gbit/s.
+# Memory is what the compiler lets a program have (libtpu 0.0.52); interconnect is in Gbit/s a chip.
+# A TPU7x chip shows as two devices. So does a v4 chip to the compiler alone: a machine that has one
+# joins its two cores, so that a plan for v4 counts half-chips.
 TPUS = {
-    "v4": _tpu("v4", "TPU v4", gib=32, gbits=2400),
-    "v5e": _tpu("v5e", "TPU v5e", gib=16, gbits=1600),
-    "v5p": _tpu("v5p", "TPU v5p", gib=95, gbits=4800),
-    "v6e": _tpu("v6e", "TPU v6e", gib=32, gbits=3200),
-    "tpu7x": _tpu("tpu7x", "TPU7x", gib=96, gbits=4800),
+    "v4": _tpu("v4", "TPU v4", gib=15.25, gbits=2400, parts=2),
+    "v5e": _tpu("v5e", "TPU v5e", gib=15.75, gbits=1600),
+    "v5p": _tpu("v5p", "TPU v5p", gib=95.73, gbits=4800),
+    "v6e": _tpu("v6e", "TPU v6e", gib=31.24, gbits=3200),
+    "tpu7x": _tpu("tpu7x", "TPU7x", gib=94.74, gbits=9600, parts=2),
 }
 
 

@@ -20,16 +20,19 @@ _VIEW_BYTES = 256 << 20  # of a CPU's or GPU's copy of its rows' cache (engine/r
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on one device: `weights`, `cache`, `temporaries`, and `code` where it was compiled."""
+    """Bytes on one device. `code` and `other` are known where a program was compiled; other are the
+    rows' state, inputs, results and what padding to tiles adds.
+    """
 
     weights: int
     cache: int
     temporaries: int
     code: int = 0
+    other: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.cache + self.temporaries + self.code
+        return self.weights + self.cache + self.temporaries + self.code + self.other
 
 
 def full_sizes(section: EngineSection, *, rows: int, max_len: int) -> Sizes:
@@ -42,6 +45,7 @@ def full_sizes(section: EngineSection, *, rows: int, max_len: int) -> Sizes:
         prefill_chunk=section.prefill_chunk,
         decode_block=section.decode_block,
         max_len=max_len,
+        draft=section.draft_tokens if section.speculation != "off" else 0,
     )
 
 
@@ -105,7 +109,7 @@ def view_bytes(served: Served, sizes: Sizes) -> int:
 def _temporaries(served: Served, sizes: Sizes) -> int:
     """Two copies of the logits in float32 and a layer's activations of a prefill, in four bytes."""
     c = served.config
-    logits = 2 * sizes.rows * -(-c.vocab_size // served.shards) * 4
+    logits = 2 * sizes.rows * served.axis.share(c.vocab_size) * 4
     heads = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
     visits = max(1, c.experts_per_token)
     wide = 3 * (c.ffn_size * visits + heads) // served.shards + 4 * c.hidden_size

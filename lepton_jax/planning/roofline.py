@@ -91,14 +91,14 @@ def _cost(
     c = served.config
     weight_bytes = flops = 0
     multiplied = seconds = 0.0
-    for path, leaf in served.leaves.items():
+    for path in served.leaves:
         lines = sampled if path == _head(c) else tokens
         nbytes, operations = _work(served, path, tokens=lines)
-        multiplying = operations / _rate(chip, leaf)
+        multiplying = operations / _rate(chip, served.leaves[path])
         weight_bytes, flops = weight_bytes + nbytes, flops + operations
         multiplied += multiplying
         seconds += max(nbytes / chip.bandwidth, multiplying)
-    scores = 4 * pairs * c.head_dim * -(-c.num_heads // served.shards)
+    scores = 4 * pairs * c.head_dim * c.group * served.axis.share(c.num_kv_heads)
     attending = scores / (chip.float32 if _is_float32(served.kv_dtype) else chip.bf16)
     reduced = (
         _reductions(c) * tokens * c.hidden_size * jnp.dtype(served.model.activation_dtype).itemsize
@@ -134,13 +134,13 @@ def _head(config: ModelConfig) -> str:
 
 def _work(served: Served, path: str, *, tokens: int) -> tuple[int, int]:
     """Bytes that a step reads of a weight, and operations with it, on one device."""
-    c, leaf = served.config, served.leaves[path]
-    nbytes = served.leaf_bytes(leaf)
+    c, leaf = served.config, served.piece(path)
+    nbytes = served.piece_bytes(path)
     if path == "embed" and not c.tie_embeddings:  # only the tokens' rows
         return nbytes * min(tokens, c.vocab_size) // c.vocab_size, 0
     if not isinstance(leaf, CompressedTensor) and not leaf.inputs:
         return nbytes, 0
-    operations = 2 * math.prod(leaf.shape) * tokens // served.shards
+    operations = 2 * math.prod(leaf.shape) * tokens
     if path.rpartition(".")[2].startswith("experts_"):
         share = c.experts_per_token / c.num_experts
         visited = 1 - (1 - share) ** tokens  # of the experts, where tokens choose independently

@@ -9,9 +9,9 @@ import jax
 
 from lepton_jax.models.build import Model
 from lepton_jax.models.config import ModelConfig
+from lepton_jax.sharding import WHOLE, Axis, MeshAxis
+from lepton_jax.sharding.partition import cut_of, piece_plan
 from lepton_jax.tensors import CompressedTensor, ParamSpec
-
-SHARDED_AXES = frozenset(("kv_heads", "heads", "ffn", "vocab"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Served:
       leaves: its abstract weights by path, as `compression.presets.compress_specs` gives them.
       backend: of attention; it lays the cache out.
       kv_dtype: of the cache.
-      shards: devices that share the model; each holds 1/shards of what has a sharded axis.
+      shards: devices that share the model, each with its part (`lepton_jax/sharding`).
     """
 
     model: Model
@@ -37,19 +37,27 @@ class Served:
         return self.model.config
 
     @property
+    def axis(self) -> Axis:
+        return MeshAxis(size=self.shards) if self.shards > 1 else WHOLE
+
+    def piece(self, path: str) -> ParamSpec | CompressedTensor:
+        """One device's part of a weight, padding included.
+
+        Raises ValueError where its storage type can't be cut so.
+        """
+        spec = self.model.specs[path]
+        return piece_plan(self.leaves[path], spec, cut_of(spec, self.axis, self.model.units))
+
+    def piece_bytes(self, path: str) -> int:
+        """Of one device's part of a weight."""
+        return sum(spec.nbytes for spec in jax.tree.leaves(self.piece(path)))
+
+    @property
     def weight_bytes(self) -> int:
         """Of all weights on one device."""
-        return sum(map(self.leaf_bytes, self.leaves.values()))
-
-    def leaf_bytes(self, leaf: ParamSpec | CompressedTensor) -> int:
-        """Of one weight on one device."""
-        return sum(self._spec_bytes(spec) for spec in jax.tree.leaves(leaf))
-
-    def _spec_bytes(self, spec: ParamSpec) -> int:
-        cut = SHARDED_AXES & set(spec.axes)
-        return -(-spec.nbytes // self.shards) if cut else spec.nbytes
+        return sum(map(self.piece_bytes, self.leaves))
 
     def cache_layer(self, pages: int, page_size: int) -> Any:
         """One layer's cache on one device, as a tree of ParamSpecs."""
-        kv_heads, head_dim = -(-self.config.num_kv_heads // self.shards), self.config.head_dim
+        kv_heads, head_dim = self.axis.share(self.config.num_kv_heads), self.config.head_dim
         return self.backend.cache_layer(pages, page_size, kv_heads, head_dim, dtype=self.kv_dtype)

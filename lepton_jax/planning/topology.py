@@ -50,11 +50,11 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def topology_devices(name: str) -> list[jax.Device]:
-    """All devices of a slice; a TPU7x chip shows as two.
+    """All devices of a slice; a chip of v4 and of TPU7x shows as two (`chips.py`).
 
     Raises ValueError where there is no such slice or no libtpu, with what to do.
     """
-    chip, size = split_name(name)
+    _, size = split_name(name)
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
             f"plan.topology={name!r} needs the TPU compiler, libtpu, and no TPU: pip install libtpu"
@@ -70,8 +70,7 @@ def topology_devices(name: str) -> list[jax.Device]:
             f"plan.topology={name!r} is unknown to the installed libtpu: {error}. Install a newer "
             "one, pip install -U libtpu"
         ) from error
-    # libtpu describes a v4 chip as two cores; a machine that has one runs it as one device.
-    return [d for d in described.devices if chip != "v4" or d.core_on_chip == 0]
+    return list(described.devices)
 
 
 def compile_absent(lowered: jax.stages.Lowered) -> jax.stages.Compiled:

@@ -35,7 +35,16 @@ _FREE = {
     "optimization-barrier",
 }
 _FREE_CALLS = {"ConcatBitcast", "AssumeGatherIndicesInBound", "AssumeIndicesInBound"}
-_SAME = {"bitcast", "reshape", "get-tuple-element"}
+# Within a fusion these are computed for what is asked of them: a slice of a copy reads a slice.
+_SAME = {
+    "bitcast",
+    "bitcast-convert",
+    "reshape",
+    "get-tuple-element",
+    "copy",
+    "convert",
+    "transpose",
+}
 _TAKES = {"dynamic-slice", "slice", "gather"}
 _PUTS = {"dynamic-update-slice": 1, "scatter": 2}  # the operand that holds the new values
 

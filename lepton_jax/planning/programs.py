@@ -1,0 +1,136 @@
+"""The engine's real programs, compiled for devices that may not be there, and what they cost.
+
+The runner lowers them as it always does, from abstract leaves; nothing is allocated. What comes out
+is read here: memory by the compiler's account, traffic and collectives by `traffic.py`.
+Read next: `topology.py` (the devices), `plan.py` (what is made of it).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+import time
+from collections.abc import Sequence
+
+import jax
+
+from lepton_jax.engine.packing import DecodeShape, PrefillShape
+from lepton_jax.engine.row_params import SampleSpec
+from lepton_jax.engine.runner import Runner, Sizes
+from lepton_jax.planning.memory import Memory, cache_bytes, view_bytes
+from lepton_jax.planning.served import Served
+from lepton_jax.planning.topology import compile_absent
+from lepton_jax.planning.traffic import Traffic, traffic
+from lepton_jax.sharding import Placement
+
+
+class OutOfMemoryError(ValueError):
+    """A program needs more than its device has, says the compiler."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled program: its memory, its traffic in one run, how many steps that is, and the
+    seconds that compiling took.
+    """
+
+    kind: str
+    steps: int
+    memory: Memory
+    traffic: Traffic
+    seconds: float
+    text: str = dataclasses.field(repr=False)
+
+    @property
+    def step_bytes(self) -> float:
+        """Through main memory in one step, caches that a kernel reads left out."""
+        return self.traffic.total / self.steps
+
+
+def compile_decode(
+    served: Served, sizes: Sizes, *, devices: Sequence[jax.Device], spec: SampleSpec
+) -> Program:
+    """The decode block of all rows, with the largest view where the backend has views.
+
+    Raises OutOfMemoryError.
+    """
+    runner = _runner(served, sizes, devices, spec)
+    shapes = [s for s in _shapes(runner, DecodeShape) if not s.draft]
+    return _compile(served, runner, max(shapes, key=lambda s: (s.rows, s.view)))
+
+
+def compile_prefill(
+    served: Served, sizes: Sizes, *, devices: Sequence[jax.Device], spec: SampleSpec
+) -> Program:
+    """The prefill of `sizes.prefill_chunk` tokens. Raises OutOfMemoryError."""
+    runner = _runner(served, sizes, devices, spec)
+    return _compile(served, runner, max(_shapes(runner, PrefillShape), key=lambda s: s.tokens))
+
+
+def _shapes(runner: Runner, kind: type) -> list:
+    shapes = runner.shapes_for(runner.sizes.prefill_chunk, runner.sizes.rows)
+    return [shape for shape in shapes if isinstance(shape, kind)]
+
+
+def _runner(served: Served, sizes: Sizes, devices, spec: SampleSpec) -> Runner:
+    model = served.model.with_context(sizes.max_len)
+    placement = Placement(devices[: served.shards], model.units)
+    leaves = [placement.planned(model.specs[p], leaf) for p, leaf in served.leaves.items()]
+    runner = Runner(
+        model,
+        tuple(leaves),
+        sizes=sizes,
+        backend=served.backend,
+        kv_dtype=served.kv_dtype,
+        eos_ids=(),
+        placement=placement,
+    )
+    runner.require(spec)
+    return runner
+
+
+def _compile(served: Served, runner: Runner, shape: DecodeShape | PrefillShape) -> Program:
+    absent = runner.placement.devices[0] not in jax.devices()
+    begin = time.perf_counter()
+    with _chip_in_scope(runner.placement) if absent else contextlib.nullcontext():
+        lowered = runner.lower(shape)
+    try:
+        compiled = compile_absent(lowered) if absent else lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise OutOfMemoryError(re.sub(r"\s+", " ", str(error))[:400]) from error
+    seconds = time.perf_counter() - begin
+    decode, text = isinstance(shape, DecodeShape), compiled.as_text()
+    steps = shape.steps if decode else 1
+    layer = served.cache_layer(runner.sizes.num_pages, runner.sizes.page_size)
+    unseen = [spec.nbytes for spec in jax.tree.leaves(layer)]
+    return Program(
+        kind="decode" if decode else "prefill",
+        steps=steps,
+        memory=_memory(served, runner.sizes, compiled),
+        traffic=traffic(text, steps=steps, unseen=unseen),
+        seconds=seconds,
+        text=text,
+    )
+
+
+def _chip_in_scope(placement: Placement):
+    """Pallas asks the mesh in scope, not the arguments, which chip it compiles for."""
+    return jax.sharding.use_abstract_mesh(placement.mesh.abstract_mesh)
+
+
+def _memory(served: Served, sizes: Sizes, compiled: jax.stages.Compiled) -> Memory:
+    """By the compiler's account of one device."""
+    found = compiled.memory_analysis()
+    weights = served.weight_bytes
+    cache = cache_bytes(served, sizes) + view_bytes(served, sizes)
+    held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return Memory(
+        weights=weights,
+        cache=cache,
+        temporaries=found.temp_size_in_bytes,
+        code=found.generated_code_size_in_bytes,
+        other=held - weights - cache,
+    )
