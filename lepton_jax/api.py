@@ -24,6 +24,7 @@ from lepton_jax.compression import receipt as receipts
 from lepton_jax.compression.presets import compressor
 from lepton_jax.compression.recipe import Recipe
 from lepton_jax.config import ModelSection, RunConfig, SamplingParams, ScoringSection, from_mapping
+from lepton_jax.engine.draft_length import ASSUMED_COST
 from lepton_jax.engine.loop import Engine
 from lepton_jax.jobs.classify import ClassifyMode
 from lepton_jax.jobs.compress import CompressJob
@@ -135,10 +136,13 @@ class LeptonEngine:
         loaded = self._need_model()
         if self.engine is not None:
             self.engine.close()
+        section = self._config.engine
+        if self._config.job.exact and not section.draft_cost:
+            section = dataclasses.replace(section, draft_cost=ASSUMED_COST)
         self.engine = Engine(
             loaded.model,
             loaded.leaves,
-            section=self._config.engine,
+            section=section,
             eos_ids=self.tokenizer.eos_ids,
             workload=workload,
             strict=strict,

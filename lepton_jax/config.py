@@ -120,6 +120,9 @@ class EngineSection:
         "off", "off, or lookup: propose what followed earlier in the row's text, verify together"
     )
     draft_tokens: int = _doc(7, "most tokens proposed for a row and step")
+    draft_cost: float = _doc(
+        0.0, "of one more token in a step, beside a step of one; 0: measured, or 0.1 with job.exact"
+    )
 
     def __post_init__(self):
         _check_types(self)
@@ -128,6 +131,7 @@ class EngineSection:
         for name in ("num_pages", "max_len"):
             _check(self, name, 0 <= getattr(self, name) <= _MOST, "0 (the engine chooses) or more")
         _check(self, "kv_dtype", self.kv_dtype in KV_DTYPES, f"one of {', '.join(KV_DTYPES)}")
+        _check(self, "draft_cost", 0 <= self.draft_cost < math.inf, "0 (measured) or more")
         good = self.speculation in SPECULATION
         _check(self, "speculation", good, f"one of {', '.join(SPECULATION)}")
 

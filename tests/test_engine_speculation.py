@@ -15,6 +15,7 @@ from test_engine_loop import EOS, LEAVES, MAX_LEN, MODEL, REQUESTS, TIGHT, check
 from lepton_jax.config import EngineSection, SamplingParams
 from lepton_jax.engine.lookup import lookup
 from lepton_jax.engine.loop import Engine
+from lepton_jax.engine.scheduler import longest_draft
 
 LOOKUP = dataclasses.replace(TIGHT, speculation="lookup", draft_tokens=3, num_pages=33)
 
@@ -36,9 +37,16 @@ def answers():
         del REQUESTS[name]
 
 
+def speculating(section: EngineSection, model=MODEL, leaves=LEAVES) -> Engine:
+    """An engine that speculates wherever it can."""
+    engine = Engine(model, leaves, section=section, eos_ids=EOS)
+    engine.scheduler.draft_policy = longest_draft
+    return engine
+
+
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    return Engine(MODEL, LEAVES, section=LOOKUP, eos_ids=EOS)
+    return speculating(LOOKUP)
 
 
 def test_together_on_few_pages(engine, answers):
@@ -54,7 +62,7 @@ def test_over_pages_where_the_backend_has_no_views(answers):
         rows=3, page_size=16, prefill_chunk=64, decode_block=3, max_len=MAX_LEN,
         prefix_cache=False, speculation="lookup", draft_tokens=4,
     )  # fmt: skip
-    engine = Engine(MODEL, LEAVES, section=section, eos_ids=EOS)
+    engine = speculating(section)
     engine.runner._view_sizes = []
     names = ["greedy", "long", "drawn", "penalties", "no eos yet", "end of space", "logprobs"]
     names += LIKES_REPEATS
@@ -68,7 +76,7 @@ def test_layers_with_windows():
     model, leaves = tiny("gemma3", layers=2)
     assert any(model.config.layer_windows) and not all(model.config.layer_windows)
     section = dataclasses.replace(LOOKUP, rows=2, num_pages=0)
-    engine, reference = Engine(model, leaves, section=section), Reference(model, leaves)
+    engine, reference = speculating(section, model, leaves), Reference(model, leaves, EOS)
     prompt, params = ids(40, 1), SamplingParams(max_tokens=30)
     got = serve(engine, {"a": (prompt, params), "b": (prompt[:9], params)})
     for name, count in ("a", 40), ("b", 9):
@@ -79,7 +87,7 @@ def test_layers_with_windows():
 
 def test_a_text_that_repeats_takes_few_steps():
     section = dataclasses.replace(LOOKUP, num_pages=0)
-    engine = Engine(MODEL, LEAVES, section=section)
+    engine = speculating(section)
     params = SamplingParams(max_tokens=28, logit_bias={5: 1e4})
     assert serve(engine, {"a": ([5, 6], params)})["a"].token_ids == [5] * 28
     # 1 token by the prefill, 4 by the first block, which is plain; then 4 a step: 16 and 7
@@ -109,3 +117,19 @@ def test_lookup_is_the_longest_suffix_then_the_latest_place():
     assert got.tolist() == want
     assert slow_lookup([1, 2, 3, 9, 2, 3, 7, 1, 2, 3], 5) == [9, 2, 3, 7, 1]
     assert slow_lookup([4, 8, 8], 3) == [8, 8, 8] and slow_lookup([1, 2], 1) == [-1]
+
+
+def test_what_copies_is_found_out_and_what_does_not_stays_plain():
+    section = dataclasses.replace(LOOKUP, num_pages=0, rows=1, draft_cost=0.1)
+    engine = Engine(MODEL, LEAVES, section=section, eos_ids=EOS)
+    varied = (ids(9, 34), params(repetition_penalty=1.9, max_tokens=40))
+    serve(engine, {"varied": varied})
+    stats = engine.stats()
+    assert stats["verified_steps"] == 0 and stats["decode_steps"] == 39
+    alike = params(logit_bias={5: 1e4}, max_tokens=60)
+    assert serve(engine, {"alike": ([5, 6], alike)})["alike"].token_ids == [5] * 60
+    stats = engine.stats()
+    assert stats["accepted_tokens"] >= 30 and stats["decode_steps"] - 39 < 40
+    engine.forget()
+    serve(engine, {"varied": varied})
+    assert engine.stats()["verified_steps"] == stats["verified_steps"]

@@ -17,6 +17,7 @@ import psutil
 
 from lepton_jax.config import EngineSection, SamplingParams
 from lepton_jax.engine.beats import Beats, Listener
+from lepton_jax.engine.draft_length import DraftRule
 from lepton_jax.engine.request import Request, StepOutput
 from lepton_jax.engine.row_params import SampleSpec
 from lepton_jax.engine.runner import InFlight, Runner, Sizes
@@ -92,9 +93,13 @@ class Engine:
             q_tile=backend.Q_TILE,
             prefix_cache=section.prefix_cache,
         )
+        self._drafts = DraftRule(self.runner.drafts, self.runner.row_sizes, cost=section.draft_cost)
         self.scheduler.speculate(sizes.draft)
+        self.scheduler.draft_policy = self._drafts.choose
         self._in_flight: InFlight | None = None
         self._beats = Beats(self.scheduler)
+        if sizes.draft:
+            self.listen(self._drafts)
 
     def step(self) -> list[StepOutput]:
         """One beat. Returns what the beat before produced."""
@@ -104,6 +109,7 @@ class Engine:
         if done is None:
             return []
         outputs = self.scheduler.commit(done.plan, *self.runner.read(done))  # 3 commit
+        self._drafts.read(outputs)
         self._beats.tell(done, outputs)
         return outputs
 
@@ -119,6 +125,7 @@ class Engine:
         self._check_ids([*prompt_ids, *params.stop_token_ids, *params.logit_bias])
         request = Request(request_id, tuple(prompt_ids), params, seed=_seed(request_id, params))
         self.scheduler.add(request)
+        self._drafts.add(request_id, prompt_ids)
         self.runner.require(SampleSpec.of(params, self.eos_ids))
 
     def add_scoring(self, request_id: str, prompt_ids: Sequence[int], scoring: Scoring) -> None:
@@ -141,6 +148,7 @@ class Engine:
     def abort(self, request_id: str) -> None:
         """Drops a request wherever it is; nothing more comes out for it."""
         self.scheduler.abort(request_id)
+        self._drafts.drop(request_id)
 
     def forget(self) -> None:
         """As if nothing had been served: what comes next doesn't depend on what came before, down

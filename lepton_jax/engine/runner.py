@@ -145,7 +145,7 @@ class Runner:
         most = -(-sizes.prefill_chunk // tile)
         tiles = ladder(most, 2, min(most, -(-_SMALLEST_PREFILL // tile)))
         self._prefill_sizes = [count * tile for count in tiles]  # in whole tiles at every rung
-        self._decode_sizes = ladder(sizes.rows, 8, min(sizes.rows, 4))
+        self.row_sizes = ladder(sizes.rows, 8, min(sizes.rows, 4))
         top = -(-sizes.max_len // _VIEW_STEP) * _VIEW_STEP
         views = ladder(top, 4, min(top, _SMALLEST_VIEW))
         self._view_sizes = views if hasattr(backend, "open_view") else []
@@ -172,13 +172,13 @@ class Runner:
           rows: requests.
         """
         prefill = self._fit(self._prefill_sizes, prompt_tokens)
-        decode = self._fit(self._decode_sizes, rows)
+        decode = self._fit(self.row_sizes, rows)
         prefills = [self._prefill_shape(size) for size in self._prefill_sizes if size <= prefill]
         decodes = [
             self._decode_shape(size, cached, draft)
             for draft in (0, *self.drafts[::-1])
             for cached in self._view_sizes or [0]
-            for size in reversed(self._decode_sizes)
+            for size in reversed(self.row_sizes)
             if size <= decode
         ]
         return list(dict.fromkeys([prefills[-1], decodes[0], *prefills[::-1], *decodes]))
@@ -221,7 +221,7 @@ class Runner:
             self.timings.prefill_padding += shape.tokens - real
             flight.prefill_places = shape.tokens
         if plan.rows:
-            rows = self._fit(self._decode_sizes, len(plan.rows))
+            rows = self._fit(self.row_sizes, len(plan.rows))
             cached = max(entry.cached for entry in plan.rows)
             draft = self._fit(self.drafts, plan.draft) if plan.draft else 0
             shape = self._decode_shape(rows, cached, draft)

@@ -1,0 +1,179 @@
+"""How many tokens to propose in the next block: the default rule of `Scheduler.draft_policy`.
+
+What lookup would have gained is known without running it: `Shadow` plays its rounds over the tokens
+that come out anyway, so speculation is switched on where a row begins to copy and off where it
+stops, and nothing is spent on trying. What a step costs is measured, or assumed by one number where
+a job must be the same each time. Pure Python, no jax. Read next: `scheduler.py`, `lookup.py`.
+"""
+
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
+
+from lepton_jax.engine.request import Row, StepOutput
+from lepton_jax.telemetry import BeatStats
+
+SUFFIX = 3  # tokens, as in lookup.py
+ASSUMED_COST = 0.1  # of one more token beside a step of one: CPUs, 0.07 in int8 to 0.13 in float32
+
+_KEPT = 0.95  # of a row's memory with each token: it is about 20 tokens long
+_KEPT_BY_ALL = 0.998
+_PRIOR = 4.0  # tokens that a new row is taken to have had, like those of the others
+_MARGIN = 1.05  # a change must promise so much more
+_SAMPLES = 8  # of a program's seconds that are remembered
+_TRUSTED = 2  # samples: the first one may hold a compilation
+
+
+class Shadow:
+    """One text and the rounds that lookup would have made of its outputs, for each draft length.
+
+    Attributes:
+      tokens, rounds: of the outputs, the older ones counting less and less.
+    """
+
+    def __init__(self, prompt: Sequence[int], drafts: Sequence[int]):
+        self.tokens = 0.0
+        self.rounds = dict.fromkeys(drafts, 0.0)
+        self._text: list[int] = []
+        self._ends: dict[tuple[int, ...], int] = {}  # where each short run of tokens ended last
+        self._open = {draft: (0, 0) for draft in drafts}  # place to copy from, copies left
+        for token in prompt:
+            self._push(token)
+
+    def add(self, token: int) -> list[int]:
+        """Takes in an output; the draft lengths whose round it ended."""
+        ended = []
+        for draft, (source, left) in self._open.items():
+            if left and self._text[source] == token:
+                self._open[draft] = (source + 1, left - 1)
+            else:
+                ended.append(draft)
+        self._push(token)
+        self.tokens = _KEPT * self.tokens + 1
+        for draft in self.rounds:
+            self.rounds[draft] = _KEPT * self.rounds[draft] + (draft in ended)
+        if ended:
+            source = self._match()
+            for draft in ended:
+                self._open[draft] = (source, draft if source else 0)
+        return ended
+
+    def _push(self, token: int) -> None:
+        text = self._text
+        for count in range(1, min(SUFFIX, len(text)) + 1):
+            self._ends[tuple(text[-count:])] = len(text)  # the place behind it
+        text.append(token)
+
+    def _match(self) -> int:
+        """The place behind the longest suffix's latest occurrence; 0 where there is none."""
+        for count in range(min(SUFFIX, len(self._text)), 0, -1):
+            place = self._ends.get(tuple(self._text[-count:]))
+            if place is not None:
+                return place
+        return 0
+
+
+class DraftRule:
+    """Chooses the draft length that promises most tokens a second.
+
+    A block's steps give each row as many tokens as its shadow's rounds had, and cost what steps of
+    as many rows and that length took. `choose` is a draft policy.
+    """
+
+    def __init__(self, drafts: Sequence[int], row_sizes: Sequence[int], *, cost: float = 0.0):
+        """
+        Args:
+          drafts: the lengths that there are programs for, ascending, without 0.
+          row_sizes: numbers of rows that there are programs for, ascending.
+          cost: of one more token in a step as a share of a step of one; 0: measured.
+        """
+        self._drafts, self._sizes, self._cost = tuple(drafts), tuple(row_sizes), cost
+        self._seconds: Mapping = defaultdict(lambda: deque(maxlen=_SAMPLES))
+        self.forget()
+
+    def forget(self) -> None:
+        """As new, but for what was measured."""
+        self._shadows: dict[str, Shadow] = {}
+        self._prompts: dict[str, Sequence[int]] = {}
+        self._all_tokens, self._all_rounds = 1.0, dict.fromkeys(self._drafts, 1.0)
+        self._last = 0
+
+    def add(self, request_id: str, prompt: Sequence[int]) -> None:
+        """A request has come."""
+        if self._drafts:
+            self._prompts[request_id] = prompt
+
+    def read(self, outputs: Sequence[StepOutput]) -> None:
+        """New outputs of the requests; those that end are dropped."""
+        for output in outputs:
+            if output.request_id in self._prompts:
+                self._read(output)
+                if output.finish_reason:
+                    self.drop(output.request_id)
+
+    def drop(self, request_id: str) -> None:
+        """A request has gone."""
+        self._prompts.pop(request_id, None)
+        self._shadows.pop(request_id, None)
+
+    def take(self, beat: BeatStats) -> None:
+        """Hears what a beat's block took (`beats.Listener`)."""
+        if beat.steps and not self._cost:
+            seconds = beat.decode_seconds / beat.steps
+            self._seconds[beat.row_places, beat.draft].append(seconds)
+
+    def choose(self, running: Sequence[Row], most: int) -> int:
+        """The draft length of the next block, one of `drafts` up to `most` or 0."""
+        lengths = [0, *(draft for draft in self._drafts if draft <= most)]
+        rates = {draft: self._gain(running, draft) for draft in lengths}
+        best = max(rates, key=rates.get)
+        if rates[best] > _MARGIN * rates.get(self._last, 0.0):
+            self._last = best
+        return self._last
+
+    def tokens_a_step(self, request_id: str, draft: int) -> float:
+        """What a row is expected to gain by a step, 1 to 1 + draft."""
+        if not draft:
+            return 1.0
+        shadow = self._shadows.get(request_id)
+        tokens, rounds = (shadow.tokens, shadow.rounds[draft]) if shadow else (0.0, 0.0)
+        share = self._all_rounds[draft] / self._all_tokens
+        return min(1.0 + draft, (tokens + _PRIOR) / (rounds + _PRIOR * share))
+
+    def _gain(self, running: Sequence[Row], draft: int) -> float:
+        """Tokens for the time of a step of one row."""
+        tokens = sum(self.tokens_a_step(row.request.id, draft) for row in running)
+        return tokens / self._step_cost(len(running), draft)
+
+    def _step_cost(self, rows: int, draft: int) -> float:
+        """Seconds, or the time of a step of one row where nothing is measured.
+
+        A program without measurements is taken to cost what one of its size with them did, by the
+        assumed cost of a token; the plain one is measured first.
+        """
+        rows = next((size for size in self._sizes if size >= rows), self._sizes[-1])
+        samples = self._seconds[rows, draft]
+        if len(samples) >= _TRUSTED:
+            return min(samples)
+        assumed = _assumed(rows, draft, self._cost or ASSUMED_COST)
+        plain = self._seconds[rows, 0]
+        if self._cost:
+            return assumed
+        if len(plain) < _TRUSTED:
+            return float("inf") if draft else 1.0
+        return min(plain) * assumed / _assumed(rows, 0, ASSUMED_COST)
+
+    def _read(self, output: StepOutput) -> None:
+        shadow = self._shadows.get(output.request_id)
+        if shadow is None:
+            shadow = Shadow(self._prompts[output.request_id], self._drafts)
+            self._shadows[output.request_id] = shadow
+        for token in output.token_ids:
+            ended = shadow.add(token)
+            self._all_tokens = _KEPT_BY_ALL * self._all_tokens + 1
+            for draft in self._drafts:
+                rounds = _KEPT_BY_ALL * self._all_rounds[draft]
+                self._all_rounds[draft] = rounds + (draft in ended)
+
+
+def _assumed(rows: int, draft: int, cost: float) -> float:
+    return 1 + cost * (rows * (1 + draft) - 1)
