@@ -23,6 +23,8 @@ class StepStats:
       prefix_hit_tokens: prompt tokens found in the cache instead of computed.
       generated_tokens: all new tokens, those sampled at the end of a prefill too.
       preemptions: rows sent back to the queue because pages ran out.
+      proposed_tokens: verified by `verified_steps` of the decode steps; `accepted_tokens` of them
+        were right, and each saved its row a step.
       compile_seconds: to compile `programs` programs, or fetch them from the compilation cache;
         `late_compiles` of them were not part of the warm-up.
     """
@@ -37,6 +39,9 @@ class StepStats:
     prefix_hit_tokens: int = 0
     generated_tokens: int = 0
     preemptions: int = 0
+    proposed_tokens: int = 0
+    accepted_tokens: int = 0
+    verified_steps: int = 0
     compile_seconds: float = 0.0
     programs: int = 0
     late_compiles: int = 0
@@ -60,6 +65,17 @@ class StepStats:
     def decode_rate(self) -> float | None:
         """Tokens decoded per second; None where none were."""
         return self.decode_tokens / self.decode_seconds if self.decode_seconds else None
+
+    @property
+    def acceptance(self) -> float | None:
+        """Share of the proposed tokens that were right; None where none were proposed."""
+        return self.accepted_tokens / self.proposed_tokens if self.proposed_tokens else None
+
+    @property
+    def tokens_per_step(self) -> float | None:
+        """Tokens that a row gained by a decode step, 1 without speculation; None without steps."""
+        rounds = self.decode_tokens - self.accepted_tokens
+        return self.decode_tokens / rounds if rounds else None
 
     @property
     def padding_waste(self) -> float:

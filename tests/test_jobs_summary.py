@@ -44,6 +44,18 @@ def test_stats_of_a_stretch():
     assert StepStats().padding_waste == 0
 
 
+def test_what_speculation_gave():
+    counts = STATS | {"proposed_tokens": 400, "accepted_tokens": 100, "verified_steps": 9}
+    stats = StepStats.of(counts)
+    assert (stats.acceptance, stats.tokens_per_step) == (0.25, 1.5)
+    assert StepStats().acceptance is StepStats().tokens_per_step is None
+    summary = summarize(Tally(), counts, cost=COST, output="out")
+    assert summary["accepted_tokens"] == 100
+    text = summary_text(summary)
+    assert "100 of 400 proposed tokens accepted (25%), 1.50 tokens a step" in text
+    assert "speculation" not in summary_text(summarize(Tally(), STATS, cost=COST, output="out"))
+
+
 def test_shares_of_the_peaks():
     peaks = device_peaks("TPU v5 lite")
     shares = roofline(

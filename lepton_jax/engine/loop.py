@@ -93,13 +93,18 @@ class Engine:
             q_tile=backend.Q_TILE,
             prefix_cache=section.prefix_cache,
         )
-        self._drafts = DraftRule(self.runner.drafts, self.runner.row_sizes, cost=section.draft_cost)
-        self.scheduler.speculate(sizes.draft)
-        self.scheduler.draft_policy = self._drafts.choose
         self._in_flight: InFlight | None = None
         self._beats = Beats(self.scheduler)
-        if sizes.draft:
-            self.listen(self._drafts)
+        self._drafts = self._speculate(sizes.draft, section.draft_cost)
+
+    def _speculate(self, most: int, cost: float) -> DraftRule:
+        """Drafts of up to `most` tokens, by the rule that is returned."""
+        rule = DraftRule(self.runner.drafts, self.runner.row_sizes, cost=cost)
+        self.scheduler.speculate(most)
+        self.scheduler.draft_policy = rule.choose
+        if most:
+            self.listen(rule)
+        return rule
 
     def step(self) -> list[StepOutput]:
         """One beat. Returns what the beat before produced."""

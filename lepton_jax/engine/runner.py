@@ -121,10 +121,8 @@ class Runner:
     ):
         self.placement = placement or Placement.holding(leaves, model.units)
         self.model, self.sizes = model.on(self.placement.axis), sizes
-        self.spec, self.score_spec = (
-            SampleSpec(text=sizes.max_len if sizes.draft else 0),
-            ScoreSpec(),
-        )
+        self.spec = SampleSpec(text=sizes.max_len if sizes.draft else 0)
+        self.score_spec = ScoreSpec()
         self.timings = Timings()
         self._leaves, self.backend = tuple(leaves), backend
         self._cache_layer = backend.cache_layer(

@@ -86,6 +86,9 @@ def summarize(
         "compile_cache_misses": cache.misses,
         "prefix_hit_tokens": engine.prefix_hit_tokens,
         "preemptions": engine.preemptions,
+        "proposed_tokens": engine.proposed_tokens,
+        "accepted_tokens": engine.accepted_tokens,
+        "tokens_per_step": _rounded(engine.tokens_per_step, 3),
         "padding_waste": round(engine.padding_waste, 4),
         "peak_memory_bytes": peak_memory_bytes(),
         "device": device.device_kind,
@@ -132,6 +135,7 @@ def summary_text(summary: Mapping[str, Any]) -> str:
         ("programs", programs),
         ("compile cache", f"{s['compile_cache_hits']} hits, {s['compile_cache_misses']} misses"),
         ("prefix cache", f"{s['prefix_hit_tokens']:,} prompt tokens reused"),
+        *_speculation(summary),
         ("padding waste", f"{s['padding_waste']:.0%}"),
         ("peak memory", peak),
         ("roofline", roofline_text(s["roofline"], s["device"])),
@@ -149,6 +153,14 @@ def _answer_lines(s: Mapping[str, Any]) -> list[tuple[str, str]]:
     if s["alerts"]:
         lines.append(("alerts", f"{s['alerts']}, in {s['output']}.alerts.jsonl"))
     return lines
+
+
+def _speculation(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    proposed, accepted = summary["proposed_tokens"], summary["accepted_tokens"]
+    if not proposed:
+        return []
+    text = f"{accepted:,} of {proposed:,} proposed tokens accepted ({accepted / proposed:.0%})"
+    return [("speculation", f"{text}, {summary['tokens_per_step']:.2f} tokens a step")]
 
 
 def preview_text(tally: Tally) -> str:
