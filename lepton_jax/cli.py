@@ -19,6 +19,7 @@ from typing import Any
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_dict, config_flags
+from tqdm.auto import tqdm
 
 from lepton_jax.config import RunConfig, from_mapping, refuse_unknown
 
@@ -173,6 +174,36 @@ def interrupts(first: Callable[[], None] | None) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+class Bars:
+    """A progress bar on stderr for the stage that is under way."""
+
+    def __init__(self):
+        self._bar, self._stage = None, ""
+
+    def __enter__(self) -> "Bars":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def show(self, stage: str, done: int, total: int, what: str) -> None:
+        """`done` of `total` in a stage; bytes are large numbers."""
+        if stage != self._stage:
+            self.__exit__()
+            large = total > 1 << 16
+            self._bar = tqdm(
+                total=total,
+                desc=f"{stage:<30}",
+                unit="B" if large else "",
+                unit_scale=large,
+                dynamic_ncols=True,
+            )
+            self._stage = stage
+        self._bar.set_postfix_str(what, refresh=False)
+        self._bar.update(done - self._bar.n)
 
 
 def _default(field: dataclasses.Field) -> Any:

@@ -13,7 +13,6 @@ codes: 0 done, 1 a receipt that isn't reproduced, 2 the set-up failed. Read next
 import sys
 
 from absl import flags
-from tqdm import tqdm
 
 from lepton_jax import cli
 from lepton_jax.config import RunConfig
@@ -30,7 +29,7 @@ def main(config: RunConfig) -> int:
     from lepton_jax.jobs.compress import CompressJob
     from lepton_jax.jobs.sweep import SweepJob
 
-    with cli.user_errors(ValueError, OSError), _Bars() as bars:
+    with cli.user_errors(ValueError, OSError), cli.Bars() as bars:
         if config.sweep.recipes:
             job = SweepJob(config)
             job.run(bars.show)
@@ -48,7 +47,7 @@ def verify() -> int | None:
         return None
     from lepton_jax.jobs.verify import failures, report, verify_receipt
 
-    with cli.user_errors(ValueError, OSError), _Bars() as bars:
+    with cli.user_errors(ValueError, OSError), cli.Bars() as bars:
         checks = verify_receipt(_VERIFY.value, dense=_DENSE.value, progress=bars.show)
     print(report(checks))
     failed = failures(checks)
@@ -56,36 +55,6 @@ def verify() -> int | None:
         f"{_VERIFY.value}: " + (f"not reproduced: {', '.join(failed)}" if failed else "reproduced")
     )
     return 1 if failed else 0
-
-
-class _Bars:
-    """A progress bar for the stage that is under way."""
-
-    def __init__(self):
-        self._bar, self._stage = None, ""
-
-    def __enter__(self) -> "_Bars":
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def show(self, stage: str, done: int, total: int, what: str) -> None:
-        """`done` of `total` in a stage; bytes are large numbers."""
-        if stage != self._stage:
-            self.__exit__()
-            large = total > 1 << 16
-            self._bar = tqdm(
-                total=total,
-                desc=f"{stage:<30}",
-                unit="B" if large else "",
-                unit_scale=large,
-                dynamic_ncols=True,
-            )
-            self._stage = stage
-        self._bar.set_postfix_str(what, refresh=False)
-        self._bar.update(done - self._bar.n)
 
 
 if __name__ == "__main__":

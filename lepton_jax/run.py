@@ -7,6 +7,7 @@ set-up failed or the output could not be written. Read next: `jobs/driver.py` (w
 rows), `api.py` (how a model becomes an engine).
 """
 
+import functools
 import sys
 
 from lepton_jax import cli
@@ -28,7 +29,9 @@ def main(config: RunConfig) -> int:
         job = Job(config, mode_for(config))
     with job, LeptonEngine() as lepton:
         with cli.user_errors(ValueError, OSError):
-            lepton.load_model(config.model.path, config=config)
+            with cli.Bars() as bars:
+                progress = functools.partial(bars.show, "load")
+                lepton.load_model(config.model.path, config=config, progress=progress)
             if lepton.receipt:
                 print(lepton.receipt["digest"], flush=True)
             job.resume(lepton.fingerprint)
