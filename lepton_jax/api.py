@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from lepton_jax import compile_cache
@@ -35,6 +36,7 @@ from lepton_jax.jobs.rows import Prompt
 from lepton_jax.jobs.score import ScoreMode
 from lepton_jax.jobs.scoring import ScoringMode, score_all
 from lepton_jax.jobs.session import Completion, Delta, Session
+from lepton_jax.optimizer.feedback import Feedback
 from lepton_jax.sharding import Placement, devices_for
 from lepton_jax.sharding.partition import padding_costs
 from lepton_jax.text import tokenizer as tokenizers
@@ -50,6 +52,7 @@ class LeptonEngine:
       loaded: after `load_model`, the weights and what is known of them.
       receipt: after `load_model`, what compression cost, where the model has a receipt.
       engine: after `start`, the engine of token ids below.
+      feedback: after `start`, what sets the engine's knobs while it runs, and why.
     """
 
     def __init__(self):
@@ -57,6 +60,7 @@ class LeptonEngine:
         self.engine: Engine | None = None
         self.loaded: checkpoints.Loaded | None = None
         self.receipt: receipts.Receipt | None = None
+        self.feedback: Feedback | None = None
         self._config = RunConfig()
         self._numbers = itertools.count()
 
@@ -149,13 +153,30 @@ class LeptonEngine:
         )
         if workload:
             self.engine.warm_up(workload, wait=False)
+        self._listen()
         return self
+
+    def _listen(self) -> None:
+        """Begins with feedback, where the config wants it."""
+        section = self._config.optimizer
+        self.feedback = None
+        if section.feedback == "off":
+            return
+        timed = section.feedback == "on"
+        if timed and jax.process_count() > 1:
+            raise ValueError(
+                "optimizer.feedback='on' decides by the clock of one host, but several run this "
+                "model: set optimizer.feedback to deterministic or off"
+            )
+        self.feedback = Feedback(
+            self.engine, timed=timed, objective=section.objective, log=section.log
+        )
 
     def stop(self) -> None:
         """Gives device memory back: the cache and the weights."""
         if self.engine is not None:
             self.engine.close()
-        self.engine = self.loaded = self.tokenizer = self.receipt = None
+        self.engine = self.loaded = self.tokenizer = self.receipt = self.feedback = None
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None

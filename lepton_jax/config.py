@@ -18,6 +18,8 @@ MODES = ("generate", "score", "classify", "embed", "rank", "perplexity")
 SPECULATION = ("off", "lookup")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_DTYPES = (*DTYPES, "int8", "float8_e4m3fn")
+FEEDBACKS = ("off", "deterministic", "on")
+OBJECTIVES = ("throughput", "latency", "cost")
 _MOST = 2**31 - 1  # counts travel to the device as int32
 _MOST_ANSWERS = 256
 _MOST_BIAS = 1e6
@@ -391,6 +393,22 @@ class BenchSection:
 
 
 @dataclasses.dataclass(frozen=True)
+class OptimizerSection:
+    feedback: str = _doc(
+        "deterministic",
+        "knobs of the engine are set while a job runs: off; deterministic: by what is counted; on: "
+        "by the clock too, which needs job.exact=false",
+    )
+    objective: str = _doc("throughput", "throughput, latency, or cost (of a token)")
+    log: str = _doc("", "file that gets each decision of the feedback as a line of JSON")
+
+    def __post_init__(self):
+        _check_types(self)
+        _check(self, "feedback", self.feedback in FEEDBACKS, f"one of {', '.join(FEEDBACKS)}")
+        _check(self, "objective", self.objective in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}")
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
     """All sections of a run."""
 
@@ -405,6 +423,7 @@ class RunConfig:
     calibration: CalibrationSection = dataclasses.field(default_factory=CalibrationSection)
     receipt: ReceiptSection = dataclasses.field(default_factory=ReceiptSection)
     sweep: SweepSection = dataclasses.field(default_factory=SweepSection)
+    optimizer: OptimizerSection = dataclasses.field(default_factory=OptimizerSection)
     output: str = _doc("", "new directory that compress writes")
 
     def __post_init__(self):

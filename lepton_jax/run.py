@@ -10,8 +10,12 @@ rows), `api.py` (how a model becomes an engine).
 import functools
 import sys
 
+from absl import flags
+
 from lepton_jax import cli
 from lepton_jax.config import RunConfig
+
+_EXPLAIN = flags.DEFINE_bool("explain", False, "say at the end what the optimizer did, and why")
 
 
 def main(config: RunConfig) -> int:
@@ -24,6 +28,7 @@ def main(config: RunConfig) -> int:
     from lepton_jax.jobs.mode_for import mode_for
     from lepton_jax.jobs.report_page import report_page, write_report
     from lepton_jax.jobs.trace import trace_for
+    from lepton_jax.optimizer.decisions import explained
 
     with cli.user_errors(ValueError, OSError):
         job = Job(config, mode_for(config))
@@ -43,11 +48,14 @@ def main(config: RunConfig) -> int:
         preset = config.compression.preset
         cost = report.ModelCost.of(lepton.loaded.model, lepton.loaded.bytes, preset=preset)
         stats = lepton.engine.stats()
+        decisions = lepton.feedback.decisions if lepton.feedback else []
     summary = report.summarize(tally, stats, cost=cost, output=job.output.path)
     report.write_summary(summary, job.output.summary)
     if config.job.report:
         write_report(report_page(summary, trace), job.output.report)
     print(f"{report.preview_text(tally)}\n\n{report.summary_text(summary)}")
+    if _EXPLAIN.value:
+        print(f"\n{explained(decisions)}")
     return 1 if tally.errors else 0
 
 

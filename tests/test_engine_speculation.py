@@ -63,7 +63,7 @@ def test_over_pages_where_the_backend_has_no_views(answers):
         prefix_cache=False, speculation="lookup", draft_tokens=4,
     )  # fmt: skip
     engine = speculating(section)
-    engine.runner._view_sizes = []
+    engine.runner.rungs.views.clear()
     names = ["greedy", "long", "drawn", "penalties", "no eos yet", "end of space", "logprobs"]
     names += LIKES_REPEATS
     chosen = {name: answers[name] for name in names}

@@ -20,7 +20,7 @@ from lepton_jax.tensors import ParamSpec
 
 class LeptonEngine:
     fingerprint = "echo"
-    receipt = None
+    receipt = feedback = None
     tokenizer = ByteTokenizer()
     def __enter__(self):
         return self
@@ -66,8 +66,9 @@ def files(tmp_path):
 
 
 def test_answers_a_summary_and_the_exit_codes(files):
-    done = drive(files, "--config=config.py", "--config.engine.rows=2")
+    done = drive(files, "--config=config.py", "--config.engine.rows=2", "--explain")
     assert done.returncode == 1, done.stderr
+    assert done.stdout.strip().endswith("no knob was turned")
     rows = [json.loads(line) for line in (files / "out.jsonl").read_text().splitlines()]
     assert rows[0]["text"] == "hi"
     assert rows[1]["error"]["type"] == "invalid_row"
@@ -93,6 +94,8 @@ def test_answers_a_summary_and_the_exit_codes(files):
         (["--config=config.py", "--config.model.path=gone"], "'gone' doesn't exist"),
         (["--config=config.py", "--config.job.input=gone"], "job.input='gone' can't be read"),
         (["--config=config.py", "--config.job.output="], "job.output is empty"),
+        (["--config=config.py", "--config.optimizer.feedback=on"], "set job.exact=false"),
+        (["--config=config.py", "--config.optimizer.feedback=no"], "one of off, deterministic, on"),
         (["--config=broken.py"], "get_config fails: ZeroDivisionError"),
     ],
 )

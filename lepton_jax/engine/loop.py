@@ -99,7 +99,7 @@ class Engine:
 
     def _speculate(self, most: int, cost: float) -> DraftRule:
         """Drafts of up to `most` tokens, by the rule that is returned."""
-        rule = DraftRule(self.runner.drafts, self.runner.row_sizes, cost=cost)
+        rule = DraftRule(self.runner.drafts, self.runner.rungs.decode, cost=cost)
         self.scheduler.speculate(most)
         self.scheduler.draft_policy = rule.choose
         if most:

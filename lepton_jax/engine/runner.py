@@ -3,7 +3,7 @@ later.
 
 `dispatch` packs a plan into one buffer per program and enqueues them; `read` waits for what they
 produced. Programs are compiled ahead of time per shape (`programs.py`) and called directly. Which
-shapes exist is decided in `ladder`. Read next: `steps.py` (what the programs do), `packing.py`
+shapes exist is decided in `rungs.py`. Read next: `steps.py` (what the programs do), `packing.py`
 (their buffers), `loop.py` (who calls this).
 """
 
@@ -22,14 +22,13 @@ from lepton_jax.engine.packing import DecodeShape, PrefillShape
 from lepton_jax.engine.programs import Programs
 from lepton_jax.engine.request import BlockResult, Plan, Speculated
 from lepton_jax.engine.row_params import SampleSpec, pack
+from lepton_jax.engine.rungs import Rungs, fit
 from lepton_jax.engine.scored import ScoreResult, ScoreSpec
 from lepton_jax.engine.scoring import ScoreShape
 from lepton_jax.models.build import Model
 from lepton_jax.sharding import Placement
 from lepton_jax.sharding.placement import CUT_SPEC, WHOLE_SPEC, specs_of
 
-_SMALLEST_PREFILL = 128
-_SMALLEST_VIEW, _VIEW_STEP = 256, 64  # tokens
 _MOST_VIEW_BYTES = 256 << 20  # a block's copy of its rows' cache is at most this large
 
 
@@ -94,16 +93,6 @@ class Timings:
     verified_steps: int = 0
 
 
-def ladder(top: int, factor: int, bottom: int) -> list[int]:
-    """Sizes top, top/factor, ... down to bottom, ascending: few programs, at most `factor` too
-    large.
-    """
-    sizes = [top]
-    while sizes[-1] > bottom:
-        sizes.append(max(bottom, -(-sizes[-1] // factor)))
-    return sizes[::-1]
-
-
 class Runner:
     """Runs plans of the scheduler on one device, or on several that share the model."""
 
@@ -139,14 +128,13 @@ class Runner:
         self._scratch: tuple = ()
         self._scratch_of = (0, 0, 0)  # rows, view and tail that it is for
         self._last_done = 0.0
-        tile = backend.Q_TILE
-        most = -(-sizes.prefill_chunk // tile)
-        tiles = ladder(most, 2, min(most, -(-_SMALLEST_PREFILL // tile)))
-        self._prefill_sizes = [count * tile for count in tiles]  # in whole tiles at every rung
-        self.row_sizes = ladder(sizes.rows, 8, min(sizes.rows, 4))
-        top = -(-sizes.max_len // _VIEW_STEP) * _VIEW_STEP
-        views = ladder(top, 4, min(top, _SMALLEST_VIEW))
-        self._view_sizes = views if hasattr(backend, "open_view") else []
+        self.rungs = Rungs.of(
+            prefill_chunk=sizes.prefill_chunk,
+            rows=sizes.rows,
+            max_len=sizes.max_len,
+            tile=backend.Q_TILE,
+            has_views=hasattr(backend, "open_view"),
+        )
         self.drafts = draft_sizes(sizes.draft)
 
     @property
@@ -169,22 +157,22 @@ class Runner:
           prompt_tokens: tokens of all prompts, each rounded up to a tile.
           rows: requests.
         """
-        prefill = self._fit(self._prefill_sizes, prompt_tokens)
-        decode = self._fit(self.row_sizes, rows)
-        prefills = [self._prefill_shape(size) for size in self._prefill_sizes if size <= prefill]
+        prefill = fit(self.rungs.prefill, prompt_tokens)
+        decode = fit(self.rungs.decode, rows)
+        prefills = [self._prefill_shape(size) for size in self.rungs.prefill if size <= prefill]
         decodes = [
             self._decode_shape(size, cached, draft)
             for draft in (0, *self.drafts[::-1])
-            for cached in self._view_sizes or [0]
-            for size in reversed(self.row_sizes)
+            for cached in self.rungs.views or [0]
+            for size in reversed(self.rungs.decode)
             if size <= decode
         ]
         return list(dict.fromkeys([prefills[-1], decodes[0], *prefills[::-1], *decodes]))
 
     def score_shapes_for(self, prompt_tokens: int) -> list[ScoreShape]:
         """The programs that a job of scoring can reach, by the tokens of all its prompts."""
-        most = self._fit(self._prefill_sizes, prompt_tokens)
-        return [self._score_shape(size) for size in self._prefill_sizes if size <= most]
+        most = fit(self.rungs.prefill, prompt_tokens)
+        return [self._score_shape(size) for size in self.rungs.prefill if size <= most]
 
     def warm_up(self, shapes: list[PrefillShape | DecodeShape | ScoreShape], *, wait: bool) -> None:
         """Compiles these programs in the background and allocates caches and state.
@@ -201,7 +189,7 @@ class Runner:
         if plan.chunks:
             tile = self.backend.Q_TILE
             tiles = sum(-(-len(chunk.tokens) // tile) for chunk in plan.chunks)
-            size = self._fit(self._prefill_sizes, tiles * tile)
+            size = fit(self.rungs.prefill, tiles * tile)
             shape = self._score_shape(size) if plan.scoring else self._prefill_shape(size)
             program = self.programs.get(shape)
             if plan.scoring:
@@ -219,9 +207,9 @@ class Runner:
             self.timings.prefill_padding += shape.tokens - real
             flight.prefill_places = shape.tokens
         if plan.rows:
-            rows = self._fit(self.row_sizes, len(plan.rows))
+            rows = fit(self.rungs.decode, len(plan.rows))
             cached = max(entry.cached for entry in plan.rows)
-            draft = self._fit(self.drafts, plan.draft) if plan.draft else 0
+            draft = fit(self.drafts, plan.draft) if plan.draft else 0
             shape = self._decode_shape(rows, cached, draft)
             program = self.programs.get(shape)
             packed = self._pack_decode(plan, shape)
@@ -289,9 +277,6 @@ class Runner:
         self._last_done = now
         return seconds
 
-    def _fit(self, sizes: list[int], need: int) -> int:
-        return next((size for size in sizes if size >= need), sizes[-1])
-
     def _prefill_shape(self, tokens: int) -> PrefillShape:
         rows = max(1, min(self.sizes.rows, tokens // self.backend.Q_TILE))
         return PrefillShape(tokens, rows, self.sizes.pages_per_row, self.spec)
@@ -307,9 +292,9 @@ class Runner:
 
     def _view(self, rows: int, cached: int) -> int:
         """Tokens of a block's view; 0 where the backend has none or it would be too large."""
-        if not self._view_sizes:
+        if not self.rungs.views:
             return 0
-        view = self._fit(self._view_sizes, cached)
+        view = fit(self.rungs.views, cached)
         layer, places = self._cache_layer, self.sizes.num_pages * self.sizes.page_size
         layer_bytes = int(np.prod(layer.shape)) * jnp.dtype(layer.dtype).itemsize // places
         token_bytes = self.model.config.num_layers * layer_bytes

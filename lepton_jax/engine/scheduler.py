@@ -157,6 +157,10 @@ class Scheduler:
                 raise ValueError(f"knob {field.name}={value}: want {low} to {high}")
         self._knobs = knobs
 
+    def turn(self, **changes: float) -> None:
+        """Sets some knobs by name."""
+        self.knobs = dataclasses.replace(self._knobs, **changes)
+
     def speculate(self, most: int) -> None:
         """Lets steps verify up to so many proposed tokens a row; the knob is set to it."""
         self._most = dataclasses.replace(self._most, draft=most)

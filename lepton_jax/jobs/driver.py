@@ -101,6 +101,12 @@ class Job:
     def __init__(self, config: RunConfig, mode: Mode):
         """Raises JobError where the input can't be read or the output not be written."""
         self._config = config
+        if config.job.exact and config.optimizer.feedback == "on":
+            raise JobError(
+                "optimizer.feedback='on' decides by the clock, so a resumed job can't give the "
+                "bytes of one that never stopped: set job.exact=false, or optimizer.feedback to "
+                "deterministic"
+            )
         self._source = Source(config.job)
         if config.job.tensorboard:
             need("tensorboardX", "tensorboard", why="job.tensorboard")
@@ -267,6 +273,7 @@ class Job:
             "engine": engine,
             "job": job,
         }
+        sections["optimizer"] = {"feedback": config.optimizer.feedback}
         flat = {f"{s}.{name}": v for s, values in sections.items() for name, v in values.items()}
         return {"input": self._source.digests(), "model": fingerprint} | flat
 

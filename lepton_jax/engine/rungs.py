@@ -1,0 +1,50 @@
+"""Which sizes programs are compiled for: few, so that starts are quick, and none much too large."""
+
+import dataclasses
+
+SMALLEST_PREFILL = 128
+SMALLEST_VIEW, VIEW_STEP = 256, 64  # tokens
+
+
+def ladder(top: int, factor: int, bottom: int) -> list[int]:
+    """Sizes top, top/factor, ... down to bottom, ascending: few programs, at most `factor` too
+    large.
+    """
+    sizes = [top]
+    while sizes[-1] > bottom:
+        sizes.append(max(bottom, -(-sizes[-1] // factor)))
+    return sizes[::-1]
+
+
+def fit(sizes: list[int], need: int) -> int:
+    """The smallest size that is enough; the largest where none is."""
+    return next((size for size in sizes if size >= need), sizes[-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Rungs:
+    """Sizes of programs, each list ascending.
+
+    Attributes:
+      prefill: tokens, in whole tiles.
+      decode: rows.
+      views: tokens of a block's view; none where the backend has no views.
+    """
+
+    prefill: list[int]
+    decode: list[int]
+    views: list[int]
+
+    @classmethod
+    def of(
+        cls, *, prefill_chunk: int, rows: int, max_len: int, tile: int, has_views: bool
+    ) -> "Rungs":
+        """For an engine's sizes; `tile` is the backend's Q_TILE."""
+        most = -(-prefill_chunk // tile)
+        tiles = ladder(most, 2, min(most, -(-SMALLEST_PREFILL // tile)))
+        top = -(-max_len // VIEW_STEP) * VIEW_STEP
+        return cls(
+            prefill=[count * tile for count in tiles],
+            decode=ladder(rows, 8, min(rows, 4)),
+            views=ladder(top, 4, min(top, SMALLEST_VIEW)) if has_views else [],
+        )

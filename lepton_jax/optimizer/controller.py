@@ -1,0 +1,253 @@
+"""What an engine's knobs should be, from what its beats did. Pure Python: no jax, no engine, no
+clock.
+
+While rows wait, a slot is busy for a row's life: its steps, those that idle after it ended (to the
+end of the block, and the whole block that was dispatched meanwhile), and the wait for others to be
+admitted together. From the rates at which rows end, which are counted, and from `Costs` follows the
+throughput of any block length and any number to admit together; the best is taken where it promises
+enough more than what is set. With `meter`, costs are measured as the job goes on; without it every
+decision follows from counts alone, so that the same rows give the same decisions.
+Read next: `costs.py`, `feedback.py` (who calls this), `simulated_engine.py` (what it is tested on).
+"""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Iterator
+
+from lepton_jax.engine.scheduler import Knobs
+from lepton_jax.optimizer.costs import UNIT, CostMeter, Costs
+from lepton_jax.optimizer.decisions import Decision
+from lepton_jax.telemetry import BeatStats
+
+_EVERY = 4  # beats between decisions
+_MEMORY = 24  # beats after which a count weighs 1/e
+_LEAST_ENDED = 4  # rows whose ends must have been seen
+_WORTH = 0.05  # share of throughput that a change must promise, and that may be lost unseen
+_CALM = 64  # beats without a preemption after which fewer pages are kept in reserve
+_SHARES = (0.6, 0.8, 1.0, 1.2, 1.4)  # of the mean tokens of a prefill
+_LATENCY_SHARE = 0.85  # of the best throughput that is kept where latency is wanted
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What a controller must know of its engine.
+
+    Attributes:
+      knobs: those that were asked for; their values are where it begins, `most` how far it may go.
+      prefill_sizes: tokens of the prefill programs, ascending.
+    """
+
+    knobs: Knobs
+    most: Knobs
+    prefill_sizes: tuple[int, ...]
+
+
+@dataclasses.dataclass
+class Counts:
+    """Decaying sums over beats; `row_steps` are those of all rows, `steps` those of the blocks."""
+
+    beats: float = 0.0
+    steps: float = 0.0
+    row_steps: float = 0.0
+    ended: float = 0.0
+    stopped: float = 0.0
+    prefilled: float = 0.0
+    preemptions: float = 0.0
+
+    def add(self, beat: BeatStats) -> None:
+        keep = math.exp(-1 / _MEMORY)
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, keep * getattr(self, field.name))
+        self.beats += 1
+        self.steps += beat.steps
+        self.row_steps += beat.rounds
+        self.ended += beat.ended
+        self.stopped += beat.stopped
+        self.prefilled += beat.prefill_tokens
+        self.preemptions += beat.preemptions
+
+
+class Controller:
+    """Decides from beats; `decide` gives the knobs and the reasons of what changed."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        *,
+        costs: Costs = UNIT,
+        meter: CostMeter | None = None,
+        objective: str = "throughput",
+    ):
+        self.knobs = machine.knobs
+        self._machine, self._prior, self._meter = machine, costs, meter
+        self._objective = objective
+        self._costs = costs
+        self._counts = Counts()
+        self._beat = 0
+        self._calm = 0  # beats since the last preemption
+        self._last = BeatStats()
+
+    def reset(self) -> None:
+        """As new; what was measured of costs stays, because it is used only with the clock."""
+        self.knobs, self._counts = self._machine.knobs, Counts()
+        self._beat = self._calm = 0
+
+    def decide(self, beat: BeatStats) -> list[Decision]:
+        """Takes a beat in; what shall change before the next, which `knobs` has then."""
+        self._beat += 1
+        self._counts.add(beat)
+        if beat.steps:
+            self._last = beat
+        if self._meter:
+            self._meter.take(beat)
+        decisions = list(self._pages(beat))
+        if self._beat % _EVERY == 0:
+            if self._meter:
+                self._costs = self._meter.costs(self._prior)
+            decisions += self._order()
+            if beat.waiting:
+                decisions += self._blocks(beat)
+        return decisions
+
+    def _set(self, name: str, value: float, why: str, **numbers: float) -> Iterator[Decision]:
+        before = getattr(self.knobs, name)
+        if value != before:
+            self.knobs = dataclasses.replace(self.knobs, **{name: value})
+            yield Decision(self._beat, name, before, value, why, numbers)
+
+    def _pages(self, beat: BeatStats) -> Iterator[Decision]:
+        """Keeps pages in reserve while much time goes into what preempted rows compute again."""
+        self._calm = 0 if beat.preemptions else self._calm + 1
+        now = self.knobs.reserve_pages
+        if beat.preemptions:
+            share = self._lost_share()
+            wanted = max(now, int(beat.pages * min(0.5, share) / 4)) if share > _WORTH else now
+            why = "preempted rows are computed again: a quarter of that share of time, in pages"
+            numbers = dict(lost_share=share, free=beat.free_pages)
+            yield from self._set("reserve_pages", wanted, why, **numbers)
+        elif now and self._calm >= _CALM:
+            self._calm = 0
+            why = "no row was preempted for long"
+            yield from self._set("reserve_pages", now // 2, why, beats=_CALM)
+
+    def _lost_share(self) -> float:
+        """Of the time, what went into prompts and outputs of preempted rows."""
+        c, costs, last = self._counts, self._costs, self._last
+        rows = last.row_places or self._machine.most.live_rows
+        length = (c.prefilled + c.row_steps / 2) / (c.ended + c.preemptions)
+        lost = c.preemptions * (costs.prefill_seconds(0) + costs.program_token * length)
+        spent = costs.program_token * c.prefilled + c.steps * costs.step_seconds(rows, last.view)
+        return lost / (spent + c.beats * (costs.block + costs.gap))
+
+    def _order(self) -> Iterator[Decision]:
+        """Longest first while limits say how long rows will be."""
+        c = self._counts
+        if c.ended < _LEAST_ENDED:
+            return
+        share = c.stopped / c.ended
+        now = self.knobs.longest_first
+        wanted = share < (0.6 if now else 0.4)
+        why = "most rows run to their limits" if wanted else "most rows end before their limits"
+        yield from self._set("longest_first", wanted, why, stopped_share=share)
+
+    def _blocks(self, beat: BeatStats) -> Iterator[Decision]:
+        """Block length and rows to admit together, by the throughput that they promise."""
+        if self._counts.ended < _LEAST_ENDED or not self._counts.row_steps:
+            return
+        flow = self._flow()
+        knobs, most = self.knobs, self._machine.most
+        now = flow.rate(knobs.decode_block, knobs.admit_together)
+        blocks = _grid(most.decode_block)
+        groups = [n for n in _grid(most.live_rows) if n <= max(1, most.live_rows // 2)]
+        rates = {(s, k): flow.rate(s, k) for s in blocks for k in groups}
+        block, together = max(rates, key=rates.get)
+        if self._objective == "latency":
+            enough = _LATENCY_SHARE * rates[block, together]
+            block, together = min(key for key, rate in rates.items() if rate >= enough)
+        elif rates[block, together] < now * (1 + _WORTH):
+            return
+        numbers = dict(
+            life=flow.life,
+            stopped_share=flow.stopped,
+            prompt=flow.prompt,
+            step_seconds=flow.step,
+            beat_seconds=flow.beat,
+            rate_before=now,
+            rate_after=rates[block, together],
+        )
+        why = "of block lengths and rows to admit together these promise the most tokens a second"
+        if self._objective == "latency":
+            why = "the shortest blocks and waits that keep most of the throughput"
+        yield from self._set("decode_block", block, why, **numbers)
+        yield from self._set("admit_together", together, why, **numbers)
+        if self._meter:
+            cost = round(flow.beat / flow.step, 1)
+            if abs(cost - knobs.beat_cost) > 0.3 * knobs.beat_cost:
+                yield from self._set("beat_cost", cost, "measured", **numbers)
+
+    def _flow(self) -> "Flow":
+        c, costs, last = self._counts, self._costs, self._last
+        rows, view = last.row_places or self._machine.most.live_rows, last.view
+        return Flow(
+            rows=self.knobs.live_rows,
+            life=c.row_steps / c.ended,
+            stopped=c.stopped / c.ended,
+            prompt=c.prefilled / c.ended,
+            step=costs.step_seconds(rows, view),
+            beat=costs.gap + costs.decode_seconds(0, rows, view),
+            costs=costs,
+            sizes=self._machine.prefill_sizes,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Flow:
+    """Rows on their way through the slots while others wait.
+
+    Attributes:
+      rows: slots.
+      life: decode steps of a row; `stopped` the share of rows that end before their limit.
+      prompt: tokens computed for a row before.
+      step, beat: seconds of a step, and of a beat besides its steps.
+      costs, sizes: of prefill programs.
+    """
+
+    rows: int
+    life: float
+    stopped: float
+    prompt: float
+    step: float
+    beat: float
+    costs: Costs
+    sizes: tuple[int, ...]
+
+    def rate(self, block: int, together: int) -> float:
+        """Tokens a second with blocks of so many steps and so many rows admitted together."""
+        idle = self.stopped * 1.5 * block + (1 - self.stopped) * 0.5 * (block - 1)
+        busy = self.life + idle  # steps of a slot
+        ended = block * self.rows / busy  # rows of a block
+        held = busy / (1 - max(0.0, together - ended) / (2 * self.rows))
+        group = min(self.rows, max(together, ended))
+        seconds = self.step + self.beat / block  # of a step of all slots
+        seconds += self._prefill(group) * self.rows / held / group
+        return self.rows * self.life / held / seconds
+
+    def _prefill(self, rows: float) -> float:
+        """Seconds to compute the prompts of about so many rows: on average, since both the number
+        and the lengths vary, and a program is as large as the next size.
+        """
+        return statistics.fmean(self._programs(rows * self.prompt * share) for share in _SHARES)
+
+    def _programs(self, tokens: float) -> float:
+        largest = self.sizes[-1]
+        whole, rest = divmod(tokens, largest)
+        size = next(size for size in self.sizes if size >= rest)
+        last = self.costs.prefill_seconds(size) if rest else 0.0
+        return whole * self.costs.prefill_seconds(largest) + last
+
+
+def _grid(most: int) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12, ... and `most`."""
+    powers = [2**n for n in range(most.bit_length())]
+    return sorted({n for p in powers for n in (p, p * 3 // 2) if n <= most} | {most})

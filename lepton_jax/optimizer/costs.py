@@ -1,0 +1,131 @@
+"""What an engine's programs cost in seconds, as a linear model: predicted, measured, kept in
+profiles.
+
+A decode block pays once for opening and closing, and for each step: reading the weights, computing
+its rows, and attending over their view. A prefill program pays once and for each of its places.
+`CostMeter` fits the model to beats. Pure Python and numpy; read next: `controller.py`.
+"""
+
+import dataclasses
+import itertools
+import statistics
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from lepton_jax.telemetry import BeatStats
+
+_KEPT = 9  # timings of a program; their median is what counts, so that a stray one does not
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """Seconds; "place" is a row of a program times a token of its view.
+
+    Attributes:
+      block, block_place: of a decode block besides its steps, and for each place.
+      step, step_row, step_place: of a step, for each row of the program, for each place.
+      program, program_token: of a prefill program, and for each token of its size.
+      gap: between two beats, while the device has nothing to do.
+    """
+
+    block: float
+    step: float
+    step_row: float
+    program: float
+    program_token: float
+    block_place: float = 0.0
+    step_place: float = 0.0
+    gap: float = 0.0
+
+    def step_seconds(self, rows: int, view: int = 0) -> float:
+        """Of one step of a program of `rows` rows."""
+        return self.step + rows * (self.step_row + self.step_place * view)
+
+    def decode_seconds(self, steps: int, rows: int, view: int = 0) -> float:
+        """Of a block of `steps` steps."""
+        return self.block + self.block_place * rows * view + steps * self.step_seconds(rows, view)
+
+    def prefill_seconds(self, places: int) -> float:
+        """Of a prefill program of so many tokens."""
+        return self.program + self.program_token * places
+
+    def beat_steps(self, rows: int, view: int = 0) -> float:
+        """Steps that a beat costs besides its own."""
+        fixed = self.gap + self.decode_seconds(0, rows, view)
+        return fixed / self.step_seconds(rows, view)
+
+    def scaled(self, factor: float) -> "Costs":
+        """All of them times a factor."""
+        return Costs(**{name: value * factor for name, value in dataclasses.asdict(self).items()})
+
+
+# Without measurements, in steps: a beat costs as much as reading the weights, as does computing the
+# places of the smallest prefill program (`engine/scheduler.py` reckons so too).
+UNIT = Costs(block=1.0, step=1.0, step_row=0.0, program=0.0, program_token=1 / 128)
+
+
+class CostMeter:
+    """Fits `Costs` to beats. Timings of a program are kept by its shape and steps."""
+
+    def __init__(self):
+        self._decodes: dict[tuple[int, int, int], deque] = defaultdict(lambda: deque(maxlen=_KEPT))
+        self._prefills: dict[int, deque] = defaultdict(lambda: deque(maxlen=_KEPT))
+        self._gaps: deque = deque(maxlen=_KEPT)
+
+    def take(self, beat: BeatStats) -> None:
+        """Adds a beat's timings; those of speculative blocks are another program's."""
+        if beat.steps and beat.decode_seconds and not beat.draft:
+            key = beat.steps, beat.row_places, beat.view
+            self._decodes[key].append(beat.decode_seconds)
+        if beat.prefill_places and beat.prefill_seconds:
+            self._prefills[beat.prefill_places].append(beat.prefill_seconds)
+        self._gaps.append(beat.gap_seconds)
+
+    def costs(self, prior: Costs) -> Costs:
+        """The model nearest to the medians, in shares of each; what nothing measured is scaled
+        from `prior`, so that its proportions stay.
+        """
+        decodes = {key: statistics.median(times) for key, times in self._decodes.items()}
+        prefills = {key: statistics.median(times) for key, times in self._prefills.items()}
+        steps = {key[0] for key in decodes}
+        if not decodes and not prefills:
+            return prior
+        scale = _scale(prior, decodes, prefills)
+        costs = prior.scaled(scale)
+        if len(steps) > 1:
+            lines = [[1, r * v, s, s * r, s * r * v] for s, r, v in decodes]
+            names = ("block", "block_place", "step", "step_row", "step_place")
+            fitted = _fit(lines, list(decodes.values()))
+            costs = dataclasses.replace(costs, **dict(zip(names, fitted, strict=True)))
+        if len(prefills) > 1:
+            fitted = _fit([[1, places] for places in prefills], list(prefills.values()))
+            costs = dataclasses.replace(costs, program=fitted[0], program_token=fitted[1])
+        gap = statistics.median(self._gaps) if self._gaps else 0.0
+        return dataclasses.replace(costs, gap=gap)
+
+
+def _scale(prior: Costs, decodes: Mapping, prefills: Mapping) -> float:
+    """How much longer programs took than `prior` says, in the median."""
+    shares = [seconds / prior.decode_seconds(*key) for key, seconds in decodes.items()]
+    shares += [seconds / prior.prefill_seconds(places) for places, seconds in prefills.items()]
+    return statistics.median(shares)
+
+
+def _fit(lines: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
+    """Coefficients, none negative, with the least sum of squared relative errors: the best of the
+    plain least squares over all sets of columns, which are few.
+    """
+    wanted = np.array(seconds, float)
+    matrix = np.array(lines, float) / wanted[:, None]
+    best, error = np.zeros(matrix.shape[1]), float(len(wanted))
+    columns = [n for n in range(matrix.shape[1]) if matrix[:, n].any()]
+    for count in range(1, len(columns) + 1):
+        for chosen in map(list, itertools.combinations(columns, count)):
+            found, _, rank, _ = np.linalg.lstsq(matrix[:, chosen], np.ones(len(wanted)))
+            left = float(np.square(matrix[:, chosen] @ found - 1).sum())
+            if rank == count and (found >= 0).all() and left < error - 1e-9:
+                best, error = np.zeros(matrix.shape[1]), left
+                best[chosen] = found
+    return best.tolist()

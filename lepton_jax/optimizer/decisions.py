@@ -1,0 +1,47 @@
+"""What was decided while a job ran, with the numbers behind it: as JSON lines and in words."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """A knob that was turned.
+
+    Attributes:
+      beat: of the engine, counted since it was new.
+      knob: its name; it went from `before` to `after`.
+      why: in words; `numbers` are those behind it.
+    """
+
+    beat: int
+    knob: str
+    before: float
+    after: float
+    why: str
+    numbers: Mapping[str, float]
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    def in_words(self) -> str:
+        """One line for people."""
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in self.numbers.items())
+        turned = f"{self.knob} {_shown(self.before)} -> {_shown(self.after)}"
+        return f"beat {self.beat}: {turned}: {self.why} ({numbers})"
+
+
+def explained(decisions: Sequence[Decision], *, most: int = 40) -> str:
+    """All decisions in words; of very many the first and the last."""
+    if not decisions:
+        return "no knob was turned"
+    lines = [decision.in_words() for decision in decisions]
+    if len(lines) > most:
+        half = most // 2
+        lines = [*lines[:half], f"... {len(lines) - 2 * half} more ...", *lines[-half:]]
+    return "\n".join(lines)
+
+
+def _shown(value: float) -> str:
+    return str(value) if isinstance(value, bool) else f"{value:g}"
