@@ -117,7 +117,7 @@ class Runner:
         self._cache_layer = backend.cache_layer(
             sizes.num_pages,
             sizes.page_size,
-            model.axis.share(model.config.num_kv_heads),
+            self.model.axis.share(model.config.num_kv_heads),
             model.config.head_dim,
             dtype=kv_dtype,
         )

@@ -149,9 +149,9 @@ class Placement:
         meshes = {
             s.mesh.size for s in shardings if isinstance(s, NamedSharding) and s.spec == CUT_SPEC
         }
-        if meshes - {self.axis.size}:
+        for size in meshes - {self.axis.size}:
             raise ValueError(
-                f"leaves that lie in parts on {meshes} devices can't be moved to {self.axis.size}: "
+                f"leaves that lie in parts on {size} devices can't be moved to {self.axis.size}: "
                 "load the model for these devices"
             )
         return bool(meshes)
