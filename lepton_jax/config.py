@@ -20,6 +20,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_DTYPES = (*DTYPES, "int8", "float8_e4m3fn")
 FEEDBACKS = ("off", "deterministic", "on")
 OBJECTIVES = ("throughput", "latency", "cost")
+RECOVERIES = ("none", "norms", "lora", "all")
 _MOST = 2**31 - 1  # counts travel to the device as int32
 _MOST_ANSWERS = 256
 _MOST_BIAS = 1e6
@@ -183,6 +184,42 @@ class CalibrationSection:
         _check(self, "windows", 1 <= self.windows <= _MOST, "1 or more")
         _check(self, "window_tokens", 2 <= self.window_tokens <= _MOST, "2 or more")
         _check(self, "seed", 0 <= self.seed <= _MOST, "0 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class RecoverySection:
+    """Of compress: training the compressed model to predict what the dense one does."""
+
+    train: str = _doc(
+        "none",
+        "none; norms: norm scales, biases and scales of quantized weights; lora: these and a "
+        "low-rank change of float weights; all: these and all kept float weights of the layers",
+    )
+    steps: int = _doc(400, "updates")
+    minutes: float = _doc(0.0, "end earlier after this long; 0: when the steps are done")
+    learning_rate: float = _doc(
+        1e-3, "of Adam, relative to the root mean square of what it changes; falls in a cosine"
+    )
+    batch: int = _doc(1, "windows of an update")
+    windows: int = _doc(136, "windows of calibration.text, of calibration.window_tokens each")
+    held_out: int = _doc(8, "of these windows, only watched: the best step on them is taken")
+    evaluate_every: int = _doc(25, "steps between looks at them")
+    patience: int = _doc(4, "looks without gain that end the training; 0: it goes on")
+    rank: int = _doc(16, "of train=lora")
+    hidden_weight: float = _doc(1.0, "of the hidden states' relative error beside KL in the loss")
+    seed: int = _doc(0, "of the order of windows and of lora's start")
+    tensorboard: str = _doc("", "folder for TensorBoard's event files of the training; empty: none")
+
+    def __post_init__(self):
+        _check_types(self)
+        _check(self, "train", self.train in RECOVERIES, f"one of {', '.join(RECOVERIES)}")
+        for name in ("steps", "batch", "windows", "held_out", "evaluate_every", "rank"):
+            _check(self, name, 1 <= getattr(self, name) <= _MOST, "1 or more")
+        for name in ("patience", "seed"):
+            _check(self, name, 0 <= getattr(self, name) <= _MOST, "0 or more")
+        _check(self, "minutes", 0 <= self.minutes < math.inf, "0 (off) or a number of minutes")
+        _check(self, "learning_rate", 0 < self.learning_rate < 1, "between 0 and 1")
+        _check(self, "hidden_weight", 0 <= self.hidden_weight < math.inf, "0 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -421,6 +458,7 @@ class RunConfig:
     scoring: ScoringSection = dataclasses.field(default_factory=ScoringSection)
     bench: BenchSection = dataclasses.field(default_factory=BenchSection)
     calibration: CalibrationSection = dataclasses.field(default_factory=CalibrationSection)
+    recovery: RecoverySection = dataclasses.field(default_factory=RecoverySection)
     receipt: ReceiptSection = dataclasses.field(default_factory=ReceiptSection)
     sweep: SweepSection = dataclasses.field(default_factory=SweepSection)
     optimizer: OptimizerSection = dataclasses.field(default_factory=OptimizerSection)

@@ -56,6 +56,7 @@ def receipt(title="int8", kl=4e-3, kept=100):
         "held_out": {"sha256": "1" * 64},
         "calibration": None,
         "structured": None,
+        "recovery": None,
         "environment": receipts.environment(),
         "weights": [
             {"path": f"layers.{i}.{kind}", "error": 0.01 * (i + 1), "product_error": None}

@@ -59,6 +59,10 @@ class _Programs:
         """What the layer makes of `x [windows, T, D]`: the same shape."""
         return self._outputs(dict(layer), self._factors, x)
 
+    def window(self, layer: Mapping[str, Any], x: jax.Array) -> jax.Array:
+        """What the layer makes of one window `x [T, D]`, to be used inside a program."""
+        return self._of_window(layer, self._factors, x)
+
     def statistics(
         self, layer: Mapping[str, Any], x: jax.Array, needs: Needs
     ) -> dict[str, Statistics]:
@@ -70,13 +74,13 @@ class _Programs:
         return self._inputs(dict(layer), self._factors, x, name)
 
     def _map_outputs(self, layer, factors, x):
-        return jax.lax.map(functools.partial(self._window, layer, factors), x)
+        return jax.lax.map(functools.partial(self._of_window, layer, factors), x)
 
     def _map_inputs(self, layer, factors, x, name: str):
         def look(window):
             seen = []
             observed = Observed(layer[name], lambda inputs, group_sizes: seen.append(inputs))
-            self._window({**layer, name: observed}, factors, window)
+            self._of_window({**layer, name: observed}, factors, window)
             return seen[0]
 
         return jax.lax.map(look, x)
@@ -92,7 +96,7 @@ class _Programs:
                 return Observed(layer[name], record)
 
             observed = {name: watched(name, kinds) for name, kinds in needs}
-            self._window({**layer, **observed}, factors, window)
+            self._of_window({**layer, **observed}, factors, window)
             return {name: merge(before[name], seen[name]) for name in seen}, None
 
         start = {}
@@ -101,8 +105,7 @@ class _Programs:
             start[name] = zeros(kinds, shape[-1], shape[0] if name.startswith("experts_") else 0)
         return jax.lax.scan(look, start, x)[0]
 
-    def _window(self, layer, factors, x):
-        """`[T, D]` of one window that starts afresh."""
+    def _of_window(self, layer, factors, x):
         config, nothing = self._model.config, jnp.zeros(())
         named = {f"layers.0.{name}": leaf for name, leaf in layer.items()}
         decoder = self._model.bind([named.get(path, nothing) for path in self._model.specs])

@@ -87,7 +87,7 @@ def reference(
     model: Model, leaves: Sequence[Any], windows: np.ndarray, *, progress: Progress | None = None
 ) -> Reference:
     """Runs the dense model over int32 `windows [windows, T]`."""
-    head = leaves[list(model.specs).index(_head_path(model))]
+    head = leaves[list(model.specs).index(head_path(model))]
     hidden = [np.asarray(h) for h in _hidden_states(model, leaves, windows, progress=progress)]
     return Reference(model, head, windows, np.stack(hidden))
 
@@ -105,7 +105,7 @@ def compare(
     `seed` is that of the bootstrap. Raises ValueError where predictions aren't finite.
     """
     sums = _place_sums(dense.model, model)
-    head = leaves[list(model.specs).index(_head_path(model))]
+    head = leaves[list(model.specs).index(head_path(model))]
     totals = []  # [windows, 5]
     states = _hidden_states(model, leaves, dense.windows, progress=progress)
     for ids, theirs, ours in zip(dense.windows, dense.hidden, states, strict=True):
@@ -158,7 +158,7 @@ def common_prefix(ours: Sequence[int], theirs: Sequence[int]) -> int:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))
 
 
-def _head_path(model: Model) -> str:
+def head_path(model: Model) -> str:
     return "embed" if model.config.tie_embeddings else "head"
 
 
@@ -176,9 +176,9 @@ def _hidden_states(model: Model, leaves, windows: np.ndarray, *, progress: Progr
             progress(done, len(windows))
 
 
-def _logits(model: Model, head, hidden):
+def logits_of(model: Model, head, hidden):
     """float32 `[places, V]`; nothing but the head is needed of the weights."""
-    path, nothing = _head_path(model), jnp.zeros(())
+    path, nothing = head_path(model), jnp.zeros(())
     leaves = [head if name == path else nothing for name in model.specs]
     return model.bind(leaves).logits(hidden)
 
@@ -192,8 +192,8 @@ def _place_sums(dense: Model, model: Model) -> Callable:
 
     @jax.jit
     def sums(heads, hidden, following):
-        p = jax.nn.log_softmax(_logits(dense, heads[0], hidden[0]))
-        q = jax.nn.log_softmax(_logits(model, heads[1], hidden[1]))
+        p = jax.nn.log_softmax(logits_of(dense, heads[0], hidden[0]))
+        q = jax.nn.log_softmax(logits_of(model, heads[1], hidden[1]))
         nearest = jnp.maximum(following, 0)[:, None]
         losses = [-jnp.take_along_axis(x, nearest, axis=1)[:, 0] for x in (q, p)]
         divergence = jnp.sum(jnp.exp(p) * (p - q), axis=-1)

@@ -31,8 +31,8 @@ FORMAT = "lepton_jax receipt"
 VERSION = 2
 _KEYS = (
     "fingerprint", "weights_sha256", "source", "recipe", "measure", "size", "weights", "quality",
-    "greedy_prefix", "speed", "held_out", "calibration", "structured", "engine", "environment",
-    "digest",
+    "greedy_prefix", "speed", "held_out", "calibration", "structured", "recovery",
+    "engine", "environment", "digest",
 )  # fmt: skip
 Receipt = dict[str, Any]
 
@@ -163,7 +163,12 @@ def digest_line(receipt: Mapping[str, Any]) -> str:
         parts.append(f"k/N {size['kept_fraction']:.2f}")
     if speed:
         parts += [f"{name} {speed[name]['ratio']:.2f}x" for name in ("decode", "prefill")]
-    return f"{receipt['recipe']['title']}: {', '.join(parts)}"
+    title, recovery = receipt["recipe"]["title"], receipt["recovery"]
+    if recovery:
+        title += f", recovered ({recovery['train']})"
+        if recovery["gap_closed"] is not None:
+            parts.insert(0, f"{recovery['gap_closed']:.0%} of the perplexity gap closed")
+    return f"{title}: {', '.join(parts)}"
 
 
 def to_text(receipt: Receipt) -> str:

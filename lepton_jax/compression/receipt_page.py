@@ -53,6 +53,9 @@ ideal k/N, or above that of the dense model.</p>{% endif %}{% endif %}
 {{ product_errors }}
 {% if bytes_plot %}<h2>Size against KL</h2>
 {{ bytes_plot }}{% endif %}
+{% if r.recovery %}<h2>Recovery</h2>
+<p>{{ recovery }}</p>
+{{ recovery_plot }}{% endif %}
 {% if r.structured %}<h2>Structure</h2>
 <p>{{ structure }}; layers kept: {{ r.structured.layers|join(", ") }}</p>
 {{ influence_plot }}{% endif %}
@@ -91,6 +94,8 @@ def page(receipt: Mapping[str, Any]) -> str:
         errors=Markup(_error_plot(receipt, "error", "Relative error |W - W'| / |W|")),
         product_errors=Markup(_error_plot(receipt, "product_error", "The same of products W x")),
         bytes_plot=Markup(_size_plot(receipt)),
+        recovery=_recovery_text(receipt),
+        recovery_plot=Markup(_recovery_plot(receipt)),
         structure=_structure_text(receipt),
         influence_plot=Markup(_influence_plot(receipt)),
         rest=json.dumps(rest, indent=1),
@@ -164,6 +169,35 @@ def _quality_rows(receipt: Mapping[str, Any]) -> list[tuple]:
         name = f"common tokens of {prefix['prompts']} greedy answers"
         rows.append((name, str(prefix["of"]), prefix, "{:.1f}"))
     return rows
+
+
+def _recovery_text(receipt: Mapping[str, Any]) -> str:
+    told = receipt["recovery"]
+    if not told:
+        return ""
+    text = (
+        f"{told['train']}: {told['steps_done']} steps over {told['tokens']:,} tokens in "
+        f"{told['seconds'] / 60:.1f} minutes; the best was step {told['best_step']}. Before it: "
+    )
+    if not told["before"]:
+        return text + "not measured."
+    text += f"perplexity {told['before']['perplexity']['value']:.3f}, "
+    text += f"KL {told['before']['kl']['value']:.3g}"
+    closed = told["gap_closed"]
+    return f"{text}; {closed:.0%} of the gap in perplexity closed." if closed else f"{text}."
+
+
+def _recovery_plot(receipt: Mapping[str, Any]) -> str:
+    if not receipt["recovery"]:
+        return ""
+    points = [(step, kl) for step, _, kl in receipt["recovery"]["evaluations"]]
+    return scatter(
+        [Series("held out", points, line=True)],
+        title="KL on windows that were held out",
+        x="step",
+        y="KL, nats a token",
+        from_zero=True,
+    )
 
 
 def _structure_text(receipt: Mapping[str, Any]) -> str:

@@ -3,16 +3,16 @@
     job = CompressJob(config)     # refuses what can't be, before anything is read
     receipt = job.run(progress)   # writes config.output
 
-The dense model is measured first and freed; then the weights are compressed as they stream in, the
-result is measured, and directory and receipt appear together. `sweep.py` tries many recipes against
-one dense model, `verify.py` measures again. The methods are in `lepton_jax/compression`.
+The dense model is measured first and freed; then the compressed one is made (`compress_model.py`)
+and measured, and directory and receipt appear together. `sweep.py` tries many recipes against one
+dense model, `verify.py` measures again. The methods are in `lepton_jax/compression`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,32 +20,30 @@ import numpy as np
 
 from lepton_jax import compile_cache
 from lepton_jax.checkpoints import load as checkpoints
-from lepton_jax.checkpoints.loaded import Loaded, leaf_bytes
+from lepton_jax.checkpoints.loaded import Loaded
 from lepton_jax.checkpoints.orbax_store import new_directory, save
 from lepton_jax.compression import quality, receipt, receipt_page
-from lepton_jax.compression.calibrate import compress_layers
-from lepton_jax.compression.calibration_data import (
-    CALIBRATION_TEXT,
-    HELD_OUT_TEXT,
-    Windows,
-    draw_windows,
-)
-from lepton_jax.compression.presets import compressor, scheme_of_each
+from lepton_jax.compression.calibration_data import HELD_OUT_TEXT
+from lepton_jax.compression.presets import scheme_of_each
 from lepton_jax.compression.recipe import Recipe
-from lepton_jax.compression.structure import planned_model
-from lepton_jax.compression.structured import prune_structure
-from lepton_jax.config import CalibrationSection, ReceiptSection, RunConfig
+from lepton_jax.config import RunConfig
 from lepton_jax.jobs import measures
 from lepton_jax.jobs.benchmark import device_name
+from lepton_jax.jobs.compress_inputs import (
+    Progress,
+    describe,
+    load_options,
+    load_tokenizer,
+    require_finite,
+    require_sense,
+    silent,
+    stage,
+    text_windows,
+    windows_of,
+)
+from lepton_jax.jobs.compress_model import Result, make_model
+from lepton_jax.jobs.recovery import folder_of
 from lepton_jax.models.build import Model
-from lepton_jax.tensors import CompressedTensor
-from lepton_jax.text import tokenizer as tokenizers
-
-Progress = Callable[[str, int, int, str], None]  # stage, done, total, what
-
-
-def silent(stage: str, done: int, total: int, what: str) -> None:
-    """The progress of those who don't look."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +87,9 @@ class CompressJob:
         require_sense(self.config, [self.recipe])
         dense = measure_dense(self.config, progress)
         made = compress(self.config, self.recipe, dense, progress=progress)
-        return write(self.output, made)
+        final = write(self.output, made)
+        shutil.rmtree(folder_of(self.output), ignore_errors=True)
+        return final
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,64 +98,6 @@ class Compressed:
 
     loaded: Loaded
     receipt: receipt.Receipt
-
-
-def require_sense(config: RunConfig, recipes: Sequence[Recipe]) -> None:
-    """Raises ValueError for what can be known before hours of work: rules that nothing uses, texts
-    that are too short, windows longer than the model's context.
-    """
-    model, asked = describe(config), config.receipt
-    for recipe in recipes:
-        scheme_of_each(recipe.rules, planned_model(recipe.structure, model).specs)
-    calibrated = any(recipe.calibrated for recipe in recipes)
-    tokens = measures.longest_texts(asked) if asked.compare else {}
-    if calibrated:
-        tokens["calibration.window_tokens"] = config.calibration.window_tokens
-    for name, count in tokens.items():
-        measures.require_room(name, count, model.config)
-    if not tokens:
-        return
-    tokenizer = load_tokenizer(config)
-    drawn = []
-    if asked.compare:
-        drawn.append(text_windows(asked, tokenizer, HELD_OUT_TEXT))
-    if calibrated:
-        drawn.append(text_windows(config.calibration, tokenizer, CALIBRATION_TEXT))
-    if len({windows.receipt["sha256"] for windows in drawn}) < len(drawn):
-        raise ValueError(
-            f"calibration.text and receipt.text are the same, {drawn[0].receipt['path']}: quality "
-            "must be measured on text that calibration never saw"
-        )
-
-
-def load_tokenizer(config: RunConfig) -> tokenizers.Tokenizer:
-    """The model's, or the one that the config names."""
-    source = config.model.tokenizer or checkpoints.tokenizer_source(config.model.path)
-    return tokenizers.load(source)
-
-
-def text_windows(
-    section: ReceiptSection | CalibrationSection, tokenizer: tokenizers.Tokenizer, shipped: Path
-) -> Windows:
-    """The windows of a section's text, or of the shipped one where it names none."""
-    drawn = draw_windows(
-        Path(section.text).expanduser() if section.text else shipped,
-        tokenizer.encode,
-        windows=section.windows,
-        length=section.window_tokens,
-        seed=section.seed,
-    )
-    place = section.text or f"shipped: {shipped.name}"
-    return dataclasses.replace(drawn, receipt=drawn.receipt | {"path": place})
-
-
-def _options(config: RunConfig) -> dict[str, Any]:
-    return checkpoints.dtypes_here(config.model.dtype)
-
-
-def describe(config: RunConfig) -> Model:
-    """The dense model without its weights."""
-    return checkpoints.describe(config.model.path, **_options(config))
 
 
 def measure_dense(config: RunConfig, progress: Progress) -> Dense:
@@ -172,14 +114,13 @@ def measure_dense(config: RunConfig, progress: Progress) -> Dense:
     if not asked.compare:
         return Dense(model, source, size)
     loaded = checkpoints.load(
-        config.model.path, **_options(config), progress=_stage(progress, "load")
+        config.model.path, **load_options(config), progress=stage(progress, "load")
     )
-    _require_finite(loaded)
+    require_finite(loaded)
     held_out = text_windows(asked, load_tokenizer(config), HELD_OUT_TEXT)
     windows = held_out.tokens
-    reference = quality.reference(
-        loaded.model, loaded.leaves, windows, progress=_windows(progress, "dense on held-out text")
-    )
+    told = windows_of(progress, "dense on held-out text")
+    reference = quality.reference(loaded.model, loaded.leaves, windows, progress=told)
     return Dense(
         model,
         source,
@@ -192,15 +133,14 @@ def measure_dense(config: RunConfig, progress: Progress) -> Dense:
             config.engine,
             asked=asked,
             windows=windows,
-            progress=_stage(progress, "dense in the engine"),
+            progress=stage(progress, "dense in the engine"),
         ),
     )
 
 
 def compress(config: RunConfig, recipe: Recipe, dense: Dense, *, progress: Progress) -> Compressed:
     """The model by a recipe, measured."""
-    work = _calibrate if recipe.calibrated else _stream
-    result = work(config, recipe, progress=progress)
+    result = make_model(config, recipe, dense.source, progress=progress)
     loaded = result.loaded
     weights = receipt.weights_sha256(loaded.model.specs, loaded.leaves)
     fingerprint = receipt.fingerprint_of(dense.source["fingerprint"], weights)
@@ -225,10 +165,35 @@ def compress(config: RunConfig, recipe: Recipe, dense: Dense, *, progress: Progr
         "held_out": dense.held_out,
         "calibration": result.calibration,
         "structured": result.structured,
+        "recovery": _recovery_told(config, dense, result, found=found, progress=progress),
         "environment": receipt.environment(),
         "weights": rows,
     }
     return Compressed(loaded, made | {"digest": receipt.digest_line(made)})
+
+
+def _recovery_told(
+    config: RunConfig, dense: Dense, result: Result, *, found: dict | None, progress: Progress
+) -> dict[str, Any] | None:
+    """How the model was trained, with the quality before it; `found` is that after it."""
+    if result.recovery is None:
+        return None
+    if found is None:
+        return result.recovery | {"before": None, "gap_closed": None}
+    before = measure_quality(config, dense, result.student, progress=progress)
+    closed = gap_closed(
+        before.perplexity.value,
+        found["perplexity"]["value"],
+        dense=found["dense_perplexity"]["value"],
+    )
+    return result.recovery | {"before": before.as_dict(), "gap_closed": closed}
+
+
+def gap_closed(before: float, after: float, *, dense: float) -> float | None:
+    """The share of the gap in perplexity to the dense model that recovery closed; None where
+    compression left no gap.
+    """
+    return (before - after) / (before - dense) if before > dense else None
 
 
 def write(output: Path, made: Compressed) -> receipt.Receipt:
@@ -250,73 +215,6 @@ def write_receipt(folder: Path, final: receipt.Receipt) -> None:
     (folder / receipt_page.NAME).write_text(receipt_page.page(final), encoding="utf-8")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Result:
-    """A compressed model with the relative errors of its weights, which text it was calibrated on,
-    and what structured pruning kept; None where there was none.
-    """
-
-    loaded: Loaded
-    errors: dict[str, dict[str, Any]]
-    calibration: dict[str, Any] | None = None
-    structured: dict[str, Any] | None = None
-
-
-def _stream(config: RunConfig, recipe: Recipe, *, progress: Progress) -> _Result:
-    """The model compressed weight by weight as it is read."""
-    options = _options(config)
-    specs = checkpoints.describe(config.model.path, **options).specs
-    change, errors = compressor(recipe.rules, specs), {}
-
-    def compress_one(path, spec, array):
-        leaf = change(path, spec, array)
-        error = float(receipt.relative_error(array, leaf))
-        if not np.isfinite(error):
-            raise ValueError(_not_finite(config.model.path, path))
-        if leaf is not array:
-            errors[path] = {"weight": error}
-        return leaf
-
-    loaded = checkpoints.load(
-        config.model.path, **options, compress=compress_one, progress=_stage(progress, "compress")
-    )
-    return _Result(loaded, errors)
-
-
-def _calibrate(config: RunConfig, recipe: Recipe, *, progress: Progress) -> _Result:
-    """The model pruned and compressed layer by layer on calibration text."""
-    loaded = checkpoints.load(
-        config.model.path, **_options(config), progress=_stage(progress, "load")
-    )
-    _require_finite(loaded)
-    drawn = text_windows(config.calibration, load_tokenizer(config), CALIBRATION_TEXT)
-    model, leaves = loaded.model, dict(zip(loaded.model.specs, loaded.leaves, strict=True))
-    structured, errors = None, {}
-    if recipe.structure:
-        model, leaves, structured = prune_structure(
-            model,
-            leaves,
-            drawn.tokens,
-            recipe.structure,
-            damp=recipe.options.damp,
-            progress=_stage(progress, "prune"),
-        )
-    if recipe.rules:
-        leaves, errors = compress_layers(
-            model,
-            leaves,
-            drawn.tokens,
-            recipe.rules,
-            options=recipe.options,
-            progress=_stage(progress, "compress"),
-        )
-    kept = tuple(leaves[path] for path in model.specs)
-    loaded = dataclasses.replace(
-        loaded, config=model.config, model=model, leaves=kept, bytes=sum(map(leaf_bytes, kept))
-    )
-    return _Result(loaded, errors, drawn.receipt, structured)
-
-
 def _measured(config: RunConfig, dense: Dense, loaded: Loaded, *, size: dict, progress: Progress):
     """Quality, greedy prefix and speed against the dense model."""
     asked = config.receipt
@@ -326,7 +224,7 @@ def _measured(config: RunConfig, dense: Dense, loaded: Loaded, *, size: dict, pr
         config.engine,
         asked=asked,
         windows=dense.windows,
-        progress=_stage(progress, "compressed in the engine"),
+        progress=stage(progress, "compressed in the engine"),
     )
     greedy = prefix_row(ours.answers, dense.measures.answers, seed=asked.seed)
     speed = None
@@ -348,7 +246,7 @@ def measure_quality(
         loaded.model,
         loaded.leaves,
         seed=config.receipt.seed,
-        progress=_windows(progress, "compressed on held-out text"),
+        progress=windows_of(progress, "compressed on held-out text"),
     )
 
 
@@ -363,31 +261,5 @@ def prefix_row(
     return row | {"of": len(ours[0]), "prompts": len(ours)}
 
 
-def _require_finite(loaded: Loaded) -> None:
-    for path, leaf in zip(loaded.model.specs, loaded.leaves, strict=True):
-        if isinstance(leaf, CompressedTensor):
-            raise ValueError(
-                f"{loaded.tokenizer_source} holds compressed weights ({path} and others): compress "
-                "the original model"
-            )
-        if not np.isfinite(float(receipt.relative_error(leaf, leaf))):
-            raise ValueError(_not_finite(loaded.tokenizer_source, path))
-
-
-def _not_finite(model: str | os.PathLike, path: str) -> str:
-    return (
-        f"{os.fspath(model)}: weight {path} has values that are not finite (NaN or infinity): the "
-        "checkpoint is damaged, fetch it again"
-    )
-
-
 def _bytes_below(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
-def _stage(progress: Progress, stage: str) -> Callable[[int, int, str], None]:
-    return lambda done, total, what: progress(stage, done, total, what)
-
-
-def _windows(progress: Progress, stage: str) -> Callable[[int, int], None]:
-    return lambda done, total: progress(stage, done, total, "window")

@@ -22,15 +22,9 @@ from lepton_jax.compression import receipt as receipts
 from lepton_jax.compression.receipt_page import pareto_page
 from lepton_jax.compression.recipe import Recipe
 from lepton_jax.config import CompressionSection, RunConfig
-from lepton_jax.jobs.compress import (
-    Progress,
-    compress,
-    measure_dense,
-    require_sense,
-    silent,
-    write,
-    write_receipt,
-)
+from lepton_jax.jobs.compress import compress, measure_dense, write, write_receipt
+from lepton_jax.jobs.compress_inputs import Progress, require_sense, silent
+from lepton_jax.jobs.recovery import folder_of
 
 _PLAN, _TABLE, _TEXT, _PAGE = "sweep.json", "table.json", "table.txt", "pareto.html"
 COLUMNS = (
@@ -53,7 +47,11 @@ class SweepJob:
         self.config = config
         self.output = Path(config.output).expanduser().absolute()
         self._configs = {
-            name: dataclasses.replace(config, compression=CompressionSection(**fields))
+            name: dataclasses.replace(
+                config,
+                compression=CompressionSection(**fields),
+                output=str(self.output / name),  # beside which a recovery is kept
+            )
             for name, fields in config.sweep.recipes.items()
         }
         self._recipes = {n: Recipe.from_config(c.compression) for n, c in self._configs.items()}
@@ -73,6 +71,7 @@ class SweepJob:
             told = _titled(progress, f"{number}/{len(self._recipes)} {name}")
             made = compress(self._configs[name], recipe, dense, progress=told)
             self._receipts[name] = self._write(name, made)
+            shutil.rmtree(folder_of(self.output / name), ignore_errors=True)
             self._write_results()
         self._write_results()
         return self._receipts
@@ -92,6 +91,7 @@ class SweepJob:
             "source": checkpoints.identify(self.config.model.path),
             "model": dataclasses.asdict(self.config.model),
             "receipt": dataclasses.asdict(self.config.receipt),
+            "recovery": dataclasses.asdict(self.config.recovery),
             "recipes": {name: recipe.as_dict() for name, recipe in self._recipes.items()},
             "keep": self.config.sweep.keep,
         }

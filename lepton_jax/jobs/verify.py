@@ -22,13 +22,8 @@ from lepton_jax.config import (
     from_mapping,
 )
 from lepton_jax.jobs import measures
-from lepton_jax.jobs.compress import (
-    Progress,
-    measure_dense,
-    measure_quality,
-    prefix_row,
-    silent,
-)
+from lepton_jax.jobs.compress import measure_dense, measure_quality, prefix_row
+from lepton_jax.jobs.compress_inputs import Progress, silent
 
 _RELATIVE = {"perplexity": 1e-3, "dense_perplexity": 1e-3, "perplexity_ratio": 1e-3, "kl": 2e-2}
 _ABSOLUTE = {"kl": 2e-6, "top1": 3e-3, "top5": 3e-3}

@@ -1,0 +1,132 @@
+"""What a compression starts from: the model, its tokenizer, windows of text, and whether the config
+makes sense together.
+
+Read next: `compress_model.py` (a recipe applied), `compress.py` (what is measured and written).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lepton_jax.checkpoints import load as checkpoints
+from lepton_jax.checkpoints.loaded import Loaded
+from lepton_jax.compression import receipt
+from lepton_jax.compression.calibration_data import (
+    CALIBRATION_TEXT,
+    HELD_OUT_TEXT,
+    Windows,
+    draw_windows,
+)
+from lepton_jax.compression.presets import scheme_of_each
+from lepton_jax.compression.recipe import Recipe
+from lepton_jax.compression.structure import planned_model
+from lepton_jax.config import CalibrationSection, ReceiptSection, RunConfig
+from lepton_jax.jobs import measures
+from lepton_jax.models.build import Model
+from lepton_jax.tensors import CompressedTensor
+from lepton_jax.text import tokenizer as tokenizers
+
+Progress = Callable[[str, int, int, str], None]  # stage, done, total, what
+
+
+def silent(stage: str, done: int, total: int, what: str) -> None:
+    """The progress of those who don't look."""
+
+
+def require_sense(config: RunConfig, recipes: Sequence[Recipe]) -> None:
+    """Raises ValueError for what can be known before hours of work: rules that nothing uses, texts
+    that are too short, windows longer than the model's context.
+    """
+    model, asked = describe(config), config.receipt
+    for recipe in recipes:
+        scheme_of_each(recipe.rules, planned_model(recipe.structure, model).specs)
+    calibrated = any(recipe.calibrated for recipe in recipes)
+    recovers = config.recovery.train != "none"
+    tokens = measures.longest_texts(asked) if asked.compare else {}
+    if calibrated or recovers:
+        tokens["calibration.window_tokens"] = config.calibration.window_tokens
+    for name, count in tokens.items():
+        measures.require_room(name, count, model.config)
+    if not tokens:
+        return
+    tokenizer = load_tokenizer(config)
+    held_out = [text_windows(asked, tokenizer, HELD_OUT_TEXT)] if asked.compare else []
+    sections = [config.calibration] * calibrated + [recovery_text(config)] * recovers
+    seen = [text_windows(section, tokenizer, CALIBRATION_TEXT) for section in sections]
+    digests = [{windows.receipt["sha256"] for windows in drawn} for drawn in (held_out, seen)]
+    if digests[0] & digests[1]:
+        raise ValueError(
+            f"calibration.text and receipt.text are the same, {seen[0].receipt['path']}: quality "
+            "must be measured on text that calibration never saw"
+        )
+
+
+def load_tokenizer(config: RunConfig) -> tokenizers.Tokenizer:
+    """The model's, or the one that the config names."""
+    source = config.model.tokenizer or checkpoints.tokenizer_source(config.model.path)
+    return tokenizers.load(source)
+
+
+def text_windows(
+    section: ReceiptSection | CalibrationSection, tokenizer: tokenizers.Tokenizer, shipped: Path
+) -> Windows:
+    """The windows of a section's text, or of the shipped one where it names none."""
+    drawn = draw_windows(
+        Path(section.text).expanduser() if section.text else shipped,
+        tokenizer.encode,
+        windows=section.windows,
+        length=section.window_tokens,
+        seed=section.seed,
+    )
+    place = section.text or f"shipped: {shipped.name}"
+    return dataclasses.replace(drawn, receipt=drawn.receipt | {"path": place})
+
+
+def recovery_text(config: RunConfig) -> CalibrationSection:
+    """The calibration text, but as many windows as recovery asks for."""
+    return dataclasses.replace(config.calibration, windows=config.recovery.windows)
+
+
+def load_options(config: RunConfig) -> dict[str, Any]:
+    """Dtypes, as arguments of `checkpoints.load`."""
+    return checkpoints.dtypes_here(config.model.dtype)
+
+
+def describe(config: RunConfig) -> Model:
+    """The dense model without its weights."""
+    return checkpoints.describe(config.model.path, **load_options(config))
+
+
+def require_finite(loaded: Loaded) -> None:
+    """Raises ValueError on weights that are compressed already, or not finite."""
+    for path, leaf in zip(loaded.model.specs, loaded.leaves, strict=True):
+        if isinstance(leaf, CompressedTensor):
+            raise ValueError(
+                f"{loaded.tokenizer_source} holds compressed weights ({path} and others): compress "
+                "the original model"
+            )
+        if not np.isfinite(float(receipt.relative_error(leaf, leaf))):
+            raise ValueError(not_finite(loaded.tokenizer_source, path))
+
+
+def not_finite(model: str | os.PathLike, path: str) -> str:
+    return (
+        f"{os.fspath(model)}: weight {path} has values that are not finite (NaN or infinity): the "
+        "checkpoint is damaged, fetch it again"
+    )
+
+
+def stage(progress: Progress, stage: str) -> Callable[[int, int, str], None]:
+    """A progress for one stage."""
+    return lambda done, total, what: progress(stage, done, total, what)
+
+
+def windows_of(progress: Progress, stage: str) -> Callable[[int, int], None]:
+    """A progress for a stage that goes window by window."""
+    return lambda done, total: progress(stage, done, total, "window")

@@ -1,0 +1,143 @@
+"""Recovery as part of a compression: what it keeps on disk, its curves, and what it tells.
+
+    OUTPUT.recovery/plan.json     what is being made, so that only the same command goes on with it
+    OUTPUT.recovery/student/      the compressed model before training, and made.json beside it
+    OUTPUT.recovery/step-*/       the training: what is trained, Adam's moments, the best so far
+
+A killed command goes on from there when it is given again; the folder goes when the result is
+written. The training itself is `compression/recover.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lepton_jax.checkpoints import load as checkpoints
+from lepton_jax.checkpoints.loaded import Loaded
+from lepton_jax.checkpoints.orbax_store import save
+from lepton_jax.checkpoints.train_state import TrainStates
+from lepton_jax.compression.quality import Reference
+from lepton_jax.compression.recover import Counters, Recovery, State
+from lepton_jax.config import RecoverySection
+from lepton_jax.jobs.scalars import ScalarLog
+
+_SAVE_SECONDS = 60.0  # at most so much work is lost
+_PLAN, _STUDENT, _MADE = "plan.json", "student", "made.json"
+Progress = Callable[[int, int, str], None]
+
+
+def folder_of(output: str | Path) -> Path:
+    """Where the recovery of an output keeps its files."""
+    output = Path(output).expanduser().absolute()
+    return output.with_name(f"{output.name}.recovery")
+
+
+class RecoveryFolder:
+    """What a recovery keeps on disk while it is under way."""
+
+    def __init__(self, output: str | Path, plan: Mapping[str, Any]):
+        """A new folder, or one of the same plan.
+
+        Raises ValueError where it holds something else.
+        """
+        self.path, plan = folder_of(output), json.loads(json.dumps(plan))
+        place = self.path / _PLAN
+        if not self.path.exists():
+            self.path.mkdir(parents=True)
+            place.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
+        found = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {}
+        other = [key for key in plan if found.get(key) != plan[key]]
+        if other:
+            raise ValueError(
+                f"{self.path} holds an interrupted recovery with another {', '.join(other)}: give "
+                "the same command again, or remove that folder"
+            )
+
+    def student(
+        self, make: Callable[[], tuple[Loaded, dict[str, Any]]]
+    ) -> tuple[Loaded, dict[str, Any]]:
+        """The compressed model and what is told of it: as kept, or made now and kept."""
+        place = self.path / _STUDENT
+        if place.is_dir():
+            told = json.loads((place / _MADE).read_text(encoding="utf-8"))
+            return checkpoints.load(place), told
+        loaded, told = make()
+        save(
+            place,
+            loaded,
+            complete=lambda folder: (folder / _MADE).write_text(json.dumps(told), encoding="utf-8"),
+        )
+        return loaded, told
+
+
+def train(
+    student: Loaded,
+    teacher: Reference,
+    section: RecoverySection,
+    *,
+    folder: Path,
+    progress: Progress,
+) -> tuple[Loaded, dict[str, Any]]:
+    """The recovered model, and what to tell of the training, in JSON types.
+
+    Args:
+      student: compressed.
+      teacher: the dense model on windows of text.
+      section: how to train.
+      folder: where the training is kept; one that is there goes on.
+      progress: called with (step, steps, what) after each step.
+    """
+    leaves = dict(zip(student.model.specs, student.leaves, strict=True))
+    recovery = Recovery(student.model, leaves, teacher, section)
+    states, state = TrainStates(folder), recovery.start()
+    found = states.restore(state.arrays)
+    if found is not None:
+        state = State(found[0], Counters(**found[1]))
+    began = state.counters.step
+    with contextlib.ExitStack() as stack:
+        sink = None
+        if section.tensorboard:
+            sink = ScalarLog(section.tensorboard, group="recovery", field="recovery.tensorboard")
+            stack.callback(sink.close)
+        watcher = _Watcher(states, sink, steps=section.steps, progress=progress)
+        trained, counters = recovery.run(state, keep=watcher.keep, listen=watcher.listen)
+    kept = tuple(trained[path] for path in student.model.specs)
+    told = dataclasses.asdict(section) | {
+        "steps_done": counters.step,
+        "resumed_at": began or None,
+        "seconds": counters.seconds,
+        "tokens": counters.step * section.batch * int(np.shape(teacher.windows)[1]),
+        "best_step": counters.best_step,
+        "evaluations": [list(row) for row in counters.evaluations],
+    }
+    return dataclasses.replace(student, leaves=kept), told
+
+
+class _Watcher:
+    """Saves, draws and shows a training as it goes."""
+
+    def __init__(
+        self, states: TrainStates, sink: ScalarLog | None, *, steps: int, progress: Progress
+    ):
+        self._states, self._sink, self._steps, self._progress = states, sink, steps, progress
+        self._saved, self._held_out = time.monotonic(), ""
+
+    def keep(self, state: State) -> None:
+        if time.monotonic() - self._saved >= _SAVE_SECONDS:
+            self._states.save(state.arrays, state.counters._asdict())
+            self._saved = time.monotonic()
+
+    def listen(self, step: int, found: Mapping[str, float]) -> None:
+        if self._sink is not None:
+            self._sink.add(step, found)
+        if "held_out_kl" in found:
+            self._held_out = f", {found['held_out_kl']:.4f} held out"
+        self._progress(step, self._steps, f"KL {found['kl']:.4f}{self._held_out}")

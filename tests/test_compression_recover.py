@@ -1,0 +1,189 @@
+"""Recovery on a tiny model: what trains and what stays, the loss by hand, going on, stopping."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_models
+from engine_reference import tiny
+
+from lepton_jax.compression.calibrate import compress_layers
+from lepton_jax.compression.quality import reference
+from lepton_jax.compression.recipe import parse_rule
+from lepton_jax.compression.recover import Recovery
+from lepton_jax.compression.trainable import Trainable, _gathered
+from lepton_jax.compression.window_loss import WindowLoss
+from lepton_jax.config import RecoverySection
+from lepton_jax.tensors import BitmaskTensor, BlockSparseTensor, CompressedTensor, NMTensor
+
+MODEL, LEAVES = tiny("llama", layers=1)
+LEAVES = dict(zip(MODEL.specs, LEAVES, strict=True))
+TOKENS = np.random.default_rng(0).integers(0, MODEL.config.vocab_size, (10, 24)).astype(np.int32)
+QUICK = RecoverySection(
+    train="all", steps=24, learning_rate=1e-2, held_out=3, evaluate_every=8, rank=4
+)
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return reference(MODEL, tuple(LEAVES.values()), TOKENS)
+
+
+def student(*rules):
+    return compress_layers(MODEL, LEAVES, TOKENS, [parse_rule(rule) for rule in rules])[0]
+
+
+SPARSE = "weights=keep prune=magnitude "
+RECIPES = {
+    "2:4": ("embed -> weights=int8", rf"layers\..* -> {SPARSE} pattern=2:4 storage=sparse"),
+    "bitmask": (rf"layers\..* -> {SPARSE} sparsity=0.5 storage=sparse",),
+    "in place": (rf"layers\..* -> {SPARSE} sparsity=0.5",),
+    "int4": ("embed -> weights=int8", r"layers\..* -> weights=int4 group=16"),
+    "int8 2:4": (r"layers\..* -> weights=int8 prune=magnitude pattern=2:4 storage=sparse",),
+}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "train"),
+    [
+        ("2:4", "all"),
+        ("bitmask", "lora"),
+        ("in place", "all"),
+        ("int4", "norms"),
+        ("int8 2:4", "norms"),
+    ],
+)
+def test_it_comes_nearer_and_stays_as_small(recipe, train, teacher):
+    before = student(*RECIPES[recipe])
+    section = dataclasses.replace(QUICK, train=train)
+    after, counters = Recovery(MODEL, before, teacher, section).run()
+    kl = [row[2] for row in counters.evaluations]
+    assert [row[0] for row in counters.evaluations] == [0, 8, 16, 24]
+    assert min(kl[1:]) < (0.97 if train == "norms" else 0.9) * kl[0]
+    assert counters.best_kl == min(kl)
+    changed = set()
+    for path in MODEL.specs:
+        a, b = before[path], after[path]
+        assert type(a) is type(b)
+        arrays = [(x.arrays() if isinstance(x, CompressedTensor) else {"": x}) for x in (a, b)]
+        for name, array in arrays[0].items():
+            now = arrays[1][name]
+            assert (array.shape, array.dtype) == (now.shape, now.dtype)
+            if not np.array_equal(array, now):
+                changed.add((path, name))
+        dense = [x.dense(jnp.float32) if isinstance(x, CompressedTensor) else x for x in (a, b)]
+        if np.mean(dense[0] == 0) > 0.1:
+            assert not np.any(dense[1][dense[0] == 0]), f"{path}: zeros must stay"
+    fields = {name for path, name in changed if MODEL.specs[path].inputs}
+    expected = {
+        "2:4": {"values", "scale"}, "bitmask": {"values"}, "in place": {""}, "int4": {"scale"},
+        "int8 2:4": {"scale"},
+    }  # fmt: skip
+    assert fields == expected[recipe]
+    assert {path for path, _ in changed} >= {"layers.0.attn_norm", "layers.0.ffn_norm"}
+
+
+def test_the_loss_is_kl_and_the_hidden_states_error(teacher):
+    before = student(*RECIPES["in place"])
+    ids, hidden = TOKENS[0], teacher.hidden[0]
+    loss, parts = WindowLoss(MODEL, MODEL, hidden_weight=0.5)(before, teacher.head, ids, hidden)
+    theirs, ours = (
+        np.asarray(tiny_models.forward(MODEL, tuple(leaves.values()), jnp.asarray(ids)), np.float64)
+        for leaves in (LEAVES, before)
+    )
+    p, q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (theirs, ours))
+    kl = np.mean(np.sum(np.exp(p) * (p - q), axis=-1))
+    state = np.asarray(reference(MODEL, tuple(before.values()), TOKENS[:1]).hidden[0])
+    off = np.sum((state - hidden) ** 2) / np.sum(hidden**2)
+    assert float(parts["kl"]) == pytest.approx(kl, rel=1e-4)
+    assert float(parts["hidden"]) == pytest.approx(off, rel=1e-4)
+    assert float(loss) == pytest.approx(kl + 0.5 * off, rel=1e-4)
+
+
+def test_gradients_against_differences(teacher):
+    """Through decompression, layers and slices of logits, by a step along a random direction."""
+    before = student(*RECIPES["2:4"])
+    parts = Trainable(MODEL, before, train="all", rank=1)
+    loss = WindowLoss(MODEL, MODEL, hidden_weight=1.0)
+    start = parts.zeros(before, seed=0)
+    keys = jax.random.split(jax.random.key(1), len(jax.tree.leaves(start)))
+    flat, tree = jax.tree.flatten(start)
+    way = jax.tree.unflatten(
+        tree, [jax.random.normal(k, a.shape) for k, a in zip(keys, flat, strict=True)]
+    )
+
+    @jax.jit
+    def at(size):
+        moved = jax.tree.map(lambda a, d: a + size * d, start, way)
+        return loss(parts.applied(before, moved), teacher.head, TOKENS[1], teacher.hidden[1])[0]
+
+    slope = (at(1e-2) - at(-1e-2)) / 2e-2
+    assert float(jax.grad(at)(0.0)) == pytest.approx(float(slope), rel=0.02)
+
+
+def test_a_change_finds_the_stored_places():
+    rng = np.random.default_rng(1)
+    weight = jnp.asarray(rng.normal(size=(2, 8, 32)), jnp.float32)
+    dense = jnp.asarray(rng.normal(size=weight.shape), jnp.float32)
+    groups = weight.reshape(-1, 4)
+    two = jnp.argsort(jnp.argsort(-jnp.abs(groups), axis=-1), axis=-1) < 2
+    tiles = jnp.asarray(rng.permuted(np.arange(8).reshape(1, 8) % 2 == 0, axis=1).repeat(4, 0))
+    of_tiles = jnp.repeat(jnp.repeat(tiles, 4, axis=0), 4, axis=1).reshape(weight.shape)
+    for mask, leaf in (
+        (two.reshape(weight.shape), NMTensor.of(weight, two.reshape(weight.shape), n=2, m=4)),
+        (weight > 0, BitmaskTensor.of(weight, weight > 0, kept=int(jnp.sum(weight > 0)))),
+        (of_tiles, BlockSparseTensor.of(weight, tiles, kept=4)),
+    ):
+        added = dataclasses.replace(leaf, values=_gathered(leaf, dense)).dense(jnp.float32)
+        np.testing.assert_array_equal(added, jnp.where(mask, dense, 0))
+
+
+def test_a_training_that_goes_on_is_the_same(teacher):
+    before = student(*RECIPES["2:4"])
+    kept = []
+    whole, counters = Recovery(MODEL, before, teacher, QUICK).run(
+        keep=lambda state: kept.append(jax.device_get(state))
+    )
+    assert [state.counters.step for state in kept] == [8, 16, 24]
+    again, others = Recovery(MODEL, before, teacher, QUICK).run(kept[0])
+    assert others.evaluations == counters.evaluations
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_it_ends_when_nothing_helps(teacher):
+    """The dense model itself can't come nearer: the start is what is left."""
+    seen = []
+    section = dataclasses.replace(QUICK, evaluate_every=2, patience=2, learning_rate=0.1, batch=2)
+    found, counters = Recovery(MODEL, LEAVES, teacher, section).run(
+        listen=lambda step, values: seen.append((step, sorted(values)))
+    )
+    assert (counters.step, counters.best_step) == (4, 0)
+    for path, leaf in LEAVES.items():
+        np.testing.assert_array_equal(found[path], leaf)
+    plain = ["hidden", "kl", "learning_rate", "loss"]
+    watched = sorted([*plain, "held_out_kl"])
+    assert seen == [(1, plain), (2, watched), (3, plain), (4, watched)]
+
+
+def test_it_ends_when_the_time_is_up(teacher):
+    section = dataclasses.replace(QUICK, minutes=1e-6)
+    _, counters = Recovery(MODEL, student(*RECIPES["2:4"]), teacher, section).run()
+    assert counters.step == 1 and [row[0] for row in counters.evaluations] == [0, 1]
+
+
+def test_what_cannot_be_is_named(teacher):
+    int4 = student(*RECIPES["int4"])
+    with pytest.raises(ValueError, match=r"train='lora': no weight of a layer holds floats"):
+        Recovery(MODEL, int4, teacher, dataclasses.replace(QUICK, train="lora"))
+    with pytest.raises(ValueError, match=r"held_out=10 of 10 windows leaves none"):
+        Recovery(MODEL, int4, teacher, dataclasses.replace(QUICK, held_out=10))
+    broken = dataclasses.replace(teacher, hidden=np.full_like(teacher.hidden, np.nan))
+    with pytest.raises(ValueError, match="not finite"):
+        Recovery(MODEL, int4, broken, QUICK).run()
+    wider = dataclasses.replace(MODEL.config, vocab_size=MODEL.config.vocab_size + 1)
+    other = dataclasses.replace(teacher, model=type(MODEL)(wider, jnp.float32, jnp.float32))
+    with pytest.raises(ValueError, match="recovery wants the model that it was made of"):
+        Recovery(MODEL, int4, other, QUICK)
