@@ -158,8 +158,7 @@ class Recovery:
         chosen, rate = self._windows_of(counters.step), self._rate(counters)
         arrays, found = self._update(
             arrays,
-            self._leaves,
-            self._teacher.head,
+            (self._leaves, self._teacher.head),
             (self._ids[chosen], self._hidden[chosen]),
             jnp.float32(rate),
         )
@@ -183,11 +182,9 @@ class Recovery:
 
     def _evaluated(self, arrays, counters: Counters, *, loss: float | None):
         held = range(len(self._ids) - self._section.held_out, len(self._ids))
+        fixed = self._leaves, self._teacher.head
         found = [
-            self._held_out_kl(
-                arrays["trained"], self._leaves, self._teacher.head, self._ids[i], self._hidden[i]
-            )
-            for i in held
+            self._held_out_kl(arrays["trained"], fixed, self._ids[i], self._hidden[i]) for i in held
         ]
         kl = float(np.mean(found))
         if not math.isfinite(kl):
@@ -199,8 +196,11 @@ class Recovery:
             arrays = arrays | {"best": jax.tree.map(jnp.copy, arrays["trained"])}
         return arrays, counters
 
-    def _step(self, arrays, leaves, head, windows, rate):
-        """One update from a batch, whose windows come one after another."""
+    def _step(self, arrays, fixed, windows, rate):
+        """One update from a batch, whose windows come one after another; `fixed` is the leaves as
+        they were and the dense model's head.
+        """
+        leaves, head = fixed
 
         def loss_of(trained, window):
             return self._loss(self._parts.applied(leaves, trained), head, *window)
@@ -218,5 +218,6 @@ class Recovery:
         trained = jax.tree.map(lambda p, u: p - rate * u, arrays["trained"], update)
         return {"trained": trained, "moments": moments, "best": arrays["best"]}, found
 
-    def _kl(self, trained, leaves, head, ids, hidden):
+    def _kl(self, trained, fixed, ids, hidden):
+        leaves, head = fixed
         return self._loss(self._parts.applied(leaves, trained), head, ids, hidden)[1]["kl"]
