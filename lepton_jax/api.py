@@ -10,6 +10,7 @@ It only joins the rooms below: `checkpoints` and `compression` give leaves, `eng
 """
 
 import dataclasses
+import functools
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +25,18 @@ from lepton_jax.checkpoints import load as checkpoints
 from lepton_jax.compression import receipt as receipts
 from lepton_jax.compression.presets import compressor
 from lepton_jax.compression.recipe import Recipe
-from lepton_jax.config import ModelSection, RunConfig, SamplingParams, ScoringSection, from_mapping
+from lepton_jax.config import (
+    CompressionSection,
+    ModelSection,
+    PoolSection,
+    RunConfig,
+    SamplingParams,
+    ScoringSection,
+    from_mapping,
+)
+from lepton_jax.distributed.local import device_groups, local_pool, pool_of
+from lepton_jax.distributed.pool import Pool
+from lepton_jax.distributed.ray_replicas import RayActors
 from lepton_jax.engine.draft_length import ASSUMED_COST
 from lepton_jax.engine.loop import Engine
 from lepton_jax.jobs.classify import ClassifyMode
@@ -37,7 +49,7 @@ from lepton_jax.jobs.score import ScoreMode
 from lepton_jax.jobs.scoring import ScoringMode, score_all
 from lepton_jax.jobs.session import Completion, Delta, Session
 from lepton_jax.optimizer.feedback import Feedback
-from lepton_jax.sharding import Placement, devices_for
+from lepton_jax.sharding import Placement
 from lepton_jax.sharding.partition import padding_costs
 from lepton_jax.text import tokenizer as tokenizers
 
@@ -51,13 +63,15 @@ class LeptonEngine:
       tokenizer: after `load_model`.
       loaded: after `load_model`, the weights and what is known of them.
       receipt: after `load_model`, what compression cost, where the model has a receipt.
-      engine: after `start`, the engine of token ids below.
-      feedback: after `start`, what sets the engine's knobs while it runs, and why.
+      engine: after `start`, the engine of token ids below, or a pool of replicas of it.
+      feedback: after `start`, what sets the engine's knobs while it runs, and why; of several
+        replicas in this process that of the first.
     """
 
     def __init__(self):
         self.tokenizer: tokenizers.Tokenizer | None = None
-        self.engine: Engine | None = None
+        self.engine: Engine | Pool | None = None
+        self._actors: RayActors | None = None
         self.loaded: checkpoints.Loaded | None = None
         self.receipt: receipts.Receipt | None = None
         self.feedback: Feedback | None = None
@@ -107,7 +121,12 @@ class LeptonEngine:
         asked = self._config.compression
         recipe = Recipe.of(preset=compression) if compression else Recipe.from_config(asked)
         recipe.require_no_calibration(section.path)
-        devices = devices_for(self._config.mesh.model)
+        if self._config.pool.ray:
+            changes = {"model": section, "pool": PoolSection()}
+            if compression:
+                changes["compression"] = CompressionSection(preset=compression)
+            return self._load_actors(dataclasses.replace(self._config, **changes))
+        devices = device_groups(self._config.mesh.data, self._config.mesh.model)[0]
         compile_cache.enable()
         options = checkpoints.dtypes_here(section.dtype)
         compress = None
@@ -137,27 +156,37 @@ class LeptonEngine:
 
         Returns self.
         """
-        loaded = self._need_model()
+        loaded, config = self._need_model(), self._config
+        if self._actors is not None:
+            slots = config.engine.rows * config.mesh.data
+            self.engine = pool_of(self._actors.start(workload, slots=slots, strict=strict), config)
+            return self
         if self.engine is not None:
             self.engine.close()
-        section = self._config.engine
-        if self._config.job.exact and not section.draft_cost:
+        section = config.engine
+        if config.job.exact and not section.draft_cost:
             section = dataclasses.replace(section, draft_cost=ASSUMED_COST)
-        self.engine = Engine(
-            loaded.model,
-            loaded.leaves,
-            section=section,
-            eos_ids=self.tokenizer.eos_ids,
-            workload=workload,
-            strict=strict,
-        )
-        if workload:
-            self.engine.warm_up(workload, wait=False)
-        self._listen()
+        engines = [
+            Engine(
+                loaded.model,
+                loaded.leaves,
+                section=section,
+                eos_ids=self.tokenizer.eos_ids,
+                workload=workload,
+                strict=strict,
+                devices=devices,
+            )
+            for devices in device_groups(config.mesh.data, config.mesh.model)
+        ]
+        for engine in engines:
+            if workload:
+                engine.warm_up(workload, wait=False)
+        self._listen(engines)
+        self.engine = engines[0] if len(engines) == 1 else local_pool(engines, config)
         return self
 
-    def _listen(self) -> None:
-        """Begins with feedback, where the config wants it."""
+    def _listen(self, engines: Sequence[Engine]) -> None:
+        """Begins with feedback, where the config wants it; each engine has its own."""
         section = self._config.optimizer
         self.feedback = None
         if section.feedback == "off":
@@ -168,14 +197,23 @@ class LeptonEngine:
                 "optimizer.feedback='on' decides by the clock of one host, but several run this "
                 "model: set optimizer.feedback to deterministic or off"
             )
-        self.feedback = Feedback(
-            self.engine, timed=timed, objective=section.objective, log=section.log
+        self.feedback, *_ = (
+            Feedback(
+                engine,
+                timed=timed,
+                objective=section.objective,
+                log=section.log if engine is engines[0] else "",
+            )
+            for engine in engines
         )
 
     def stop(self) -> None:
         """Gives device memory back: the cache and the weights."""
-        if self.engine is not None:
+        if self._actors is not None:
+            self._actors.close()
+        elif self.engine is not None:
             self.engine.close()
+        self._actors = None
         self.engine = self.loaded = self.tokenizer = self.receipt = self.feedback = None
 
     def generate(
@@ -266,6 +304,24 @@ class LeptonEngine:
         (row,) = self._score_all(mode, [mode.parse({"text": text})])
         return row["perplexity"]
 
+    def _load_actors(self, config: RunConfig) -> "LeptonEngine":
+        """Loads the model in Ray actors; here are its tokenizer and what is known of it."""
+        path = config.model.path
+        model = checkpoints.describe(path, **checkpoints.dtypes_here(config.model.dtype))
+        source = checkpoints.tokenizer_source(path)
+        self.tokenizer = tokenizers.load(config.model.tokenizer or source)
+        self._actors = RayActors(self._config.pool, functools.partial(_load, config))
+        self.loaded = checkpoints.Loaded(
+            config=model.config,
+            model=model,
+            leaves=(),
+            tokenizer_source=source,
+            fingerprint=self._actors.fingerprint,
+            bytes=self._actors.bytes,
+        )
+        self.receipt = receipts.of_loaded(path, self.loaded.fingerprint)
+        return self
+
     def _scoring(self, **fields) -> ScoringSection:
         """The config's section with the fields that are given."""
         given = {name: value for name, value in fields.items() if value or value is False}
@@ -296,6 +352,11 @@ class LeptonEngine:
         if self.loaded is None:
             raise RuntimeError("no model is loaded: call load_model(path) first")
         return self.loaded
+
+
+def _load(config: RunConfig) -> LeptonEngine:
+    """What an actor does first."""
+    return LeptonEngine().load_model(config=config)
 
 
 def _score_fields(item: str | tuple[str, str] | Mapping) -> dict:

@@ -94,13 +94,34 @@ class ModelSection:
 
 @dataclasses.dataclass(frozen=True)
 class MeshSection:
-    data: int = _doc(1, "replicas; this release runs one")
+    data: int = _doc(1, "replicas in this process, each on mesh.model devices of its own")
     model: int = _doc(1, "devices that share one model, each with a part of every weight")
 
     def __post_init__(self):
         _check_types(self)
-        _check(self, "data", self.data == 1, "1 (this release runs one replica)")
-        _check(self, "model", 1 <= self.model <= _MOST, "1 or more")
+        for name in ("data", "model"):
+            _check(self, name, 1 <= getattr(self, name) <= _MOST, "1 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolSection:
+    """Of replicas as Ray actors, and of all replicas."""
+
+    ray: int = _doc(0, "replicas as Ray actors, each with mesh.data x mesh.model devices; 0: none")
+    address: str = _doc("", "of a running Ray cluster, as in auto; empty: Ray on this machine")
+    cpus: float = _doc(1.0, "cores of an actor, and without devices the ones that it keeps to")
+    gpus: float = _doc(0.0, "GPUs of an actor")
+    tpus: float = _doc(0.0, "TPU chips of an actor")
+    stall_seconds: float = _doc(
+        300.0, "without progress, after which idle replicas take over the rows of a replica"
+    )
+
+    def __post_init__(self):
+        _check_types(self)
+        _check(self, "ray", 0 <= self.ray <= _MOST, "0 (none) or more")
+        for name in ("cpus", "gpus", "tpus"):
+            _check(self, name, 0 <= getattr(self, name) < math.inf, "0 or more")
+        _check(self, "stall_seconds", self.stall_seconds > 0, "more than 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -451,6 +472,7 @@ class RunConfig:
 
     model: ModelSection = dataclasses.field(default_factory=ModelSection)
     mesh: MeshSection = dataclasses.field(default_factory=MeshSection)
+    pool: PoolSection = dataclasses.field(default_factory=PoolSection)
     engine: EngineSection = dataclasses.field(default_factory=EngineSection)
     compression: CompressionSection = dataclasses.field(default_factory=CompressionSection)
     sampling: SamplingParams = dataclasses.field(default_factory=SamplingParams)
@@ -463,6 +485,11 @@ class RunConfig:
     sweep: SweepSection = dataclasses.field(default_factory=SweepSection)
     optimizer: OptimizerSection = dataclasses.field(default_factory=OptimizerSection)
     output: str = _doc("", "new directory that compress writes")
+
+    @property
+    def replicas(self) -> int:
+        """Engines that share the rows."""
+        return self.mesh.data * max(1, self.pool.ray)
 
     def __post_init__(self):
         _check_types(self)

@@ -21,8 +21,8 @@ from lepton_jax.config import (
     [
         (ModelSection, {"dtype": "int4"}),
         (ModelSection, {"path": 3}),
-        (MeshSection, {"data": 2}),
-        (MeshSection, {"model": 4}),
+        (MeshSection, {"data": 0}),
+        (MeshSection, {"model": 0}),
         (EngineSection, {"rows": 0}),
         (EngineSection, {"rows": "8"}),
         (EngineSection, {"rows": 2**31}),

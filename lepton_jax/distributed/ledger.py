@@ -70,6 +70,10 @@ class Ledger:
             account.full_tokens += tokens
             account.full_seconds += seconds
 
+    def idle(self, name: str, now: float) -> None:
+        """A stretch without rows, or one that counts for nothing, ends now."""
+        self.accounts[name].seen = now
+
     def died(self, name: str, now: float) -> None:
         self.accounts[name].died = now
 

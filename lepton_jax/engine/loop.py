@@ -8,7 +8,6 @@ read. Text is `lepton_jax/text`, rows and files are `lepton_jax/jobs`. Read next
 """
 
 import hashlib
-import itertools
 from collections.abc import Sequence
 
 import jax
@@ -18,6 +17,7 @@ import psutil
 from lepton_jax.config import EngineSection, SamplingParams
 from lepton_jax.engine.beats import Beats, Listener
 from lepton_jax.engine.draft_length import DraftRule
+from lepton_jax.engine.protocol import Limits
 from lepton_jax.engine.request import Request, StepOutput
 from lepton_jax.engine.row_params import SampleSpec
 from lepton_jax.engine.runner import InFlight, Runner, Sizes
@@ -73,6 +73,9 @@ class Engine:
         )
         self.eos_ids = tuple(eos_ids)
         self.max_len = sizes.max_len
+        self.limits = Limits(
+            model.config.vocab_size, sizes.max_len, sizes.page_size, sizes.num_pages
+        )
         self.runner = Runner(
             model.with_context(sizes.max_len),
             leaves,
@@ -127,7 +130,7 @@ class Engine:
         self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams
     ) -> None:
         """Queues a request. Raises ValueError, saying why, on one that can never be served."""
-        self._check_ids([*prompt_ids, *params.stop_token_ids, *params.logit_bias])
+        self.limits.check_request(prompt_ids, params)
         request = Request(request_id, tuple(prompt_ids), params, seed=_seed(request_id, params))
         self.scheduler.add(request)
         self._drafts.add(request_id, prompt_ids)
@@ -135,20 +138,10 @@ class Engine:
 
     def add_scoring(self, request_id: str, prompt_ids: Sequence[int], scoring: Scoring) -> None:
         """Queues a prompt to score; its one output has `.scored`. Raises ValueError as above."""
-        self._check_ids([*prompt_ids, *itertools.chain(*scoring.targets)])
-        if len(scoring.targets) > len(prompt_ids):
-            raise ValueError(
-                f"targets of {len(scoring.targets)} places of {len(prompt_ids)} tokens"
-            )
+        self.limits.check_scoring(prompt_ids, scoring)
         request = Request(request_id, tuple(prompt_ids), _NO_OUTPUT, scoring=scoring)
         self.scheduler.add(request)
         self.runner.require(ScoreSpec.of(scoring))
-
-    def _check_ids(self, ids: Sequence[int]) -> None:
-        vocab = self.runner.model.config.vocab_size
-        bad = next((i for i in ids if not 0 <= i < vocab), None)
-        if bad is not None:
-            raise ValueError(f"token id {bad} is outside the model's vocabulary of {vocab}")
 
     def abort(self, request_id: str) -> None:
         """Drops a request wherever it is; nothing more comes out for it."""

@@ -188,6 +188,7 @@ class StepOutput:
       finish_reason: None while it runs, else "stop", "length", "scored", or "error" where the
         model gave no finite logits.
       scored: of a scoring request that is done.
+      restarted: what came before of this request is void: it began anew on another replica.
     """
 
     request_id: str
@@ -195,3 +196,4 @@ class StepOutput:
     logprobs: list[tuple[float, list[tuple[int, float]]]] | None = None
     finish_reason: str | None = None
     scored: Scored | None = None
+    restarted: bool = False

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from lepton_jax.engine.pages import PagePool
+from lepton_jax.engine.protocol import check_room
 from lepton_jax.engine.request import (
     FINISH_REASONS,
     BlockResult,
@@ -192,22 +193,13 @@ class Scheduler:
         count, pool = len(request.prompt_ids), self._pool
         if request.id in self._rows:
             raise ValueError(f"request id {request.id!r} is already running: ids must differ")
-        if not count:
-            raise ValueError("the prompt has no tokens: want at least one")
-        most = self._max_len - (request.scoring is None)  # a prompt to score needs no output
-        if count > most:
-            raise ValueError(
-                f"the prompt has {count} tokens, but engine.max_len={self._max_len} leaves room for"
-                f" {most}: shorten it or raise engine.max_len"
-            )
-        limit = 0 if request.scoring else min(request.params.max_tokens, self._max_len - count)
-        pages = pool.pages_for(count + max(limit - 1, 0))
-        if pages > pool.num_pages - 1:
-            raise ValueError(
-                f"a prompt of {count} tokens and {limit} outputs need {pages} pages of"
-                f" {pool.page_size} tokens, but there are {pool.num_pages - 1}: raise"
-                f" engine.num_pages or lower max_tokens"
-            )
+        limit = check_room(
+            count,
+            None if request.scoring else request.params.max_tokens,
+            max_len=self._max_len,
+            page_size=pool.page_size,
+            num_pages=pool.num_pages,
+        )
         self._rows[request.id] = row = Row(request, limit)
         self._waiting.append(row)
         self.counters.prompt_tokens += count

@@ -117,7 +117,8 @@ class Job:
         self._alerts = Alerts(config.job.output) if config.scoring.alert else None
         self.output = Output(config.job)
         self._done = bytearray()  # a 1 at the place of each row that an earlier run has done
-        self._block = _BLOCK * config.engine.rows if config.job.exact else sys.maxsize
+        at_once = config.engine.rows * config.replicas
+        self._block = _BLOCK * at_once if config.job.exact else sys.maxsize
         self._total: int | None = None
         self.tally = Tally()
         if self.output.path in self._source.names:
@@ -205,7 +206,7 @@ class Job:
             engine,
             session,
             block=self._block,
-            look_ahead=_LOOK_AHEAD * self._config.engine.rows,
+            look_ahead=_LOOK_AHEAD * self._config.engine.rows * self._config.replicas,
             in_order=self._config.job.order == "input",
             trace=trace,
         )

@@ -10,10 +10,11 @@ import abc
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from lepton_jax.engine.protocol import TokenEngine as Engine
 from lepton_jax.engine.request import StepOutput
 from lepton_jax.engine.scored import Scored, ScoreSpec, Scoring
 from lepton_jax.jobs.modes import Progress
@@ -21,18 +22,6 @@ from lepton_jax.jobs.rows import RowError, shown
 from lepton_jax.text.tokenizer import Tokenizer
 
 _DIGITS = 6  # of numbers in output rows; float32 is sure of no more
-
-
-class Engine(Protocol):
-    """What a session needs of an engine, or of a pool of them."""
-
-    max_len: int
-
-    def add_scoring(self, request_id: str, prompt_ids: Sequence[int], scoring: Scoring) -> None: ...
-    def step(self) -> list[StepOutput]: ...
-    def abort(self, request_id: str) -> None: ...
-    @property
-    def has_work(self) -> bool: ...
 
 
 @dataclasses.dataclass(frozen=True)

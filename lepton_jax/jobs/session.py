@@ -1,37 +1,22 @@
 """Prompts become answers: texts, messages or ids go in, an engine is driven, text comes out.
 
 The piece under `LeptonEngine.generate`, `LeptonEngine.stream` and every job. An engine is anything
-with `Engine`'s methods; it sees token ids only. A prompt with n > 1 is n requests.
+with the methods of `TokenEngine`; it sees token ids only. A prompt with n > 1 is n requests.
 Read next: `text/detokenizer.py`.
 """
 
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
 
 from lepton_jax.config import SamplingParams
+from lepton_jax.engine.protocol import TokenEngine as Engine
 from lepton_jax.engine.request import StepOutput
 from lepton_jax.jobs.rows import Prompt, RowError
 from lepton_jax.text.detokenizer import Detokenizer
 from lepton_jax.text.tokenizer import Tokenizer
 
 TokenLogprob = tuple[float, list[tuple[int, float]]]
-
-
-class Engine(Protocol):
-    """What a session needs of an engine, or of a pool of them."""
-
-    max_len: int
-
-    def add_request(
-        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams
-    ) -> None: ...
-    def step(self) -> list[StepOutput]: ...
-    def abort(self, request_id: str) -> None: ...
-    def forget(self) -> None: ...
-    @property
-    def has_work(self) -> bool: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +72,7 @@ class Delta:
       new_tokens: how many tokens came.
       finish_reason: of the choice, on its last delta.
       completion: of the prompt, on the last delta of its last choice.
+      restarted: what came before of this choice is void (`StepOutput.restarted`).
     """
 
     key: str
@@ -95,6 +81,7 @@ class Delta:
     new_tokens: int
     finish_reason: str | None = None
     completion: Completion | None = None
+    restarted: bool = False
 
 
 def encode(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
@@ -182,6 +169,8 @@ class Session:
     def _take(self, output: StepOutput) -> Delta:
         key, _, number = output.request_id.rpartition("/")
         prompt, i = self._prompts[key], int(number)
+        if output.restarted:
+            prompt.choices[i] = prompt.choices[i].afresh()
         choice = prompt.choices[i]
         text = choice.take(output)
         self._unfinished -= choice.finish_reason is not None
@@ -192,7 +181,15 @@ class Session:
             del self._prompts[key]
             done = tuple(choice.done() for choice in prompt.choices)
             completion = Completion(done, prompt.prompt_tokens)
-        return Delta(key, i, text, len(output.token_ids), choice.finish_reason, completion)
+        return Delta(
+            key,
+            i,
+            text,
+            len(output.token_ids),
+            finish_reason=choice.finish_reason,
+            completion=completion,
+            restarted=output.restarted,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,9 +207,14 @@ class _GrowingChoice:
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams):
         self.finish_reason: str | None = None
+        self._of = tokenizer, params
         self._ids: list[int] = []
         self._logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
         self._text = _StoppableText(tokenizer, params)
+
+    def afresh(self) -> "_GrowingChoice":
+        """The same request before anything came."""
+        return _GrowingChoice(*self._of)
 
     def take(self, output: StepOutput) -> str:
         """Adds what came; returns the new text."""

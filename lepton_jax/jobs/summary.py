@@ -94,6 +94,7 @@ def summarize(
         "device": device.device_kind,
         "device_peak_memory_bytes": memory.get("peak_bytes_in_use"),
         "roofline": _roofline(engine, device.device_kind, cost),
+        "pool": stats.get("pool"),
     }
 
 
@@ -139,6 +140,7 @@ def summary_text(summary: Mapping[str, Any]) -> str:
         ("padding waste", f"{s['padding_waste']:.0%}"),
         ("peak memory", peak),
         ("roofline", roofline_text(s["roofline"], s["device"])),
+        *_pool_lines(s["pool"]),
         ("output", s["output"]),
     ]
     return "\n".join(f"{name:<16}{value}" for name, value in lines)
@@ -161,6 +163,23 @@ def _speculation(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         return []
     text = f"{accepted:,} of {proposed:,} proposed tokens accepted ({accepted / proposed:.0%})"
     return [("speculation", f"{text}, {summary['tokens_per_step']:.2f} tokens a step")]
+
+
+def _pool_lines(pool: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """What each replica did, and how near they came to T/m."""
+    if pool is None:
+        return []
+    lines = [
+        (
+            f"replica {r['name']}",
+            f"busy {r['utilization']:.0%}, {r['rows']} rows, {r['tokens_per_second']:,.0f} tokens/s"
+            + (", died" if r["died"] else ""),
+        )
+        for r in pool["replicas"]
+    ]
+    times = f"{pool['ideal_seconds']:.1f} s at best, {pool['seconds']:.1f} s measured"
+    times += f" ({pool['of_ideal']:.0%}); idle at the end {pool['tail_idle']:.1%}"
+    return [*lines, ("time T/m", times)]
 
 
 def preview_text(tally: Tally) -> str:

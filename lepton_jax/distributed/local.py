@@ -1,0 +1,45 @@
+"""Replicas in this process: engines in threads, each on devices of its own.
+
+Read next: `pool.py`.
+"""
+
+from collections.abc import Sequence
+
+import jax
+
+from lepton_jax.config import RunConfig
+from lepton_jax.distributed.pool import Pool
+from lepton_jax.distributed.replicas import Replica, ThreadReplica
+from lepton_jax.engine.loop import Engine
+
+
+def device_groups(
+    data: int, model: int, found: Sequence[jax.Device] | None = None
+) -> list[list[jax.Device]]:
+    """The devices of each of `data` replicas. Raises ValueError where there are too few.
+
+    Several replicas are of this process; a single one may span hosts.
+    """
+    if found is None:
+        found = jax.devices() if data == 1 else jax.local_devices()
+    if data * model > len(found):
+        cpu = " (JAX_NUM_CPU_DEVICES=N makes N of a CPU)" if found[0].platform == "cpu" else ""
+        raise ValueError(
+            f"mesh.data={data} replicas of mesh.model={model} devices need {data * model}, and "
+            f"there are {len(found)} ({found[0].platform}): lower one of them, or run where there "
+            f"are more{cpu}"
+        )
+    return [found[n * model : (n + 1) * model] for n in range(data)]
+
+
+def local_pool(engines: Sequence[Engine], config: RunConfig) -> Pool:
+    """Engines of this process as one."""
+    rows = config.engine.rows
+    replicas = [ThreadReplica(f"{n}", engine, slots=rows) for n, engine in enumerate(engines)]
+    return pool_of(replicas, config)
+
+
+def pool_of(replicas: Sequence[Replica], config: RunConfig) -> Pool:
+    """Replicas as one engine: in lockstep where a job promises the same bytes (`job.exact`)."""
+    stall_after = config.pool.stall_seconds
+    return Pool(replicas, lockstep=config.job.exact, stall_after=stall_after)

@@ -1,0 +1,162 @@
+"""Replicas as Ray actors, on this machine or on a cluster's: each loads the model itself.
+
+Ray (extra `ray`) starts the processes, moves calls and answers, and says when an actor is dead;
+here is only what an actor does. It is asked for one beat at a time like any replica.
+Read next: `replicas.py` (beats), `pool.py` (who asks).
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+from lepton_jax.config import PoolSection
+from lepton_jax.distributed.replicas import Beat, Command, serve
+from lepton_jax.engine.protocol import Limits
+
+
+class Starter(Protocol):
+    """A loaded model that can be started: what runs in an actor, `LeptonEngine` in effect."""
+
+    engine: Any  # a `TokenEngine` with `limits`, after `start`
+    fingerprint: str
+    loaded: Any  # with `bytes`
+
+    def start(self, *, workload: Sequence[Any], strict: bool) -> Any: ...
+
+
+class _Actor:
+    """What Ray runs."""
+
+    def __init__(self, load: Callable[[], Starter], cores: range):
+        if cores and hasattr(os, "sched_setaffinity"):
+            found = sorted(os.sched_getaffinity(0))  # before XLA counts them for its threads
+            os.sched_setaffinity(0, {found[core % len(found)] for core in cores})
+        self._starter = load()
+
+    def model(self) -> tuple[str, int]:
+        """Fingerprint and bytes of the loaded model."""
+        return self._starter.fingerprint, self._starter.loaded.bytes
+
+    def start(self, workload: Sequence[Any], strict: bool) -> Limits:
+        self._starter.start(workload=workload, strict=strict)
+        return self._starter.engine.limits
+
+    def beat(self, commands: Sequence[Command]) -> Beat:
+        return serve(self._starter.engine, commands)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+class RayReplica:
+    """An actor as a `Replica`."""
+
+    def __init__(self, name: str, actor: Any, *, slots: int, limits: Limits):
+        self.name, self.slots, self.limits, self._actor = name, slots, limits, actor
+
+    def beat(self, commands: Sequence[Command]) -> Future[Beat]:
+        return self._actor.beat.remote(list(commands)).future()
+
+    def close(self) -> None:
+        """Ends the actor's process; of one that is dead already too."""
+        import ray
+
+        ray.kill(self._actor)
+
+
+class RayActors:
+    """Actors that have loaded a model: `start` makes replicas of them.
+
+    Attributes:
+      fingerprint: of the model, the same in all; `bytes` that its weights take in each.
+    """
+
+    def __init__(self, section: PoolSection, load: Callable[[], Starter]):
+        """Raises ValueError where Ray is missing, can't be reached, or lacks what is asked of it.
+
+        `load` is pickled and called in each actor.
+        """
+        try:
+            import ray
+        except ImportError as error:
+            raise ValueError(
+                f"pool.ray={section.ray} needs Ray: pip install 'lepton_jax[ray]'"
+            ) from error
+        self._ray, self._mine = ray, not ray.is_initialized()
+        if self._mine:
+            self._connect(section)
+        self._check_resources(section)
+        options: dict[str, Any] = {"num_cpus": section.cpus, "num_gpus": section.gpus}
+        environment = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+        if section.tpus:
+            options["resources"] = {"TPU": section.tpus}
+        if section.gpus or section.tpus:
+            environment["JAX_PLATFORMS"] = ""  # the driver may be told to keep off the devices
+        actor = ray.remote(**options, runtime_env={"env_vars": environment})(_Actor)
+        cores = 0 if section.gpus or section.tpus else int(section.cpus)
+        self._actors = [
+            actor.remote(load, range(n * cores, (n + 1) * cores)) for n in range(section.ray)
+        ]
+        models = self._get([a.model.remote() for a in self._actors], "load the model")
+        self.fingerprint, self.bytes = models[0]
+        if len({fingerprint for fingerprint, _ in models}) > 1:
+            raise ValueError(
+                f"model.path holds different models for the replicas: {[m[0] for m in models]}; "
+                "copy the same files to all machines"
+            )
+
+    def start(self, workload: Sequence[Any], *, slots: int, strict: bool) -> list[RayReplica]:
+        """Plans memory and begins to compile in all actors."""
+        shared = self._ray.put(list(workload))
+        limits = self._get([a.start.remote(shared, strict) for a in self._actors], "start")
+        pairs = enumerate(zip(self._actors, limits, strict=True))
+        return [RayReplica(f"{n}", a, slots=slots, limits=limit) for n, (a, limit) in pairs]
+
+    def pids(self) -> list[int]:
+        """Process ids, each on its machine."""
+        return self._ray.get([actor.pid.remote() for actor in self._actors])
+
+    def close(self) -> None:
+        """Ends the actors, and Ray where it was started here."""
+        for actor in self._actors:
+            self._ray.kill(actor)
+        if self._mine:
+            self._ray.shutdown()
+
+    def _connect(self, section: PoolSection) -> None:
+        import logging
+
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+        if section.address:
+            options["address"] = section.address
+        else:
+            options |= {"include_dashboard": False}
+        try:
+            self._ray.init(**options)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"pool.address={section.address!r}: Ray can't be reached or started: {error}"
+            ) from error
+
+    def _check_resources(self, section: PoolSection) -> None:
+        """An actor that no machine can hold would wait forever."""
+        found = self._ray.cluster_resources()
+        names = {"CPU": "cpus", "GPU": "gpus", "TPU": "tpus"}
+        for resource, field in names.items():
+            wanted = getattr(section, field) * section.ray
+            if wanted > found.get(resource, 0):
+                raise ValueError(
+                    f"pool.ray={section.ray} actors with pool.{field}="
+                    f"{getattr(section, field):g} need {wanted:g} {resource}, and Ray has "
+                    f"{found.get(resource, 0):g}: lower one of them or add machines"
+                )
+
+    def _get(self, calls: list, what: str) -> list:
+        try:
+            return self._ray.get(calls)
+        except self._ray.exceptions.RayTaskError as error:
+            cause = error.cause if isinstance(error.cause, Exception) else error
+            raise ValueError(f"a replica can't {what}: {cause}") from error
+        except self._ray.exceptions.RayActorError as error:
+            raise ValueError(f"a replica died before it could {what}: {error}") from error

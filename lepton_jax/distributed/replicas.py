@@ -1,0 +1,88 @@
+"""A replica: an engine somewhere else that is asked for one beat at a time.
+
+A beat takes what changed (requests added, aborted) and gives what came of one step, so a thread of
+this process and an actor on another machine look alike: `beat` returns a future at once. The engine
+dispatches ahead, so its device works on while an answer travels.
+Read next: `pool.py` (who asks), `ray_replicas.py` (actors).
+"""
+
+import dataclasses
+import queue
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+from lepton_jax.engine.protocol import Limits, TokenEngine
+from lepton_jax.engine.request import StepOutput
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A call of an engine's method."""
+
+    name: str
+    arguments: tuple = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Beat:
+    """What a beat gave; `has_work` says whether another can give something."""
+
+    outputs: list[StepOutput]
+    stats: Mapping[str, Any]
+    has_work: bool
+
+
+class Replica(Protocol):
+    """An engine somewhere else; `slots` rows run on it at once."""
+
+    name: str
+    slots: int
+    limits: Limits
+
+    def beat(self, commands: Sequence[Command]) -> Future[Beat]:
+        """Begins a beat; one at a time. The future fails when the replica is dead."""
+
+    def close(self) -> None:
+        """Gives its resources back; waits for nothing."""
+
+
+def serve(engine: TokenEngine, commands: Sequence[Command]) -> Beat:
+    """One beat of an engine, where the engine is."""
+    for command in commands:
+        getattr(engine, command.name)(*command.arguments)
+    outputs = engine.step() if engine.has_work else []
+    return Beat(outputs, engine.stats(), engine.has_work)
+
+
+class ThreadReplica:
+    """An engine in a thread of this process, on devices of its own."""
+
+    def __init__(self, name: str, engine: Any, *, slots: int):
+        """`engine` is a `TokenEngine` with `limits` and `close`."""
+        self.name, self.slots, self.limits = name, slots, engine.limits
+        self._engine = engine
+        self._asked: queue.SimpleQueue = queue.SimpleQueue()
+        # A daemon: an engine that hangs must not keep the process from ending.
+        self._thread = threading.Thread(target=self._work, name=f"replica-{name}", daemon=True)
+        self._thread.start()
+
+    def beat(self, commands: Sequence[Command]) -> Future[Beat]:
+        future: Future[Beat] = Future()
+        self._asked.put((future, tuple(commands)))
+        return future
+
+    def close(self) -> None:
+        self._asked.put(None)
+        self._engine.close()
+
+    def _work(self) -> None:
+        while (asked := self._asked.get()) is not None:
+            future, commands = asked
+            try:
+                beat = serve(self._engine, commands)
+            except BaseException as error:  # whoever waits for the beat must hear of it
+                future.set_exception(error)
+            else:
+                future.set_result(beat)
