@@ -39,18 +39,22 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from lepton_jax import api
-from lepton_jax.jobs import recovery
+from lepton_jax.compression import recover
+from lepton_jax.compression.training import Training
 
-recovery._SAVE_SECONDS = 0.0
-listen = recovery._Watcher.listen
+recover._SAVE_SECONDS = 0.0
+run = Training.run
 
-def stuck(self, step, found):
-    listen(self, step, found)
-    if step == 6:
-        Path(sys.argv[3]).write_text("here")
-        time.sleep(600)
+def stuck(self, state, *, keep, listen):
+    def heard(step, found):
+        listen(step, found)
+        if step == 6:
+            Path(sys.argv[3]).write_text("here")
+            time.sleep(600)
 
-recovery._Watcher.listen = stuck
+    return run(self, state, keep=keep, listen=heard)
+
+Training.run = stuck
 sys.path.insert(0, "tests")
 from test_compress_recovery import CONFIG
 api.compress(sys.argv[1], sys.argv[2], config=CONFIG)

@@ -7,7 +7,7 @@
 A trained array is `start + unit * p`: `unit` is the root mean square of the start, so that one
 learning rate suits scales and weights alike. Leaves keep their types, integers and zeros: of an
 int8 or int4 weight only scales and offsets train, of a sparse one the values that it stores, and of
-an array that was pruned in place those that aren't 0. Who trains: `recover.py`.
+an array that was pruned in place those that aren't 0. Who trains: `training.py`.
 """
 
 from __future__ import annotations

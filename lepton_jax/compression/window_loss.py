@@ -3,7 +3,7 @@
 Weights are decompressed inside each layer and computed again on the way back, like everything but
 the products with weights: memory is the window's tokens times the outputs of the layers' products.
 Logits exist for a slice of places at a time. Activations that would be quantized are not. Read
-next: `recover.py`.
+next: `training.py`.
 """
 
 from __future__ import annotations

@@ -11,25 +11,19 @@ written. The training itself is `compression/recover.py`.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lepton_jax.checkpoints import load as checkpoints
 from lepton_jax.checkpoints.loaded import Loaded
 from lepton_jax.checkpoints.orbax_store import save
-from lepton_jax.checkpoints.train_state import TrainStates
 from lepton_jax.compression.quality import Reference
-from lepton_jax.compression.recover import Counters, Recovery, State
+from lepton_jax.compression.recover import recover
 from lepton_jax.config import RecoverySection
 from lepton_jax.jobs.scalars import ScalarLog
 
-_SAVE_SECONDS = 60.0  # at most so much work is lost
 _PLAN, _STUDENT, _MADE = "plan.json", "student", "made.json"
 Progress = Callable[[int, int, str], None]
 
@@ -86,58 +80,23 @@ def train(
     folder: Path,
     progress: Progress,
 ) -> tuple[Loaded, dict[str, Any]]:
-    """The recovered model, and what to tell of the training, in JSON types.
+    """The recovered model and what to tell of it: `compression.recover`, shown and drawn.
 
-    Args:
-      student: compressed.
-      teacher: the dense model on windows of text.
-      section: how to train.
-      folder: where the training is kept; one that is there goes on.
-      progress: called with (step, steps, what) after each step.
+    `progress` is called with (step, steps, what) after each step.
     """
-    leaves = dict(zip(student.model.specs, student.leaves, strict=True))
-    recovery = Recovery(student.model, leaves, teacher, section)
-    states, state = TrainStates(folder), recovery.start()
-    found = states.restore(state.arrays)
-    if found is not None:
-        state = State(found[0], Counters(**found[1]))
-    began = state.counters.step
     with contextlib.ExitStack() as stack:
         sink = None
         if section.tensorboard:
             sink = ScalarLog(section.tensorboard, group="recovery", field="recovery.tensorboard")
             stack.callback(sink.close)
-        watcher = _Watcher(states, sink, steps=section.steps, progress=progress)
-        trained, counters = recovery.run(state, keep=watcher.keep, listen=watcher.listen)
-    kept = tuple(trained[path] for path in student.model.specs)
-    told = dataclasses.asdict(section) | {
-        "steps_done": counters.step,
-        "resumed_at": began or None,
-        "seconds": counters.seconds,
-        "tokens": counters.step * section.batch * int(np.shape(teacher.windows)[1]),
-        "best_step": counters.best_step,
-        "evaluations": [list(row) for row in counters.evaluations],
-    }
-    return dataclasses.replace(student, leaves=kept), told
+        held_out = ""
 
+        def listen(step: int, found: Mapping[str, float]) -> None:
+            nonlocal held_out
+            if sink is not None:
+                sink.add(step, found)
+            if "held_out_kl" in found:
+                held_out = f", {found['held_out_kl']:.4f} held out"
+            progress(step, section.steps, f"KL {found['kl']:.4f}{held_out}")
 
-class _Watcher:
-    """Saves, draws and shows a training as it goes."""
-
-    def __init__(
-        self, states: TrainStates, sink: ScalarLog | None, *, steps: int, progress: Progress
-    ):
-        self._states, self._sink, self._steps, self._progress = states, sink, steps, progress
-        self._saved, self._held_out = time.monotonic(), ""
-
-    def keep(self, state: State) -> None:
-        if time.monotonic() - self._saved >= _SAVE_SECONDS:
-            self._states.save(state.arrays, state.counters._asdict())
-            self._saved = time.monotonic()
-
-    def listen(self, step: int, found: Mapping[str, float]) -> None:
-        if self._sink is not None:
-            self._sink.add(step, found)
-        if "held_out_kl" in found:
-            self._held_out = f", {found['held_out_kl']:.4f} held out"
-        self._progress(step, self._steps, f"KL {found['kl']:.4f}{self._held_out}")
+        return recover(student, teacher, section, folder=folder, listen=listen)

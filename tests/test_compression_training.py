@@ -12,8 +12,8 @@ from engine_reference import tiny
 from lepton_jax.compression.calibrate import compress_layers
 from lepton_jax.compression.quality import reference
 from lepton_jax.compression.recipe import parse_rule
-from lepton_jax.compression.recover import Recovery
 from lepton_jax.compression.trainable import Trainable, _gathered
+from lepton_jax.compression.training import Training
 from lepton_jax.compression.window_loss import WindowLoss
 from lepton_jax.config import RecoverySection
 from lepton_jax.tensors import BitmaskTensor, BlockSparseTensor, CompressedTensor, NMTensor
@@ -58,7 +58,7 @@ RECIPES = {
 def test_it_comes_nearer_and_stays_as_small(recipe, train, teacher):
     before = student(*RECIPES[recipe])
     section = dataclasses.replace(QUICK, train=train)
-    after, counters = Recovery(MODEL, before, teacher, section).run()
+    after, counters = Training(MODEL, before, teacher, section).run()
     kl = [row[2] for row in counters.evaluations]
     assert [row[0] for row in counters.evaluations] == [0, 8, 16, 24]
     assert min(kl[1:]) < (0.97 if train == "norms" else 0.9) * kl[0]
@@ -143,11 +143,11 @@ def test_a_change_finds_the_stored_places():
 def test_a_training_that_goes_on_is_the_same(teacher):
     before = student(*RECIPES["2:4"])
     kept = []
-    whole, counters = Recovery(MODEL, before, teacher, QUICK).run(
+    whole, counters = Training(MODEL, before, teacher, QUICK).run(
         keep=lambda state: kept.append(jax.device_get(state))
     )
     assert [state.counters.step for state in kept] == [8, 16, 24]
-    again, others = Recovery(MODEL, before, teacher, QUICK).run(kept[0])
+    again, others = Training(MODEL, before, teacher, QUICK).run(kept[0])
     assert others.evaluations == counters.evaluations
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -157,7 +157,7 @@ def test_it_ends_when_nothing_helps(teacher):
     """The dense model itself can't come nearer: the start is what is left."""
     seen = []
     section = dataclasses.replace(QUICK, evaluate_every=2, patience=2, learning_rate=0.1, batch=2)
-    found, counters = Recovery(MODEL, LEAVES, teacher, section).run(
+    found, counters = Training(MODEL, LEAVES, teacher, section).run(
         listen=lambda step, values: seen.append((step, sorted(values)))
     )
     assert (counters.step, counters.best_step) == (4, 0)
@@ -170,20 +170,20 @@ def test_it_ends_when_nothing_helps(teacher):
 
 def test_it_ends_when_the_time_is_up(teacher):
     section = dataclasses.replace(QUICK, minutes=1e-6)
-    _, counters = Recovery(MODEL, student(*RECIPES["2:4"]), teacher, section).run()
+    _, counters = Training(MODEL, student(*RECIPES["2:4"]), teacher, section).run()
     assert counters.step == 1 and [row[0] for row in counters.evaluations] == [0, 1]
 
 
 def test_what_cannot_be_is_named(teacher):
     int4 = student(*RECIPES["int4"])
     with pytest.raises(ValueError, match=r"train='lora': no weight of a layer holds floats"):
-        Recovery(MODEL, int4, teacher, dataclasses.replace(QUICK, train="lora"))
+        Training(MODEL, int4, teacher, dataclasses.replace(QUICK, train="lora"))
     with pytest.raises(ValueError, match=r"held_out=10 of 10 windows leaves none"):
-        Recovery(MODEL, int4, teacher, dataclasses.replace(QUICK, held_out=10))
+        Training(MODEL, int4, teacher, dataclasses.replace(QUICK, held_out=10))
     broken = dataclasses.replace(teacher, hidden=np.full_like(teacher.hidden, np.nan))
     with pytest.raises(ValueError, match="not finite"):
-        Recovery(MODEL, int4, broken, QUICK).run()
+        Training(MODEL, int4, broken, QUICK).run()
     wider = dataclasses.replace(MODEL.config, vocab_size=MODEL.config.vocab_size + 1)
     other = dataclasses.replace(teacher, model=type(MODEL)(wider, jnp.float32, jnp.float32))
     with pytest.raises(ValueError, match="recovery wants the model that it was made of"):
-        Recovery(MODEL, int4, other, QUICK)
+        Training(MODEL, int4, other, QUICK)
