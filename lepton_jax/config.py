@@ -77,7 +77,9 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
 @dataclasses.dataclass(frozen=True)
 class ModelSection:
     path: str = _doc(
-        "", "Hugging Face directory, .gguf file, our Orbax directory, hf:org/name, or demo:smollm2"
+        "",
+        "Hugging Face directory, .gguf file, our Orbax directory, hf:org/name, or demo:smollm2; to "
+        "plan also a config.json or published:NAME, such as published:llama-3.1-8b",
     )
     dtype: str = _doc(
         "auto",
@@ -467,6 +469,34 @@ class OptimizerSection:
 
 
 @dataclasses.dataclass(frozen=True)
+class PlanSection:
+    """Of `python -m lepton_jax.plan`."""
+
+    topology: str = _doc("", "TPU slice to plan for, such as v5e:2x4; empty: the device at hand")
+    context: int = _doc(0, "tokens that a row has cached in a step; 0: engine.max_len")
+    compile: bool = _doc(True, "compile the programs; false: from shapes alone, in seconds")
+    target: float = _doc(0.0, "search: generated tokens/s that all devices must reach; 0: any")
+    chips: tuple[str, ...] = _doc((), "search: kinds of chips, such as v5e,v6e; empty: all")
+    presets: tuple[str, ...] = _doc(
+        ("none", "int8", "w8a8", "int4"), "search: compression presets, the least lossy first"
+    )
+    most_chips: int = _doc(64, "search: of a slice")
+
+    def __post_init__(self):
+        _check_types(self)
+        for name in ("chips", "presets"):
+            value = getattr(self, name)
+            value = value.split(",") if isinstance(value, str) else value
+            good = isinstance(value, (list, tuple)) and all(isinstance(x, str) for x in value)
+            _check(self, name, good, "a list of names")
+            object.__setattr__(self, name, tuple(value))
+        _check(self, "presets", len(self.presets) > 0, "one or more")
+        _check(self, "context", 0 <= self.context <= _MOST, "0 (engine.max_len) or more")
+        _check(self, "target", 0 <= self.target < math.inf, "0 (any) or more")
+        _check(self, "most_chips", 1 <= self.most_chips <= _MOST, "1 or more")
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
     """All sections of a run."""
 
@@ -484,6 +514,7 @@ class RunConfig:
     receipt: ReceiptSection = dataclasses.field(default_factory=ReceiptSection)
     sweep: SweepSection = dataclasses.field(default_factory=SweepSection)
     optimizer: OptimizerSection = dataclasses.field(default_factory=OptimizerSection)
+    plan: PlanSection = dataclasses.field(default_factory=PlanSection)
     output: str = _doc("", "new directory that compress writes")
 
     @property

@@ -1,0 +1,221 @@
+"""A plan: whether a model fits, what is the most that does, how fast a step can be and why.
+
+`make_plan(config)` computes everything from shapes and, unless `plan.compile` is false, compiles
+the engine's decode block and prefill and puts the compiler's account in the place of the estimates.
+`as_json` is the plan as plain data, the same for the same input.
+Read next: `report.py`, `search.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from lepton_jax.config import EngineSection, RunConfig
+from lepton_jax.engine.row_params import SampleSpec
+from lepton_jax.planning.chips import Chip
+from lepton_jax.planning.from_config import (
+    Target,
+    chips_of,
+    max_len_of,
+    served_of,
+    target_of,
+)
+from lepton_jax.planning.memory import Memory, full_sizes, largest_len, largest_rows, memory_of
+from lepton_jax.planning.programs import (
+    OutOfMemoryError,
+    Program,
+    compile_decode,
+    compile_prefill,
+)
+from lepton_jax.planning.roofline import StepCost, decode_cost, prefill_cost
+from lepton_jax.planning.served import Served
+from lepton_jax.planning.topology import SLICES, split_name
+
+SHARE = 0.9  # of a device's memory that weights and cache may take, as in engine/loop.py
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is known of a model on a slice; seconds and bytes are of one device.
+
+    Attributes:
+      config: what was asked.
+      target: where.
+      served: the model; one device of `served.shards` holds a part.
+      max_len, rows, context: of the decode step.
+      memory: by the compiler where `decode` is there, else from shapes.
+      largest_rows, largest_len: the most that fits with the other as asked; 0: nothing does.
+      decode_cost, prefill_cost: rooflines; prefill's of one chunk.
+      decode, prefill: the compiled programs.
+      refusal: what the compiler says where a program needs more than there is.
+    """
+
+    config: RunConfig
+    target: Target
+    served: Served
+    max_len: int
+    rows: int
+    context: int
+    memory: Memory
+    largest_rows: int
+    largest_len: int
+    decode_cost: StepCost
+    prefill_cost: StepCost
+    decode: Program | None = None
+    prefill: Program | None = None
+    refusal: str = ""
+
+    @property
+    def chip(self) -> Chip:
+        return self.target.chip
+
+    @property
+    def budget(self) -> int:
+        """Bytes that weights, cache and programs may take of a device."""
+        return budget_of(self.chip)
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total <= self.budget and not self.refusal
+
+    @property
+    def replicas(self) -> int:
+        """Copies of the model on the slice."""
+        return len(self.target.devices) // self.served.shards
+
+    @property
+    def step_seconds(self) -> float:
+        """Of a decode step at best; with the compiled program's traffic where it is known."""
+        cost = self.decode_cost
+        if self.decode is None or self.chip.platform == "cpu":  # a CPU's caches take most of it
+            return cost.seconds
+        moved = (self.decode.step_bytes - cost.weight_bytes) / self.chip.bandwidth
+        return cost.seconds + max(0.0, moved)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all replicas at best."""
+        return self.replicas * self.rows / self.step_seconds
+
+
+def budget_of(chip: Chip) -> int:
+    return int(SHARE * chip.memory)
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """Raises ValueError, naming the field to change, where there is nothing to plan."""
+    target = target_of(config)
+    served = served_of(config, target.chip)
+    max_len, engine = max_len_of(config, served), config.engine
+    context = min(config.plan.context or max_len, max_len)
+    budget = budget_of(target.chip)
+    sizes = full_sizes(engine, rows=engine.rows, max_len=max_len)
+    plan = Plan(
+        config=config,
+        target=target,
+        served=served,
+        max_len=max_len,
+        rows=engine.rows,
+        context=context,
+        memory=memory_of(served, sizes),
+        largest_rows=largest_rows(served, _free(engine), max_len=max_len, budget=budget),
+        largest_len=largest_len(served, _free(engine), rows=engine.rows, budget=budget),
+        decode_cost=decode_cost(served, target.chip, rows=engine.rows, context=context),
+        prefill_cost=prefill_cost(served, target.chip, tokens=engine.prefill_chunk),
+    )
+    return _compiled(plan) if config.plan.compile and plan.fits else plan
+
+
+def _free(engine: EngineSection) -> EngineSection:
+    """With as many pages as rows need, not as many as are set."""
+    return dataclasses.replace(engine, num_pages=0)
+
+
+def _compiled(plan: Plan) -> Plan:
+    sizes = full_sizes(plan.config.engine, rows=plan.rows, max_len=plan.max_len)
+    options = dict(devices=plan.target.devices, spec=SampleSpec.of(plan.config.sampling, (0, 1, 2)))
+    try:
+        decode = compile_decode(plan.served, sizes, **options)
+        prefill = compile_prefill(plan.served, sizes, **options)
+    except OutOfMemoryError as error:
+        return dataclasses.replace(plan, refusal=str(error))
+    memory = max(decode.memory, prefill.memory, key=lambda memory: memory.total)
+    return dataclasses.replace(plan, decode=decode, prefill=prefill, memory=memory)
+
+
+def remedies(plan: Plan) -> list[str]:
+    """What would fit, where the plan doesn't: settings to change, from shapes alone."""
+    found = []
+    if plan.largest_rows:
+        found.append(f"engine.rows={min(plan.largest_rows, plan.rows)}")
+    if plan.largest_len:
+        found.append(f"engine.max_len={min(plan.largest_len, plan.max_len)}")
+    sizes = full_sizes(plan.config.engine, rows=plan.rows, max_len=plan.max_len)
+    compression = plan.config.compression
+    for preset in ("int8", "int4"):
+        if preset != compression.preset and not compression.rules:
+            tried = dataclasses.replace(compression, preset=preset)
+            config = dataclasses.replace(plan.config, compression=tried)
+            smaller = dataclasses.replace(served_of(config, plan.chip), shards=plan.served.shards)
+            if memory_of(smaller, sizes).total <= plan.budget:
+                found.append(f"compression.preset={preset}")
+                break
+    for shards in (2, 4, 8, 16, 32, 64):
+        spread = dataclasses.replace(plan.served, shards=shards)
+        wider = shards > plan.served.shards
+        if wider and memory_of(spread, sizes).total <= plan.budget:
+            found.append(f"mesh.model={shards}" + _slice_for(plan, shards))
+            break
+    return found
+
+
+def _slice_for(plan: Plan, shards: int) -> str:
+    """The smallest slice of the same chip with so many devices, where it isn't this one."""
+    if shards <= len(plan.target.devices) or not plan.config.plan.topology:
+        return ""
+    kind, _ = split_name(plan.config.plan.topology)
+    per_chip = len(plan.target.devices) // plan.target.chips
+    sizes = [size for size in SLICES[kind] if chips_of(size) * per_chip >= shards]
+    return f" with plan.topology={kind}:{sizes[0]}" if sizes else ""
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """Plain data, without what differs from run to run (seconds of compiling)."""
+    cost = plan.decode_cost
+    data = {
+        "model": plan.config.model.path,
+        "compression": plan.config.compression.preset,
+        "target": plan.target.name,
+        "devices": len(plan.target.devices),
+        "mesh": {"model": plan.served.shards, "data": plan.replicas},
+        "rows": plan.rows,
+        "max_len": plan.max_len,
+        "context": plan.context,
+        "kv_dtype": str(plan.served.kv_dtype),
+        "fits": plan.fits,
+        "memory": dataclasses.asdict(plan.memory)
+        | {"total": plan.memory.total, "budget": plan.budget},
+        "largest": {"rows": plan.largest_rows, "max_len": plan.largest_len},
+        "remedies": [] if plan.fits else remedies(plan),
+        "step": dataclasses.asdict(cost) | {"seconds": plan.step_seconds, "bound": cost.bound},
+        "prefill": dataclasses.asdict(plan.prefill_cost) | {"bound": plan.prefill_cost.bound},
+        "tokens_per_second": plan.tokens_per_second,
+        "tokens_per_second_per_chip": plan.tokens_per_second / plan.target.chips,
+        "refusal": plan.refusal,
+    }
+    for name, program in (("decode", plan.decode), ("prefill", plan.prefill)):
+        if program is not None:
+            data[f"compiled_{name}"] = {
+                "step_bytes": int(program.step_bytes),
+                "temporaries": program.memory.temporaries,
+                "code": program.memory.code,
+                "collectives": {
+                    kind: {
+                        "count": count / program.steps,
+                        "bytes": program.traffic.collective_bytes[kind] / program.steps,
+                    }
+                    for kind, count in sorted(program.traffic.collectives.items())
+                },
+            }
+    return data

@@ -1,0 +1,191 @@
+"""A plan as text for a terminal and as a page. What is estimated and what was compiled is said."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lepton_jax.html.page import render
+from lepton_jax.html.svg_plots import Series, scatter
+from lepton_jax.planning.memory import full_sizes, memory_of
+from lepton_jax.planning.plan import Plan, remedies
+from lepton_jax.planning.programs import Program
+from lepton_jax.planning.roofline import StepCost, decode_cost
+
+_GIB, _MIB = 2**30, 2**20
+_PARTS = ("weights", "cache", "compute", "interconnect")
+
+
+def headline(plan: Plan) -> str:
+    """The model and where it runs."""
+    c, devices = plan.config, len(plan.target.devices)
+    compression = "rules" if c.compression.rules else c.compression.preset
+    return (
+        f"{c.model.path}, compression {compression}, on {plan.target.name}: {devices} "
+        f"device{'s' * (devices > 1)} ({plan.chip.name}), mesh.model={plan.served.shards}, "
+        f"{plan.replicas} replica{'s' * (plan.replicas > 1)}"
+    )
+
+
+def verdict(plan: Plan) -> str:
+    """Fits or not, by how much, and what would."""
+    spare = (plan.budget - plan.memory.total) / _GIB
+    if plan.fits:
+        return f"fits, {spare:.2f} GiB to spare"
+    why = f"the compiler refuses it: {plan.refusal}" if plan.refusal else f"{-spare:.2f} GiB short"
+    ways = remedies(plan)
+    would = (
+        f"; would fit: {' or '.join(ways)}" if ways else "; on these devices nothing smaller would"
+    )
+    return f"does not fit, {why}{would}"
+
+
+def memory_rows(plan: Plan) -> list[tuple[str, str, str]]:
+    """(what, GiB, how it is known) on one device."""
+    m, known = plan.memory, "compiled" if plan.decode else "estimated"
+    cache = f"{plan.rows} rows x {plan.max_len} tokens, {plan.served.kv_dtype}"
+    rows = [
+        ("weights", m.weights, "from shapes"),
+        ("cache", m.cache, cache),
+        ("temporaries", m.temporaries, known),
+    ]
+    if plan.decode:
+        rows += [("code", m.code, known), ("other", m.other, "rows' state, inputs, padding")]
+    of = f"of {plan.budget / _GIB:.2f} (0.9 x {plan.chip.memory / _GIB:.2f})"
+    rows.append(("in all", m.total, of))
+    return [(name, f"{nbytes / _GIB:.3f}", note) for name, nbytes, note in rows]
+
+
+def step_lines(plan: Plan) -> list[str]:
+    """How long a step takes at best, and why."""
+    cost = plan.decode_cost
+    lines = [
+        f"decode step of {plan.rows} rows with {plan.context} cached tokens, at best "
+        f"{1e3 * plan.step_seconds:.2f} ms: {_parts(cost)}; bound by {cost.bound}",
+        f"  reads {cost.weight_bytes / 1e9:.2f} GB of weights and {cost.cache_bytes / 1e9:.2f} GB "
+        f"of cache, {cost.flops / 1e12:.3f} TFLOP (from shapes)",
+    ]
+    if plan.decode:
+        ratio = plan.decode.step_bytes / cost.weight_bytes
+        whole = (plan.decode.step_bytes + cost.cache_bytes) / (cost.weight_bytes + cost.cache_bytes)
+        lines += [
+            f"  program moves {plan.decode.step_bytes / 1e9:.2f} GB a step besides the cache: "
+            f"{ratio:.3f} x the weights; with the cache {whole:.3f} x the least (compiled)",
+            f"  collectives a step: {_collectives(plan.decode)} (compiled)",
+        ]
+    elif plan.served.shards > 1:
+        lines.append(
+            f"  collectives a step: {cost.reduced_bytes / 1e6:.2f} MB reduced (from shapes)"
+        )
+    prefill, tokens = plan.prefill_cost, plan.config.engine.prefill_chunk
+    lines.append(
+        f"prefill of {tokens} tokens, at best {1e3 * prefill.seconds:.2f} ms "
+        f"({tokens / prefill.seconds:,.0f} tokens/s a replica): {_parts(prefill)}; bound by "
+        f"{prefill.bound}"
+    )
+    per_chip = plan.tokens_per_second / plan.target.chips
+    lines.append(
+        f"generated tokens/s at most {plan.tokens_per_second:,.0f}, {per_chip:,.0f} a chip"
+    )
+    if plan.decode and plan.prefill:
+        lines.append(
+            f"compiled in {plan.decode.seconds:.0f} s (decode) and {plan.prefill.seconds:.0f} s "
+            f"(prefill); temporaries {plan.decode.memory.temporaries / _MIB:.0f} and "
+            f"{plan.prefill.memory.temporaries / _MIB:.0f} MiB"
+        )
+    return lines
+
+
+def text(plan: Plan) -> str:
+    """For a terminal."""
+    rows = [f"  {name:<12} {gib:>9} GiB  {note}" for name, gib, note in memory_rows(plan)]
+    largest = _largest(plan)
+    return "\n".join(
+        [headline(plan), verdict(plan), "one device holds", *rows, largest, *step_lines(plan)]
+    )
+
+
+def _largest(plan: Plan) -> str:
+    return (
+        f"largest that fits: {plan.largest_rows} rows of {plan.max_len} tokens, or {plan.rows} "
+        f"rows of {plan.largest_len} tokens (from shapes)"
+    )
+
+
+def _parts(cost: StepCost) -> str:
+    named = ((part, 1e3 * getattr(cost, part)) for part in _PARTS)
+    return ", ".join(f"{part} {ms:.2f}" for part, ms in named if ms)
+
+
+def _collectives(program: Program) -> str:
+    found = program.traffic.collectives
+    if not found:
+        return "none"
+    return ", ".join(
+        f"{count / program.steps:g} {kind} "
+        f"({program.traffic.collective_bytes[kind] / program.steps / 1e6:.2f} MB)"
+        for kind, count in sorted(found.items())
+    )
+
+
+_BODY = """
+<h1>{{ title }}</h1>
+<p class="digest">{{ verdict }}</p>
+<h2>One device holds</h2>
+<table><tr><th>what</th><th>GiB</th><th></th></tr>
+{% for name, gib, note in memory %}<tr><td>{{ name }}</td><td>{{ gib }}</td><td>{{ note }}</td></tr>
+{% endfor %}</table>
+<p>{{ largest }}</p>
+<h2>Time</h2>
+<pre>{{ steps }}</pre>
+{{ step_plot }}{{ memory_plot }}
+"""
+
+
+def page(plan: Plan) -> str:
+    """The same as a page, with steps and memory over rows."""
+    from markupsafe import Markup
+
+    counts = _row_counts(plan)
+    return render(
+        _BODY,
+        title=headline(plan),
+        verdict=verdict(plan),
+        memory=memory_rows(plan),
+        largest=_largest(plan),
+        steps="\n".join(step_lines(plan)),
+        step_plot=Markup(_step_plot(plan, counts)),
+        memory_plot=Markup(_memory_plot(plan, counts)),
+    )
+
+
+def _row_counts(plan: Plan) -> list[int]:
+    """Powers of two around the rows that were asked for."""
+    top = 2 * max(plan.rows, min(plan.largest_rows, 8 * plan.rows))
+    return [1 << k for k in range(top.bit_length())]
+
+
+def _step_plot(plan: Plan, counts: Sequence[int]) -> str:
+    costs = [
+        decode_cost(plan.served, plan.chip, rows=rows, context=plan.context) for rows in counts
+    ]
+    series = [
+        Series(
+            part,
+            [(n, 1e3 * getattr(c, part)) for n, c in zip(counts, costs, strict=True)],
+            line=True,
+        )
+        for part in ("seconds", *_PARTS)
+        if any(getattr(c, part) for c in costs)
+    ]
+    return scatter(series, title="Decode step", x="rows", y="ms at best", from_zero=True)
+
+
+def _memory_plot(plan: Plan, counts: Sequence[int]) -> str:
+    used = [
+        memory_of(plan.served, full_sizes(plan.config.engine, rows=n, max_len=plan.max_len)).total
+        for n in counts
+    ]
+    points = [(n, nbytes / _GIB) for n, nbytes in zip(counts, used, strict=True)]
+    limit = [(n, plan.budget / _GIB) for n in counts]
+    series = [Series("needed", points, line=True), Series("there is", limit, line=True)]
+    return scatter(series, title="Memory of a device", x="rows", y="GiB", from_zero=True)

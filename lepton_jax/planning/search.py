@@ -1,0 +1,112 @@
+"""The smallest slice that serves a model, and how to spread and compress it there.
+
+From shapes alone: every kind of chip, slice, number of devices that share the model, and preset is
+tried in an instant. Plan the winner, `--topology=...`, to have it compiled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from lepton_jax.config import RunConfig
+from lepton_jax.planning.chips import TPUS
+from lepton_jax.planning.from_config import chips_of, max_len_of, served_of
+from lepton_jax.planning.memory import full_sizes, memory_of
+from lepton_jax.planning.plan import budget_of
+from lepton_jax.planning.roofline import decode_cost
+from lepton_jax.planning.topology import SLICES
+
+_DEVICES = {"v4": 2, "tpu7x": 2}  # of a chip
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A way to serve: tokens/s are at best and of all replicas together; `spare` bytes a device."""
+
+    topology: str
+    chips: int
+    preset: str
+    shards: int
+    replicas: int
+    tokens_per_second: float
+    spare: int
+    bound: str
+
+
+def search(config: RunConfig) -> list[Found]:
+    """All that fit and reach `plan.target`, best first: fewest chips, then the least lossy preset,
+    then the most tokens/s. Of a kind of chip only its smallest slice that does is listed.
+
+    Raises ValueError where nothing does, with what comes nearest.
+    """
+    plan, best, nearest = config.plan, [], (0.0, "")
+    for kind in plan.chips or tuple(TPUS):
+        if kind not in TPUS:
+            raise ValueError(f"plan.chips={kind!r} is unknown: want some of {', '.join(TPUS)}")
+        candidates = list(_candidates(config, kind))
+        good = [found for found in candidates if found.tokens_per_second >= plan.target]
+        least = min((found.chips for found in good), default=0)
+        best += [found for found in good if found.chips == least]
+        for found in candidates:
+            nearest = max(nearest, (found.tokens_per_second, f"{found.topology} {found.preset}"))
+    if not best:
+        way = "allow more chips, or lower engine.rows or engine.max_len"
+        if nearest[1]:
+            way = f"most is {nearest[0]:,.0f} tokens/s on {nearest[1]}; lower plan.target or {way}"
+        raise ValueError(
+            f"{config.model.path} with {config.engine.rows} rows at plan.target={plan.target:g} "
+            f"tokens/s: no slice of plan.most_chips={plan.most_chips} or fewer serves it; {way}"
+        )
+    order = plan.presets.index
+    return sorted(best, key=lambda f: (f.chips, order(f.preset), -f.tokens_per_second))
+
+
+def _candidates(config: RunConfig, kind: str) -> Iterator[Found]:
+    chip, max_len = TPUS[kind], 0
+    for preset in config.plan.presets:
+        compression = dataclasses.replace(config.compression, preset=preset, rules=())
+        served = served_of(dataclasses.replace(config, compression=compression), chip)
+        max_len = max_len or max_len_of(config, served)
+        sizes = full_sizes(config.engine, rows=config.engine.rows, max_len=max_len)
+        context = min(config.plan.context or max_len, max_len)
+        for shards in (1, 2, 4, 8, 16, 32, 64):
+            spread = dataclasses.replace(served, shards=shards)
+            if served.config.num_kv_heads < shards:
+                break  # heads would be padded: memory and time stop falling
+            spare = budget_of(chip) - memory_of(spread, sizes).total
+            if spare < 0:
+                continue
+            cost = decode_cost(spread, chip, rows=config.engine.rows, context=context)
+            for size in SLICES[kind]:
+                chips = chips_of(size)
+                devices = chips * _DEVICES.get(kind, 1)
+                if devices % shards or chips > config.plan.most_chips:
+                    continue
+                replicas = devices // shards
+                yield Found(
+                    topology=f"{kind}:{size}",
+                    chips=chips,
+                    preset=preset,
+                    shards=shards,
+                    replicas=replicas,
+                    tokens_per_second=replicas * config.engine.rows / cost.seconds,
+                    spare=spare,
+                    bound=cost.bound,
+                )
+
+
+def as_text(found: list[Found]) -> str:
+    """A table, best first."""
+    lines = [f"{'topology':<12} {'preset':<8} mesh.model replicas  tokens/s  a chip  bound by"]
+    for f in found:
+        lines.append(
+            f"{f.topology:<12} {f.preset:<8} {f.shards:>10} {f.replicas:>8} "
+            f"{f.tokens_per_second:>9,.0f} {f.tokens_per_second / f.chips:>7,.0f}  {f.bound}"
+        )
+    return "\n".join(lines)
+
+
+def as_json(found: list[Found]) -> list[dict[str, Any]]:
+    return [dataclasses.asdict(f) for f in found]

@@ -1,0 +1,170 @@
+"""Plans of released models from shapes, of tiny ones compiled, and what is refused."""
+
+import dataclasses
+import json
+
+import pytest
+from compress_makers import model_folder
+
+from lepton_jax.checkpoints.load import describe, load
+from lepton_jax.checkpoints.orbax_store import save
+from lepton_jax.compression.presets import compressor, preset_rules
+from lepton_jax.config import (
+    CompressionSection,
+    EngineSection,
+    MeshSection,
+    ModelSection,
+    PlanSection,
+    RunConfig,
+)
+from lepton_jax.planning.memory import full_sizes, memory_of
+from lepton_jax.planning.plan import as_json, budget_of, make_plan, remedies
+from lepton_jax.planning.report import page, text, verdict
+from lepton_jax.planning.search import search
+
+TINY = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 4096,
+    "num_hidden_layers": 2,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+
+
+def config(path="published:llama-3.1-8b", topology="v5e:1x1", *, preset="int8", **fields):
+    engine = {"rows": 32, "max_len": 1024} | fields.pop("engine", {})
+    plan = {"topology": topology, "compile": False} | fields.pop("plan", {})
+    return RunConfig(
+        model=ModelSection(path=str(path)),
+        compression=CompressionSection(preset=preset),
+        engine=EngineSection(**engine),
+        mesh=MeshSection(**fields.pop("mesh", {})),
+        plan=PlanSection(**plan),
+    )
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A directory that holds a config.json and nothing else."""
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    return tmp_path
+
+
+def test_llama_8b_in_int8_fits_a_v5e_chip_and_says_so_twice_alike():
+    plan = make_plan(config())
+    assert plan.fits and "GiB to spare" in verdict(plan)
+    assert plan.memory.weights == pytest.approx(8.04e9, rel=0.01)  # a byte for each parameter
+    # 2 (k and v) x 32 layers x 8 heads x 128 x 2 bytes, for 32 rows of 17 pages and the null page
+    assert plan.memory.cache == 131072 * 64 * (32 * 17 + 1)
+    assert plan.step_seconds == pytest.approx((7.51e9 + 32 * 1024 * 131072) / 819e9, rel=0.01)
+    assert json.dumps(as_json(plan)) == json.dumps(as_json(make_plan(config())))
+    assert plan.largest_rows > 32 and plan.largest_len > 1024
+
+
+def test_what_does_not_fit_says_by_how_much_and_each_remedy_fits():
+    asked = config(preset="none")
+    plan = make_plan(asked)
+    short = (plan.memory.total - budget_of(plan.chip)) / 2**30
+    assert short > 0 and f"does not fit, {short:.2f} GiB short" in verdict(plan)
+    ways = remedies(plan)
+    assert "compression.preset=int8" in ways
+    assert "mesh.model=2 with plan.topology=v5e:2x2" in ways
+    fewer = make_plan(config(preset="none", topology="v6e:1x1", engine={"rows": 128}))
+    rows, length, *_ = remedies(fewer)
+    for way in (rows, length):
+        name, value = way.removeprefix("engine.").split("=")
+        changed = {"rows": 128, name: int(value)}
+        assert make_plan(config(preset="none", topology="v6e:1x1", engine=changed)).fits
+
+
+def test_devices_share_a_model_and_the_rest_are_replicas():
+    asked = config("published:llama-3.1-70b", "v5e:4x4", mesh={"model": 8})
+    plan = make_plan(asked)
+    assert plan.fits and plan.replicas == 2
+    assert plan.memory.weights == pytest.approx(70.6e9 / 8, rel=0.01)
+    assert plan.tokens_per_second == pytest.approx(2 * 32 / plan.step_seconds)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mesh": {"model": 8}}, r"mesh\.model=8 does not divide the 1 devices of v5e:1x1"),
+        ({"path": "published:llama-9-8b"}, "near are llama-3"),
+        ({"path": "nowhere/config.json"}, "there is no such file"),
+        ({"path": "nowhere"}, "doesn't exist; accepted are"),
+        ({"engine": {"max_len": 10**6}}, r"engine\.max_len=1000000 is more than the model's"),
+        ({"topology": "v5e:3x3"}, "v5e comes in slices of"),
+    ],
+)
+def test_bad_input_is_refused_with_the_field_to_change(change, message):
+    with pytest.raises(ValueError, match=message):
+        make_plan(config(**change))
+
+
+def test_a_config_file_is_enough(tiny):
+    plan = make_plan(config(tiny))
+    assert make_plan(config(tiny / "config.json")).memory == plan.memory
+    assert str(plan.served.kv_dtype) == "bfloat16"
+
+
+def test_a_saved_model_is_planned_as_it_is_stored(tmp_path):
+    model_folder(tmp_path / "model")
+    compress = compressor(preset_rules("int8"), describe(tmp_path / "model").specs)
+    loaded = load(tmp_path / "model", dtype="bfloat16", compress=compress)
+    save(tmp_path / "small", loaded)
+    engine = {"max_len": 64}
+    stored = make_plan(config(tmp_path / "small", preset="none", engine=engine))
+    assert stored.memory.weights == loaded.bytes
+    assert make_plan(config(tmp_path / "model", engine=engine)).memory == stored.memory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("topology", "shards"), [("v6e:1x1", 1), ("v5e:2x2", 4)])
+def test_a_compiled_plan_agrees_with_the_shapes(tiny, topology, shards):
+    # Layers' caches that a chip's vector memory doesn't hold: XLA moves smaller ones into it.
+    engine = {"rows": 64, "max_len": 2048, "prefill_chunk": 64}
+    asked = config(tiny, topology, mesh={"model": shards}, engine=engine)
+    shapes = make_plan(asked)
+    plan = make_plan(dataclasses.replace(asked, plan=PlanSection(topology=topology)))
+    assert plan.fits and plan.memory.weights == shapes.memory.weights
+    assert 0 <= plan.memory.other < 2**20
+    assert plan.memory.total <= shapes.memory.total + 2**24  # code, and padding to tiles
+    moved = plan.decode.step_bytes + plan.decode_cost.cache_bytes
+    least = plan.decode_cost.weight_bytes + plan.decode_cost.cache_bytes
+    assert moved <= 1.1 * least
+    found = as_json(plan)["compiled_decode"]["collectives"]
+    # Two a layer, the embedding's, and the sampler's maximum and first index.
+    assert {kind: each["count"] for kind, each in found.items()} == (
+        {"all-reduce": 2 * 2 + 1 + 2} if shards > 1 else {}
+    )
+    report = text(plan)
+    assert "bound by cache" in report and "(compiled)" in report
+    assert "<svg" in page(plan) and f"on {topology}" in page(plan)
+
+
+def test_the_search_finds_the_smallest_slice_and_nothing_smaller_fits():
+    asked = config("published:llama-3.1-70b", plan={"chips": ("v5e",), "presets": ("int8",)})
+    best = search(asked)
+    assert {(f.topology, f.shards) for f in best} == {("v5e:2x4", 8)}
+    half = make_plan(config("published:llama-3.1-70b", "v5e:2x2", mesh={"model": 4}))
+    assert not half.fits
+    faster = search(dataclasses.replace(asked, plan=dataclasses.replace(asked.plan, target=5000.0)))
+    assert all(f.tokens_per_second >= 5000 and f.chips > 8 for f in faster)
+    with pytest.raises(ValueError, match=r"most is .* on v5e:8x8 int8; lower plan\.target"):
+        search(dataclasses.replace(asked, plan=dataclasses.replace(asked.plan, target=1e9)))
+
+
+def test_the_least_lossy_preset_that_fits_comes_first():
+    asked = config(plan={"chips": ("v6e",)})
+    first, *_ = search(asked)
+    assert (first.topology, first.preset) == ("v6e:1x1", "none")
+    sizes = full_sizes(asked.engine, rows=32, max_len=1024)
+    plan = make_plan(config(topology="v6e:1x1", preset="none"))
+    assert memory_of(plan.served, sizes).total + first.spare == plan.budget
