@@ -30,7 +30,7 @@ _SINGLE = {f.name: f for f in dataclasses.fields(RunConfig) if f.default is not 
 _SECTIONS = {f.name: f.default_factory for f in dataclasses.fields(RunConfig)}
 _SECTIONS = {name: section for name, section in _SECTIONS.items() if name not in _SINGLE}
 # Fields that may be None with the types of their values, and dicts whose keys are no fields.
-_OPEN_FIELDS = {"seed": int, "logprobs": int, "logit_bias": object, "recipes": object}
+_OPEN_FIELDS = dict(seed=int, logprobs=int, logit_bias=object, json_schema=object, recipes=object)
 
 
 def define_config() -> None:

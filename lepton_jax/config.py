@@ -24,6 +24,7 @@ RECOVERIES = ("none", "norms", "lora", "all")
 _MOST = 2**31 - 1  # counts travel to the device as int32
 _MOST_ANSWERS = 256
 _MOST_BIAS = 1e6
+_CONSTRAINTS = ("choices", "regex", "json_schema")  # of which an answer has one at most
 
 
 def _doc(default: Any, text: str) -> Any:
@@ -311,6 +312,9 @@ class SamplingParams:
     stop: tuple[str, ...] = _doc((), "texts that end the row; they aren't part of the answer")
     stop_token_ids: tuple[int, ...] = _doc((), "ids that end the row")
     ignore_eos: bool = _doc(False, "go on after the model's end-of-text id")
+    choices: tuple[str, ...] = _doc((), "the answer is one of these texts")
+    regex: str = _doc("", "all of the answer matches this regular expression (of Rust's kind)")
+    json_schema: Mapping[str, Any] = _doc({}, "the answer is JSON of this schema")
     logprobs: int | None = _doc(
         None, "log-probabilities: of each token and of this many alternatives (0-20)"
     )
@@ -332,6 +336,22 @@ class SamplingParams:
         _check(self, "n", 1 <= self.n <= _MOST_ANSWERS, f"1 to {_MOST_ANSWERS}")
         few = self.logprobs is None or 0 <= self.logprobs <= 20
         _check(self, "logprobs", few, "none or 0 to 20")
+        self._check_constraint()
+
+    @property
+    def guided(self) -> str:
+        """The one field that prescribes the answer's form; "" where none does."""
+        return next((name for name in _CONSTRAINTS if getattr(self, name)), "")
+
+    def _check_constraint(self) -> None:
+        texts = [self.choices] if isinstance(self.choices, str) else self.choices
+        good = isinstance(texts, (list, tuple)) and all(isinstance(t, str) and t for t in texts)
+        _check(self, "choices", good, "a list of texts")
+        object.__setattr__(self, "choices", tuple(texts))
+        _check(self, "json_schema", isinstance(self.json_schema, Mapping), "an object")
+        others = [name for name in _CONSTRAINTS if getattr(self, name) and name != self.guided]
+        for name in others:
+            _check(self, name, False, f"nothing beside {self.guided}: an answer has one form")
 
     def _stop_texts(self) -> tuple[str, ...]:
         texts = [self.stop] if isinstance(self.stop, str) else self.stop

@@ -52,6 +52,8 @@ class _Actor:
 class RayReplica:
     """An actor as a `Replica`."""
 
+    here = False
+
     def __init__(self, name: str, actor: Any, *, slots: int, limits: Limits):
         self.name, self.slots, self.limits, self._actor = name, slots, limits, actor
 

@@ -23,6 +23,7 @@ class Command:
 
     name: str
     arguments: tuple = ()
+    named: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +36,9 @@ class Beat:
 
 
 class Replica(Protocol):
-    """An engine somewhere else; `slots` rows run on it at once."""
+    """An engine somewhere else, or in this process (`here`); `slots` rows run on it at once."""
 
+    here: bool
     name: str
     slots: int
     limits: Limits
@@ -51,13 +53,15 @@ class Replica(Protocol):
 def serve(engine: TokenEngine, commands: Sequence[Command]) -> Beat:
     """One beat of an engine, where the engine is."""
     for command in commands:
-        getattr(engine, command.name)(*command.arguments)
+        getattr(engine, command.name)(*command.arguments, **command.named)
     outputs = engine.step() if engine.has_work else []
     return Beat(outputs, engine.stats(), engine.has_work)
 
 
 class ThreadReplica:
     """An engine in a thread of this process, on devices of its own."""
+
+    here = True
 
     def __init__(self, name: str, engine: Any, *, slots: int):
         """`engine` is a `TokenEngine` with `limits` and `close`."""

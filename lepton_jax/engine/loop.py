@@ -18,7 +18,7 @@ from lepton_jax.config import EngineSection, SamplingParams
 from lepton_jax.engine.beats import Beats, Listener
 from lepton_jax.engine.draft_length import DraftRule
 from lepton_jax.engine.protocol import Limits
-from lepton_jax.engine.request import Request, StepOutput
+from lepton_jax.engine.request import Guide, Request, StepOutput
 from lepton_jax.engine.row_params import SampleSpec
 from lepton_jax.engine.runner import InFlight, Runner, Sizes
 from lepton_jax.engine.scheduler import Scheduler
@@ -127,11 +127,20 @@ class Engine:
         return self._in_flight is not None or self.scheduler.has_work
 
     def add_request(
-        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        guide: Callable[[], Guide] | None = None,
     ) -> None:
-        """Queues a request. Raises ValueError, saying why, on one that can never be served."""
+        """Queues a request. Raises ValueError, saying why, on one that can never be served.
+
+        `guide`: makes what prescribes the answer, where `params` ask for that.
+        """
         self.limits.check_request(prompt_ids, params)
-        request = Request(request_id, tuple(prompt_ids), params, seed=_seed(request_id, params))
+        seed, made = _seed(request_id, params), guide() if guide else None
+        request = Request(request_id, tuple(prompt_ids), params, seed=seed, guide=made)
         self.scheduler.add(request)
         self._drafts.add(request_id, prompt_ids)
         self.runner.require(SampleSpec.of(params, self.eos_ids))
@@ -171,7 +180,8 @@ class Engine:
         others = [(count, asked) for count, asked in workload if not isinstance(asked, ScoreSpec)]
         shapes = []
         if others:
-            shapes += self.runner.shapes_for(self._prefilled(others), len(others))
+            free = sum(not asked.guided for _, asked in others)
+            shapes += self.runner.shapes_for(self._prefilled(others), free)
         if scored:
             shapes += self.runner.score_shapes_for(self._prefilled(scored))
         self.runner.warm_up(shapes, wait=wait)

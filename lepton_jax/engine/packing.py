@@ -115,13 +115,13 @@ def place_chunks(view: dict[str, np.ndarray], chunks: Sequence[Chunk], *, tile: 
 
 def prefill_layout(shape: PrefillShape) -> Layout:
     """Host to device. Unused lines have slot = the number of slots (dropped on the device)."""
-    R, text = shape.rows, shape.spec.text
+    R, text, guided = shape.rows, shape.spec.text, shape.spec.guided
     return Layout(
         **chunk_pieces(shape.tokens, R, shape.pages),
         slots=(R,),  # where the row's state lives
         last=(R,),  # index in tokens of the row's last token
         final=(R,),  # 1: sample the row's next token after its last one
-        first=(R,),  # 1: the row starts here
+        first=(R,),  # 1: the row starts here; 2: its tokens here were sampled, so they are counted
         outputs_from=(
             R,
         ),  # position at which outputs begin (a preempted row is fed its own outputs again)
@@ -129,7 +129,17 @@ def prefill_layout(shape: PrefillShape) -> Layout:
         limit=(R,),  # most outputs of the row
         params=(R, width(shape.spec)),
         **(dict(texts=(R, text)) if text else {}),  # the row's known tokens, from its first
+        **(dict(allowed=(R, guided)) if guided else {}),  # ids that may be sampled, 32 a word
     )
+
+
+def sampled_layout(shape: PrefillShape) -> Layout:
+    """Device to host, of a guided prefill: what it sampled, as a block of no steps would say it."""
+    R, tops = shape.rows, shape.spec.logprobs
+    pieces = dict(tokens=(R, 1), finish=(R,))
+    if tops >= 0:
+        pieces |= dict(logprob=(R, 1), top_ids=(R, 1, tops), top_logprobs=(R, 1, tops))
+    return Layout(**pieces)
 
 
 def decode_layout(shape: DecodeShape) -> Layout:

@@ -6,6 +6,7 @@ caller gets. Plain data, no jax. Read next: `scheduler.py`, and `scored.py` for 
 """
 
 import dataclasses
+from typing import Protocol
 
 import numpy as np
 
@@ -15,11 +16,30 @@ from lepton_jax.engine.scored import Scored, Scoring
 FINISH_REASONS = {1: "stop", 2: "length"}  # by the device's finish code; 0 is still running
 
 
+class Guide(Protocol):
+    """What prescribes the ids of one answer (`lepton_jax/text/constraints.py` makes one)."""
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing may follow."""
+
+    @property
+    def error(self) -> str:
+        """Why it can't go on; "" as long as it can."""
+
+    def mask(self) -> np.ndarray:
+        """The ids that may come next, int32: bit i % 32 of word i // 32."""
+
+    def accept(self, token_id: int, *, force: bool) -> list[int]:
+        """Takes the id that came; with `force` the ids that must follow, already taken too."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """Token ids to continue, or to score where `scoring` is there.
 
-    `seed` is the one in effect for the row's random draws.
+    `seed` is the one in effect for the row's random draws. A row with a `guide` is prefilled token
+    by token: the host must know each before the next can be sampled.
     """
 
     id: str
@@ -27,6 +47,7 @@ class Request:
     params: SamplingParams
     seed: int = 0
     scoring: Scoring | None = None
+    guide: Guide | None = None
 
     @property
     def first_scored(self) -> int:
@@ -51,6 +72,7 @@ class Row:
       slot: line of the device's row state; None while the row has none.
       entering: its first token is sampled but not read.
       ahead: of each decode block that is dispatched but not read, the steps and the most tokens.
+      counted: of a guided row: the known tokens that aren't computed were sampled.
       scored: what came back of a scoring request so far.
       finished: nothing more comes out for it.
     """
@@ -66,6 +88,7 @@ class Row:
     slot: int | None = None
     entering: bool = False
     ahead: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    counted: bool = False
     scored: Scored | None = None
     finished: bool = False
 
@@ -91,7 +114,8 @@ class Row:
 class Chunk:
     """A piece of a row's tokens to prefill, from place `start`; `final` samples the token after it.
 
-    Slot and pages are copies: the row may give its own up in the beat of its final chunk.
+    `counted`: its tokens were sampled in a prefill, so penalties know them. Slot and pages are
+    copies: the row may give its own up in the beat of its final chunk.
     """
 
     row: Row
@@ -100,6 +124,7 @@ class Chunk:
     start: int
     tokens: tuple[int, ...]
     final: bool
+    counted: bool = False
 
     @property
     def scored_places(self) -> range:
@@ -185,8 +210,9 @@ class StepOutput:
       token_ids: the new ids, a stop token included.
       logprobs: for each of them (log-probability, [(id, log-probability) of the likeliest]); None
         where not asked.
-      finish_reason: None while it runs, else "stop", "length", "scored", or "error" where the
-        model gave no finite logits.
+      finish_reason: None while it runs, else "stop" (the last id is a stop token), "whole" (the
+        row's guide lets nothing follow), "length", "scored", "error" where the model gave no finite
+        logits, or "constraint" where the guide couldn't go on.
       scored: of a scoring request that is done.
       restarted: what came before of this request is void: it began anew on another replica.
     """

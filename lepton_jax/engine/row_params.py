@@ -40,7 +40,9 @@ class SampleSpec:
     min-p), `penalties`, `bias` (places for biased ids in a row), `stop_ids` (places for stop and
     end-of-sequence ids in a row), `min_tokens`, `logprobs` (-1: none; n: of the token itself and of
     at least n alternatives). `bias`, `stop_ids` and `logprobs` are 0 or powers of two. `text`:
-    tokens of each row that the device remembers for lookup (`speculation.py`); 0: none.
+    tokens of each row that the device remembers for lookup (`speculation.py`); 0: none. `guided`:
+    words of a mask of the ids that a row may get (a bit each; `of` knows no vocabulary and gives 1
+    where the row has a mask); 0: none. Decode blocks have no such rows.
     """
 
     stochastic: bool = False
@@ -51,6 +53,7 @@ class SampleSpec:
     min_tokens: bool = False
     logprobs: int = -1
     text: int = 0
+    guided: int = 0
 
     @classmethod
     def of(cls, params: SamplingParams, eos_ids: Sequence[int]) -> SampleSpec:
@@ -66,6 +69,7 @@ class SampleSpec:
             stop_ids=_padded(len(_stop_ids(params, eos_ids))),
             min_tokens=params.min_tokens > 0,
             logprobs=-1 if params.logprobs is None else _padded(params.logprobs),
+            guided=int(bool(params.guided)),
         )
 
     def union(self, other: SampleSpec) -> SampleSpec:

@@ -3,6 +3,7 @@
 import dataclasses
 
 SMALLEST_PREFILL = 128
+GUIDED_PREFILLS = (8, 32)
 SMALLEST_VIEW, VIEW_STEP = 256, 64  # tokens
 
 
@@ -27,11 +28,13 @@ class Rungs:
 
     Attributes:
       prefill: tokens, in whole tiles.
+      guided: of prefills that take guided rows one token further.
       decode: rows.
       views: tokens of a block's view; none where the backend has no views.
     """
 
     prefill: list[int]
+    guided: list[int]
     decode: list[int]
     views: list[int]
 
@@ -43,8 +46,10 @@ class Rungs:
         most = -(-prefill_chunk // tile)
         tiles = ladder(most, 2, min(most, -(-SMALLEST_PREFILL // tile)))
         top = -(-max_len // VIEW_STEP) * VIEW_STEP
+        least = tiles[0] * tile
         return cls(
             prefill=[count * tile for count in tiles],
+            guided=[size for size in GUIDED_PREFILLS if size < least and size % tile == 0],
             decode=ladder(rows, 8, min(rows, 4)),
             views=ladder(top, 4, min(top, SMALLEST_VIEW)) if has_views else [],
         )

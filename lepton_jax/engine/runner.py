@@ -20,7 +20,7 @@ import numpy as np
 from lepton_jax.engine import packing, scoring, speculation, steps
 from lepton_jax.engine.packing import DecodeShape, PrefillShape
 from lepton_jax.engine.programs import Programs
-from lepton_jax.engine.request import BlockResult, Plan, Speculated
+from lepton_jax.engine.request import BlockResult, Chunk, Plan, Speculated
 from lepton_jax.engine.row_params import SampleSpec, pack
 from lepton_jax.engine.rungs import Rungs, fit
 from lepton_jax.engine.scored import ScoreResult, ScoreSpec
@@ -69,6 +69,7 @@ class InFlight:
     tokens: int = 0
     rounds: int = 0
     ran: jax.Array | None = None
+    prefill_shape: PrefillShape | None = None
     score_shape: ScoreShape | None = None
     scores: jax.Array | None = None
     decode_shape: DecodeShape | None = None
@@ -147,19 +148,22 @@ class Runner:
         """Makes the programs from now on serve rows of this spec too."""
         if isinstance(spec, ScoreSpec):
             self.score_spec = self.score_spec.union(spec)
-        else:
-            self.spec = self.spec.union(spec)
+            return
+        if spec.guided:
+            words = -(-self.model.config.vocab_size // 32)
+            spec = dataclasses.replace(spec, guided=words)
+        self.spec = self.spec.union(spec)
 
     def shapes_for(self, prompt_tokens: int, rows: int) -> list[PrefillShape | DecodeShape]:
         """The programs that a job can reach, those first that its first beats need.
 
         Args:
           prompt_tokens: tokens of all prompts, each rounded up to a tile.
-          rows: requests.
+          rows: requests that decode.
         """
-        prefill = fit(self.rungs.prefill, prompt_tokens)
-        decode = fit(self.rungs.decode, rows)
-        prefills = [self._prefill_shape(size) for size in self.rungs.prefill if size <= prefill]
+        prefill = fit(self._prefills, prompt_tokens)
+        decode = fit(self.rungs.decode, rows) if rows else 0
+        prefills = [self._prefill_shape(size) for size in self._prefills if size <= prefill]
         decodes = [
             self._decode_shape(size, cached, draft)
             for draft in (0, *self.drafts[::-1])
@@ -167,7 +171,7 @@ class Runner:
             for size in reversed(self.rungs.decode)
             if size <= decode
         ]
-        return list(dict.fromkeys([prefills[-1], decodes[0], *prefills[::-1], *decodes]))
+        return list(dict.fromkeys([prefills[-1], *decodes[:1], *prefills[::-1], *decodes]))
 
     def score_shapes_for(self, prompt_tokens: int) -> list[ScoreShape]:
         """The programs that a job of scoring can reach, by the tokens of all its prompts."""
@@ -189,7 +193,7 @@ class Runner:
         if plan.chunks:
             tile = self.backend.Q_TILE
             tiles = sum(-(-len(chunk.tokens) // tile) for chunk in plan.chunks)
-            size = fit(self.rungs.prefill, tiles * tile)
+            size = fit(self.rungs.prefill if plan.scoring else self._prefills, tiles * tile)
             shape = self._score_shape(size) if plan.scoring else self._prefill_shape(size)
             program = self.programs.get(shape)
             if plan.scoring:
@@ -199,6 +203,7 @@ class Runner:
                 flight.score_shape = shape
             else:
                 packed = self._pack_prefill(plan, shape)
+                flight.prefill_shape = shape
                 self._caches, self._state, flight.ran = program(
                     self._leaves, self._caches, self._state, packed
                 )
@@ -226,11 +231,13 @@ class Runner:
             flight.decode_shape = shape
         return flight
 
-    def read(self, flight: InFlight) -> tuple[BlockResult | None, ScoreResult | None]:
-        """Waits for a plan; the results of its decode block and of its prompts to score, each None
-        where it had none.
+    def read(
+        self, flight: InFlight
+    ) -> tuple[BlockResult | None, ScoreResult | None, BlockResult | None]:
+        """Waits for a plan; the results of its decode block, of its prompts to score and of a
+        prefill of guided rows, each None where it had none.
         """
-        waiting, scores = time.perf_counter(), None
+        waiting, scores, sampled = time.perf_counter(), None, None
         if self._last_done:
             flight.gap_seconds = max(0.0, flight.dispatched - self._last_done)
         if flight.scores is not None:
@@ -239,8 +246,12 @@ class Runner:
             hidden_size = self.model.config.hidden_size
             scores = scoring.read_scores(buffer, flight.score_shape, hidden_size)
         if flight.ran is not None:
-            flight.ran.block_until_ready()
+            buffer = np.asarray(flight.ran)
             flight.prefill_seconds = self._lap(flight)
+            if flight.prefill_shape.spec.guided:
+                pieces = packing.sampled_layout(flight.prefill_shape).split(buffer)
+                pieces["count"] = np.zeros_like(pieces["finish"])
+                sampled = _block_result(pieces, len(flight.plan.chunks))
         result = None
         if flight.result is not None:
             buffer = np.asarray(flight.result)
@@ -252,7 +263,7 @@ class Runner:
         self.timings.prefill_seconds += flight.prefill_seconds
         self.timings.decode_seconds += flight.decode_seconds
         self.timings.wait_seconds += time.perf_counter() - waiting
-        return result, scores
+        return result, scores, sampled
 
     def _count_block(self, flight: InFlight, pieces: dict[str, np.ndarray]) -> None:
         shape, steps_run, tokens = (
@@ -277,6 +288,11 @@ class Runner:
         self._last_done = now
         return seconds
 
+    @property
+    def _prefills(self) -> list[int]:
+        """Prompt tokens of prefills; smaller ones too where guided rows go on token by token."""
+        return [*self.rungs.guided, *self.rungs.prefill] if self.spec.guided else self.rungs.prefill
+
     def _prefill_shape(self, tokens: int) -> PrefillShape:
         rows = max(1, min(self.sizes.rows, tokens // self.backend.Q_TILE))
         return PrefillShape(tokens, rows, self.sizes.pages_per_row, self.spec)
@@ -288,7 +304,8 @@ class Runner:
     def _decode_shape(self, rows: int, cached: int, draft: int) -> DecodeShape:
         s = self.sizes
         view = self._view(rows, cached)
-        return DecodeShape(rows, s.decode_block, s.pages_per_row, self.spec, view, draft)
+        spec = dataclasses.replace(self.spec, guided=0)
+        return DecodeShape(rows, s.decode_block, s.pages_per_row, spec, view, draft)
 
     def _view(self, rows: int, cached: int) -> int:
         """Tokens of a block's view; 0 where the backend has none or it would be too large."""
@@ -368,7 +385,9 @@ class Runner:
             view["slots"][line] = chunk.slot
             view["last"][line] = start + len(chunk.tokens) - 1
             view["final"][line] = chunk.final
-            view["first"][line] = chunk.start == 0
+            view["first"][line] = 2 if chunk.counted else chunk.start == 0
+            if shape.spec.guided:
+                view["allowed"][line] = _allowed(chunk, shape.spec.guided)
             view["outputs_from"][line] = len(row.request.prompt_ids)
             view["produced"][line] = len(row.outputs)
             view["limit"][line] = row.limit
@@ -394,6 +413,17 @@ class Runner:
         params = [row.request.params for row in rows] + [None] * idle
         seeds = [row.request.seed for row in rows] + [0] * idle
         view["params"][:] = pack(params, spec, eos_ids=self._eos_ids, seeds=seeds)
+
+
+def _allowed(chunk: Chunk, words: int) -> np.ndarray:
+    """The mask int32[words] of the ids that may come after a chunk."""
+    guide = chunk.row.request.guide
+    if guide is None or not chunk.final:
+        return np.full(words, -1, np.int32)
+    mask = np.zeros(words, np.int32)
+    known = guide.mask()[:words]
+    mask[: len(known)] = known  # a model may have more ids than its tokenizer
+    return mask
 
 
 def draft_sizes(most: int) -> list[int]:

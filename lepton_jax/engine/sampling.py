@@ -1,13 +1,13 @@
 """Logits become tokens: the sampler of all rows at once, on the device, without a sort over V.
 
-Order of the rules: logit bias, penalties, minimum length, then greedy or temperature, top-k, top-p,
-min-p, draw. What makes it cheap: top-k is a cut read off the best tokens (`_top_k_cut`), top-p a
-test of the drawn token (`_draw_nucleus`), and the draw inverts the cumulative distribution block by
-block (`_draw`). What makes it exact: probabilities become integer weights (`_weights`), so sums
-don't depend on their order, a token of weight 0 can't be drawn, and a row's token depends on its
-logits, seed and position alone, not on its batch mates or on how many devices share V (`axis`: each
-has a share of the logits, and only sums, maxima and a few candidates travel). Parameters:
-`row_params.py`.
+Order of the rules: logit bias, penalties, minimum length, what is allowed, then greedy or
+temperature, top-k, top-p, min-p, draw. What makes it cheap: top-k is a cut read off the best tokens
+(`_top_k_cut`), top-p a test of the drawn token (`_draw_nucleus`), and the draw inverts the
+cumulative distribution block by block (`_draw`). What makes it exact: probabilities become integer
+weights (`_weights`), so sums don't depend on their order, a token of weight 0 can't be drawn, and a
+row's token depends on its logits, seed and position alone, not on its batch mates or on how many
+devices share V (`axis`: each has a share of the logits, and only sums, maxima and a few candidates
+travel). Parameters: `row_params.py`.
 """
 
 from __future__ import annotations
@@ -98,6 +98,7 @@ def sample(
     history: History | None,
     spec: SampleSpec,
     axis: Axis = WHOLE,
+    allowed: jax.Array | None = None,
 ) -> Sampled:
     """Sample one token for each row of logits f32[B, V]; each device of `axis` has a share of V.
 
@@ -105,9 +106,11 @@ def sample(
     it fixes the draw, and it is what min_tokens is compared with. `history` is read only where
     spec.penalties. The rules follow the Hugging Face and vLLM conventions: repetition penalty over
     prompt and output, presence and frequency over the output; top-p over what top-k leaves; tokens
-    tied with the last one kept are kept.
+    tied with the last one kept are kept. `allowed` bool[B, V]: where there, no other id is sampled.
     """
     shaped = _shape(logits, params, index=index, history=history, spec=spec, axis=axis)
+    if allowed is not None:
+        shaped = jnp.where(allowed, shaped, -jnp.inf)
     best = axis.max(jnp.max(shaped, -1))
     tokens = _first_of(shaped, best, axis)
     if spec.stochastic:

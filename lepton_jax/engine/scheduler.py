@@ -6,6 +6,8 @@ as soon as the chunk that fills it is planned; a row that is sure to end in a bl
 pages up when the block is planned. A row's end by a stop token is known one beat late, and so is
 how many tokens a speculative block gave: until then plans hold for the fewest and the most. A
 request to score ends with its prefill: it gives slot and pages up when its last chunk is planned.
+A guided row never decodes: each token that it gets is prefilled, with those that must follow it,
+and gives the next.
 Pure Python, no jax. Read next: `request.py` (the data), `pages.py` (the memory).
 """
 
@@ -239,15 +241,22 @@ class Scheduler:
         return Plan(tuple(chunks), rows, steps, draft=self._draft if steps else 0)
 
     def commit(
-        self, plan: Plan, result: BlockResult | None, scores: ScoreResult | None = None
+        self,
+        plan: Plan,
+        result: BlockResult | None,
+        scores: ScoreResult | None = None,
+        sampled: BlockResult | None = None,
     ) -> list[StepOutput]:
-        """Takes in what a plan produced, less what it produced for rows that ended meanwhile."""
+        """Takes in what a plan produced, less what it produced for rows that ended meanwhile.
+
+        `sampled`: what its prefill gave, a line a chunk, where some rows are guided.
+        """
         self._unread -= 1
         scored = self._take_scores(plan, scores) if plan.scoring else []
         live = [(n, entry.row) for n, entry in enumerate(plan.rows) if not entry.row.finished]
         outputs = [self._take(row, result, line=line, plan=plan) for line, row in live]
         done = [output for output in outputs if output.token_ids or output.finish_reason]
-        return scored + done
+        return scored + self._take_guided(plan, sampled) + done
 
     # Room
 
@@ -284,7 +293,8 @@ class Scheduler:
         row.keys = self._pool.keys(row.tokens, row.keys)
         self._register(row)
         self._release(row)
-        row.bound, row.least, row.computed, row.scored = 0, 0, 0, None
+        row.bound, row.least, row.computed = 0, 0, 0
+        row.scored, row.counted = None, False
         self._waiting.appendleft(row)
         self.counters.preemptions += 1
 
@@ -303,6 +313,7 @@ class Scheduler:
         self._starved = False
         for row in self._running:
             if not row.ready and budget and _joins(row, chunks):
+                row.pages += self._pool.allocate(self._pages_short(row, 0))  # of a guided row
                 chunks.append(self._chunk(row, budget * self._tile))
                 budget -= self._tiles(chunks[-1])
         while budget and self._may_admit():
@@ -367,9 +378,8 @@ class Scheduler:
 
         Rows with penalties compute their whole prompt: the device counts the tokens it sees.
         """
-        p, scoring = row.request.params, row.request.scoring
-        penalties = (p.repetition_penalty, p.presence_penalty, p.frequency_penalty)
-        if not self._prefix_cache or penalties != (1, 0, 0):
+        scoring = row.request.scoring
+        if not self._prefix_cache or _has_penalties(row):
             return 0
         if scoring is not None and scoring.pool == "mean":
             return 0
@@ -386,13 +396,14 @@ class Scheduler:
             row.recount()
         self._register(row)
         pages = tuple(row.pages)
-        return Chunk(row, row.slot, pages, start, tuple(tokens[start:stop]), final)
+        known = tuple(tokens[start:stop])
+        return Chunk(row, row.slot, pages, start, known, final, counted=row.counted)
 
     # Decode
 
     def _decode(self) -> tuple[tuple[Entry, ...], int]:
         """The ready rows and the steps of their block; rows that are sure to end in it leave."""
-        ready = [row for row in self._running if row.ready]
+        ready = [row for row in self._running if row.ready and row.request.guide is None]
         remaining = [row.limit - row.least for row in ready]
         most = self._knobs.decode_block
         steps = min(most, max(remaining, default=0))
@@ -438,6 +449,41 @@ class Scheduler:
                 f"request {row.request.id!r} runs on after {count} of a block's {plan.steps} steps"
                 f" and {len(row.outputs)} of {row.limit} tokens: runner and scheduler disagree"
             )
+        return StepOutput(row.request.id, ids, logprobs, reason)
+
+    def _take_guided(self, plan: Plan, sampled: BlockResult | None) -> list[StepOutput]:
+        """A token, and those that must follow it, of each guided row whose known tokens ended."""
+        lines = [(n, chunk.row) for n, chunk in enumerate(plan.chunks) if chunk.final]
+        guided = [(n, row) for n, row in lines if row.request.guide is not None]
+        return [self._guide(row, sampled, n) for n, row in guided if not row.finished]
+
+    def _guide(self, row: Row, sampled: BlockResult, line: int) -> StepOutput:
+        """Takes a guided row's token; what it must go on with becomes known, to be prefilled."""
+        wanted, guide = row.request.params.logprobs, row.request.guide
+        ids = [int(sampled.tokens[line, 0])]
+        reason = FINISH_REASONS.get(int(sampled.finish[line]))
+        logprobs = None
+        if wanted is not None:
+            logprobs = _logprobs(sampled, line, places=range(1), wanted=wanted)
+        if ids[0] < 0:  # the sampler's mark of a row without finite logits
+            ids, logprobs, reason = [], logprobs and [], "error"
+        elif reason != "stop":
+            # What isn't sampled has no log-probability, and penalties haven't counted it.
+            forced = guide.accept(ids[0], force=logprobs is None and not _has_penalties(row))
+            room = row.limit - len(row.outputs) - 1
+            ids += forced[:room]
+            if guide.error:
+                reason = "constraint"
+            elif guide.done and len(forced) <= room:
+                reason = "whole"
+            elif len(row.outputs) + len(ids) >= row.limit:
+                reason = "length"
+        row.entering, row.counted = False, True
+        row.outputs += ids
+        row.bound = row.least = 0
+        self.counters.generated_tokens += len(ids)
+        if reason:
+            self._finish(row)
         return StepOutput(row.request.id, ids, logprobs, reason)
 
     def _take_scores(self, plan: Plan, result: ScoreResult) -> list[StepOutput]:
@@ -489,6 +535,11 @@ def _logprobs(
         )
         for place in places
     ]
+
+
+def _has_penalties(row: Row) -> bool:
+    p = row.request.params
+    return (p.repetition_penalty, p.presence_penalty, p.frequency_penalty) != (1, 0, 0)
 
 
 def _joins(row: Row, chunks: Sequence[Chunk]) -> bool:

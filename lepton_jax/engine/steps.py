@@ -142,7 +142,8 @@ def prefill(
 ) -> tuple[tuple, RowState, jax.Array]:
     """Computes packed prompt chunks; rows whose prompt ends here get their next token in `state`.
 
-    The third result, the number of rows, is there to be waited for.
+    The third result is what was sampled, laid out by `packing.sampled_layout`, where the shape is
+    guided; otherwise it is the number of rows, there to be waited for.
     """
     inputs = packing.prefill_layout(shape).split(packed)
     decoder = model.bind(leaves)
@@ -167,12 +168,30 @@ def prefill(
         history=lines.history,
         spec=shape.spec,
         axis=model.axis,
+        allowed=_allowed(inputs, logits.shape[-1], model.axis),
     )
     lines = dataclasses.replace(lines, lengths=inputs["kv_lens"], produced=inputs["produced"])
     lines = lines.sampled(new, running=final, limit=inputs["limit"])
     lines = _count_sampled(lines, counted=final, axis=model.axis)
     state = state.put(jnp.where(final, slots, state.tokens.shape[0]), lines)
+    if shape.spec.guided:
+        return caches, state, _sampled_lines(lines, shape)
     return caches, state, inputs["num_seqs"] + 0 * state.tokens[0]
+
+
+def _allowed(inputs: dict, share: int, axis: Axis) -> jax.Array | None:
+    """bool[R, V] of the mask in a prefill's inputs; None where it has none."""
+    if "allowed" not in inputs:
+        return None
+    bits = (inputs["allowed"][:, :, None] >> jnp.arange(32)) & 1
+    return axis.mine(bits.reshape(bits.shape[0], -1) == 1, share)
+
+
+def _sampled_lines(lines: RowState, shape: PrefillShape) -> jax.Array:
+    names = ("tokens", "logprob", "top_ids", "top_logprobs")
+    pieces = {name: getattr(lines, name) for name in names if getattr(lines, name) is not None}
+    bits = {n: float_bits(v) if v.dtype == jnp.float32 else v for n, v in pieces.items()}
+    return packing.sampled_layout(shape).join(dict(bits, finish=lines.finish))
 
 
 def decode_block(
@@ -330,7 +349,7 @@ def _count_chunks(history: History, inputs: dict, *, axis: Axis) -> History:
     slots = inputs["slots"][row]
     is_output = position >= inputs["outputs_from"][row]
     tokens = axis.local(inputs["tokens"], history.prompt_seen.shape[1])
-    tokens = jnp.where(position < 0, -1, tokens)
+    tokens = jnp.where((position < 0) | (inputs["first"][row] == 2), -1, tokens)
     history = history.count_prompt(slots, jnp.where(is_output, -1, tokens))
     return history.count_output(slots, jnp.where(is_output, tokens, -1))
 

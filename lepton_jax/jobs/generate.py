@@ -18,7 +18,15 @@ from typing import Any
 from lepton_jax.config import SamplingParams, from_mapping, refuse_unknown
 from lepton_jax.jobs.modes import Progress
 from lepton_jax.jobs.rows import Prompt, RowError, shown
-from lepton_jax.jobs.session import Choice, Completion, Engine, Session, encode, expand
+from lepton_jax.jobs.session import (
+    Choice,
+    Completion,
+    Engine,
+    Session,
+    encode,
+    expand,
+    grammar_of,
+)
 from lepton_jax.text.tokenizer import Tokenizer
 
 PROMPT_FIELDS = ("prompt", "messages", "prompt_tokens")
@@ -42,7 +50,9 @@ class GenerateMode:
 
     def parse(self, values: Mapping[str, Any]) -> PromptWork:
         """Raises RowError (invalid_row, invalid_sampling)."""
-        return PromptWork(_prompt(values), row_sampling(values, self._sampling))
+        sampling = row_sampling(values, self._sampling)
+        grammar_of(sampling)
+        return PromptWork(_prompt(values), sampling)
 
     def requests(self, work: PromptWork, tokenizer: Tokenizer) -> list[tuple[int, SamplingParams]]:
         """Raises RowError (invalid_prompt)."""
@@ -88,6 +98,9 @@ def answer(completion: Completion) -> dict:
     if any(choice.finish_reason == "error" for choice in completion.choices):
         message = "the model gave logits that are not finite: try another dtype or preset"
         return {"error": {"type": "not_finite", "message": message}}
+    if any(choice.finish_reason == "constraint" for choice in completion.choices):
+        message = "the prescribed form grew too complex to follow: make it simpler"
+        return {"error": {"type": "constraint", "message": message}}
     pieces = [_choice(choice) for choice in completion.choices]
     return (pieces[0] if len(pieces) == 1 else {"choices": pieces}) | {
         "prompt_tokens": completion.prompt_tokens,

@@ -13,6 +13,7 @@ from lepton_jax.config import SamplingParams
 from lepton_jax.engine.protocol import TokenEngine as Engine
 from lepton_jax.engine.request import StepOutput
 from lepton_jax.jobs.rows import Prompt, RowError
+from lepton_jax.text.constraints import ConstraintError, Grammar
 from lepton_jax.text.detokenizer import Detokenizer
 from lepton_jax.text.tokenizer import Tokenizer
 
@@ -27,7 +28,8 @@ class Choice:
       text: without stop strings and without the token that ended it.
       token_ids: the generated ids. An end-of-text or stop id is the last of them; after a stop
         string they are cut to those that the text needs.
-      finish_reason: "stop", "length", or "error" where the model gave no finite logits.
+      finish_reason: "stop", "length", "error" where the model gave no finite logits, or
+        "constraint" where the prescribed form couldn't be followed to its end.
       logprobs: for each id (log-probability, [(id, log-probability) of the likeliest]); None where
         not asked.
     """
@@ -99,6 +101,14 @@ def encode(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
         raise RowError("invalid_prompt", str(error)) from error
 
 
+def grammar_of(params: SamplingParams) -> Grammar | None:
+    """What prescribes an answer's form. Raises RowError (invalid_sampling) where nothing can."""
+    try:
+        return Grammar.of(params)
+    except ConstraintError as error:
+        raise RowError("invalid_sampling", str(error)) from error
+
+
 def expand(params: SamplingParams) -> list[SamplingParams]:
     """The params of each of a prompt's `n` requests; a seed counts up from the first."""
     if params.n == 1:
@@ -133,11 +143,13 @@ class Session:
         if key in self._prompts:
             raise RowError("duplicate_id", f"{key!r} is already being answered: keys must differ")
         ids = encode(self._tokenizer, prompt)
+        grammar = grammar_of(params)
         added = []
         try:
             for i, single in enumerate(expand(params)):
                 # The number is always there, so that no key with a slash can meet another's.
-                self._engine.add_request(f"{key}/{i}", ids, single)
+                guide = {"guide": lambda: grammar.guide(self._tokenizer)} if grammar else {}
+                self._engine.add_request(f"{key}/{i}", ids, single, **guide)
                 added.append(f"{key}/{i}")
         except ValueError as error:
             for request_id in added:
@@ -223,7 +235,7 @@ class _GrowingChoice:
             self._logprobs += output.logprobs or []
         ended_by_token = output.finish_reason == "stop"
         delta = self._text.add(output.token_ids[:-1] if ended_by_token else output.token_ids)
-        self.finish_reason = output.finish_reason
+        self.finish_reason = "stop" if output.finish_reason == "whole" else output.finish_reason
         if output.finish_reason and not self._text.stopped:
             delta += self._text.finish()
         if self._text.stopped:

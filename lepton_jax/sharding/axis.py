@@ -75,6 +75,10 @@ class Axis:
         """The int32 y of the one device where `here` is true."""
         return y
 
+    def mine(self, values: jax.Array, share: int) -> jax.Array:
+        """This device's share `[B, share]` of values `[B, n]` that all devices have."""
+        return values[:, :share]
+
     def within(self, scores: jax.Array, count: int) -> jax.Array:
         """Scores `[B, share]` of a dimension of `count` places; -inf where padding is."""
         return scores
@@ -136,6 +140,11 @@ class MeshAxis(Axis):
 
     def chosen(self, y, here):
         return self.sum(jnp.where(here, y, 0))
+
+    def mine(self, values, share):
+        beyond = max(0, share * self.size - values.shape[1])
+        values = jnp.pad(values, ((0, 0), (0, beyond)))
+        return jax.lax.dynamic_slice_in_dim(values, self.index * share, share, axis=1)
 
     def within(self, scores, count):
         share = scores.shape[-1]
