@@ -8,7 +8,7 @@ read. Text is `lepton_jax/text`, rows and files are `lepton_jax/jobs`. Read next
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
