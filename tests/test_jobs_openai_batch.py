@@ -8,10 +8,14 @@ from jobs_fakes import FakeEngine, job_config, run_job
 from openai.types import Batch, Completion, CreateEmbeddingResponse
 from openai.types.chat import ChatCompletion
 
+from lepton_jax.config import SamplingParams
 from lepton_jax.engine.request import StepOutput
 from lepton_jax.engine.scored import Scored
 from lepton_jax.jobs.embed import EmbedMode
 from lepton_jax.jobs.files.places import JobError
+from lepton_jax.jobs.generate import GenerateMode
+from lepton_jax.jobs.openai_batch import BatchMode
+from lepton_jax.jobs.rows import RowError
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HI = [{"role": "user", "content": "hi"}]
@@ -149,6 +153,31 @@ def test_a_wrong_request_is_answered_as_the_api_does(tmp_path, wrong, says):
     assert error["type"] == "invalid_request_error"
     assert error["message"].startswith("line 2: ") and says in error["message"]
     assert (lines[1]["custom_id"], lines[1]["error"], tally.errors) == ("b", None, 1)
+
+
+def test_response_format_prescribes_the_answer():
+    mode = BatchMode(GenerateMode(SamplingParams()), "generate")
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+    def prescribed(asked):
+        values = request("a", response_format=asked)
+        values.pop("custom_id")
+        return mode.parse(values).inner.sampling.json_schema
+
+    assert prescribed({"type": "text"}) == {}
+    assert prescribed({"type": "json_object"}) == {"type": "object"}
+    named = {"name": "report", "strict": True, "schema": schema}
+    assert prescribed({"type": "json_schema", "json_schema": named}) == schema
+    for wrong in (
+        {"type": "json_schema"},
+        {"type": "xml"},
+        "json",
+        {"type": "json_schema"} | named,
+    ):
+        with pytest.raises(RowError, match="response_format=.*: want text, json_object"):
+            prescribed(wrong)
+    with pytest.raises(RowError, match="uniqueItems"):
+        prescribed({"type": "json_schema", "json_schema": {"schema": {"uniqueItems": True}}})
 
 
 def test_a_line_that_is_no_request_and_a_model_that_fails(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 CHECKOUT = Path(__file__).resolve().parent.parent
 RECIPES = CHECKOUT / "configs" / "recipes"
 # What the pages say, less what another machine's rounding may change: three rows at most.
-LEAST = {"intents": 0.775, "sentiment": 0.8, "products": 0.7, "credit": 0.58}
+LEAST = {"intents": 0.775, "sentiment": 0.8, "products": 0.7, "credit": 0.58, "reports": 0.8}
 
 
 def test_every_recipe_has_a_page_and_a_line_in_the_list():
@@ -40,10 +40,12 @@ def test_a_recipe_is_as_right_as_its_page_says(name, smollm2_path, tmp_path):
     assert ran.returncode == 0, ran.stderr[-2000:]
     summary = json.loads(Path(f"{output}.summary.json").read_text())
     rows = [json.loads(line) for line in output.read_text().splitlines()]
-    assert summary["accuracy"]["rows"] == len(rows) == summary["rows"] >= 20
+    assert summary["accuracy"]["rows"] == len(rows) == summary["rows"] >= 10
     assert summary["accuracy"]["mean"] == pytest.approx(sum(r["correct"] for r in rows) / len(rows))
     assert summary["accuracy"]["mean"] >= LEAST[name]
     assert "correct" in ran.stdout
+    if name == "reports":
+        assert all(set(json.loads(row["text"])) == set(row["answer"]) for row in rows)
     if name == "sentiment":
         alerts = Path(f"{output}.alerts.jsonl").read_text().splitlines()
         assert [json.loads(line)["id"] for line in alerts] == [r["id"] for r in rows if r["alert"]]

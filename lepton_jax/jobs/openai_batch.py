@@ -19,7 +19,7 @@ from lepton_jax.config import SamplingParams, refuse_unknown
 from lepton_jax.jobs.files.places import JobError
 from lepton_jax.jobs.framing import Counts
 from lepton_jax.jobs.modes import Mode, ModeSession, Progress
-from lepton_jax.jobs.rows import BadRow, Row, RowError, RowId
+from lepton_jax.jobs.rows import BadRow, Row, RowError, RowId, shown
 from lepton_jax.jobs.session import Engine
 from lepton_jax.text.tokenizer import Tokenizer
 
@@ -33,7 +33,6 @@ _ONLY = {  # fields with the only value that is served
     "stream": False,
     "echo": False,
     "best_of": 1,
-    "response_format": {"type": "text"},
     "encoding_format": "float",
 }
 _NO_LOGPROB = -9999.0  # OpenAI's for a token that can't be
@@ -187,7 +186,7 @@ def _text_row(body: Mapping[str, Any]) -> dict[str, Any]:
 def _prompt_row(url: str, body: dict[str, Any]) -> dict[str, Any]:
     """The row of generate that a request's body means."""
     prompt = _PROMPTS[url]
-    own = ["max_completion_tokens", "top_logprobs"] if url == CHAT else []
+    own = ["max_completion_tokens", "response_format", "top_logprobs"] if url == CHAT else []
     _check(body, [prompt, "logprobs", *own, *_SAMPLING])
     sampling = {name: body[name] for name in _SAMPLING if name in body}
     if "max_completion_tokens" in body:
@@ -197,11 +196,27 @@ def _prompt_row(url: str, body: dict[str, Any]) -> dict[str, Any]:
         if logprobs not in (None, True, False):
             raise RowError("invalid_row", f"body: logprobs={logprobs!r}: want true or false")
         logprobs = body.get("top_logprobs", 0) if logprobs else None
+        sampling |= _answer_form(body.get("response_format", {"type": "text"}))
     if logprobs is not None:
         sampling["logprobs"] = logprobs
     if prompt not in body:
         raise RowError("invalid_row", f"body has no {prompt}")
     return {**_prompt(url, body[prompt]), "sampling": sampling}
+
+
+def _answer_form(asked: Any) -> dict[str, Any]:
+    """The sampling field that a request's response_format means."""
+    kind = asked.get("type") if isinstance(asked, dict) else None
+    if kind == "text":
+        return {}
+    if kind == "json_object":
+        return {"json_schema": {"type": "object"}}
+    named = asked.get("json_schema") if kind == "json_schema" else None
+    schema = named.get("schema") if isinstance(named, dict) else None
+    if isinstance(schema, dict) and schema:
+        return {"json_schema": schema}
+    wanted = "text, json_object, or json_schema with a schema"
+    raise RowError("invalid_row", f"body: response_format={shown(asked)}: want {wanted}")
 
 
 def _prompt(url: str, given: Any) -> dict[str, Any]:
