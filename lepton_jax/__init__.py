@@ -9,10 +9,14 @@ the engine is named.
 
 from lepton_jax.config import RunConfig, SamplingParams
 
-__all__ = ["LeptonEngine", "RunConfig", "SamplingParams", "compress"]
+__all__ = ["LeptonEngine", "LeptonOptimizer", "RunConfig", "SamplingParams", "compress"]
 
 
 def __getattr__(name: str):
+    if name == "LeptonOptimizer":
+        from lepton_jax.optimizer.lepton_optimizer import LeptonOptimizer
+
+        return LeptonOptimizer
     if name in ("LeptonEngine", "compress"):
         from lepton_jax import api
 

@@ -48,6 +48,7 @@ from lepton_jax.jobs.rows import Prompt
 from lepton_jax.jobs.score import ScoreMode
 from lepton_jax.jobs.scoring import ScoringMode, score_all
 from lepton_jax.jobs.session import Completion, Delta, Session
+from lepton_jax.optimizer.costs import UNIT, Costs
 from lepton_jax.optimizer.feedback import Feedback
 from lepton_jax.sharding import Placement
 from lepton_jax.sharding.partition import padding_costs
@@ -85,6 +86,11 @@ class LeptonEngine:
         self.stop()
 
     @property
+    def config(self) -> RunConfig:
+        """All settings, with what `load_model` was given."""
+        return self._config
+
+    @property
     def fingerprint(self) -> str:
         return self._need_model().fingerprint
 
@@ -111,21 +117,18 @@ class LeptonEngine:
         where.
         """
         self.stop()
-        self._config = config or RunConfig()
-        section = self._config.model
+        config = config or RunConfig()
         section = ModelSection(
-            path=str(path) or section.path,
-            dtype=dtype or section.dtype,
-            tokenizer=section.tokenizer,
+            path=str(path) or config.model.path,
+            dtype=dtype or config.model.dtype,
+            tokenizer=config.model.tokenizer,
         )
-        asked = self._config.compression
-        recipe = Recipe.of(preset=compression) if compression else Recipe.from_config(asked)
+        asked = CompressionSection(preset=compression) if compression else config.compression
+        self._config = dataclasses.replace(config, model=section, compression=asked)
+        recipe = Recipe.from_config(asked)
         recipe.require_no_calibration(section.path)
-        if self._config.pool.ray:
-            changes = {"model": section, "pool": PoolSection()}
-            if compression:
-                changes["compression"] = CompressionSection(preset=compression)
-            return self._load_actors(dataclasses.replace(self._config, **changes))
+        if config.pool.ray:
+            return self._load_actors(dataclasses.replace(self._config, pool=PoolSection()))
         devices = device_groups(self._config.mesh.data, self._config.mesh.model)[0]
         compile_cache.enable()
         options = checkpoints.dtypes_here(section.dtype)
@@ -144,7 +147,11 @@ class LeptonEngine:
         return self
 
     def start(
-        self, *, workload: Sequence[tuple[int, SamplingParams]] = (), strict: bool = False
+        self,
+        *,
+        workload: Sequence[tuple[int, SamplingParams]] = (),
+        strict: bool = False,
+        costs: Costs | None = None,
     ) -> "LeptonEngine":
         """Plans memory, and compiles where the coming requests are known.
 
@@ -153,6 +160,7 @@ class LeptonEngine:
             programs are compiled from now on, in the background. Without it programs are compiled
             as they are first needed.
           strict: a program missing from the warm-up is an error instead of a warning.
+          costs: of the engine's programs, of a profile: feedback reckons with them.
 
         Returns self.
         """
@@ -181,11 +189,11 @@ class LeptonEngine:
         for engine in engines:
             if workload:
                 engine.warm_up(workload, wait=False)
-        self._listen(engines)
+        self._listen(engines, costs or UNIT)
         self.engine = engines[0] if len(engines) == 1 else local_pool(engines, config)
         return self
 
-    def _listen(self, engines: Sequence[Engine]) -> None:
+    def _listen(self, engines: Sequence[Engine], costs: Costs) -> None:
         """Begins with feedback, where the config wants it; each engine has its own."""
         section = self._config.optimizer
         self.feedback = None
@@ -201,6 +209,7 @@ class LeptonEngine:
             Feedback(
                 engine,
                 timed=timed,
+                costs=costs,
                 objective=section.objective,
                 log=section.log if engine is engines[0] else "",
             )

@@ -136,12 +136,22 @@ def user_errors(*types: type[Exception]) -> Iterator[None]:
         )
 
 
+def given_fields() -> frozenset[str]:
+    """Fields ("section.field") that the config file or the command line named."""
+    flag = flags.FLAGS["config"]
+    return frozenset([*flag.parser.in_file, *config_flags.get_override_values(flag)])
+
+
 class _WholeConfigParser(flags.ArgumentParser):
-    """Reads the file as config_flags does, then fills in the defaults."""
+    """Reads the file as config_flags does, then fills in the defaults.
+
+    `in_file`: the fields that it named.
+    """
 
     def __init__(self, file_parser: flags.ArgumentParser):
         super().__init__()
         self._file_parser = file_parser
+        self.in_file: list[str] = []
 
     def parse(self, path: str) -> config_dict.ConfigDict:
         file = Path(path.partition(":")[0])
@@ -151,7 +161,9 @@ class _WholeConfigParser(flags.ArgumentParser):
             overrides = self._file_parser.parse(path)
         except Exception as error:  # the file is a program: it may raise anything
             raise ValueError(f"get_config fails: {type(error).__name__}: {error}") from error
-        return whole_config(overrides)
+        config = whole_config(overrides)
+        self.in_file = [f"{s}.{name}" for s in _SECTIONS for name in overrides.get(s, {})]
+        return config
 
     def flag_type(self) -> str:
         return self._file_parser.flag_type()

@@ -479,12 +479,31 @@ class OptimizerSection:
         "knobs of the engine are set while a job runs: off; deterministic: by what is counted; on: "
         "by the clock too, which needs job.exact=false",
     )
+    profile: str = _doc(
+        "auto",
+        "what tune found, for fields that aren't given: auto (where one fits), off, or a file",
+    )
     objective: str = _doc("throughput", "throughput, latency, or cost (of a token)")
+    max_kl: float = _doc(
+        0.0, "tune: most nats a token by which a compressed model may diverge; 0: none is tried"
+    )
+    max_ttft: float = _doc(
+        0.0, "tune: most seconds to the first token, 95th percentile; 0: no bound"
+    )
+    memory: int = _doc(0, "tune: bytes of the device to use; 0: what it has")
+    sample: int = _doc(96, "tune: requests of the input that candidates are tried on")
+    trials: int = _doc(5, "tune: candidates that are run, the config as it is among them")
+    repeats: int = _doc(2, "tune: runs of each, of which the best counts")
     log: str = _doc("", "file that gets each decision of the feedback as a line of JSON")
 
     def __post_init__(self):
         _check_types(self)
         _check(self, "feedback", self.feedback in FEEDBACKS, f"one of {', '.join(FEEDBACKS)}")
+        for name in ("sample", "trials", "repeats"):
+            _check(self, name, 1 <= getattr(self, name) <= _MOST, "1 or more")
+        for name in ("max_kl", "max_ttft", "memory"):
+            _check(self, name, 0 <= getattr(self, name) < math.inf, "0 or more")
+        _check(self, "profile", bool(self.profile), "auto, off, or a file")
         _check(self, "objective", self.objective in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}")
 
 

@@ -28,9 +28,13 @@ def main(config: RunConfig) -> int:
     from lepton_jax.jobs.mode_for import mode_for
     from lepton_jax.jobs.report_page import report_page, write_report
     from lepton_jax.jobs.trace import trace_for
+    from lepton_jax.jobs.tuning import with_profile
     from lepton_jax.optimizer.decisions import explained
 
     with cli.user_errors(ValueError, OSError):
+        config, profile, said = with_profile(config, cli.given_fields())
+        if said:
+            print(said, flush=True)
         job = Job(config, mode_for(config))
     with job, LeptonEngine() as lepton:
         with cli.user_errors(ValueError, OSError):
@@ -40,7 +44,8 @@ def main(config: RunConfig) -> int:
             if lepton.receipt:
                 print(lepton.receipt["digest"], flush=True)
             job.resume(lepton.fingerprint)
-            lepton.start(workload=job.workload(lepton.tokenizer))
+            costs = profile.costs if profile else None
+            lepton.start(workload=job.workload(lepton.tokenizer), costs=costs)
         with cli.user_errors(JobError):
             trace = trace_for(config.job, lepton.engine.stats)
             with cli.interrupts(job.end_following if config.job.follow else None):

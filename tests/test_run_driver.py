@@ -33,7 +33,7 @@ class LeptonEngine:
         config = types.SimpleNamespace(tie_embeddings=True)
         model = types.SimpleNamespace(specs=specs, config=config)
         self.loaded = types.SimpleNamespace(model=model, bytes=64)
-    def start(self, workload):
+    def start(self, workload, costs):
         self.engine = FakeEngine()
 
 sys.modules["lepton_jax.api"] = types.SimpleNamespace(LeptonEngine=LeptonEngine)
@@ -45,6 +45,7 @@ def drive(tmp_path, *arguments):
     script = tmp_path / "driver.py"
     script.write_text(ECHO.format(tests=str(ROOT / "tests")))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    environment["XDG_CACHE_HOME"] = str(tmp_path / "cache")  # no profiles
     return subprocess.run(
         [sys.executable, script, *arguments],
         cwd=tmp_path,

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from lepton_jax.config import RunConfig
 from lepton_jax.jobs.alerts import Alerts
 from lepton_jax.jobs.files.follow import Pending
-from lepton_jax.jobs.files.places import JobError, need
+from lepton_jax.jobs.files.places import JobError, digest, need
 from lepton_jax.jobs.files.source import Source
 from lepton_jax.jobs.framing import Framing, PlainFraming
 from lepton_jax.jobs.modes import Mode, ModeSession
@@ -274,7 +274,9 @@ class Job:
             "engine": engine,
             "job": job,
         }
-        sections["optimizer"] = {"feedback": config.optimizer.feedback}
+        optimizer = config.optimizer
+        profile = "" if optimizer.profile in ("auto", "off") else digest(optimizer.profile)[0]
+        sections["optimizer"] = {"feedback": optimizer.feedback, "profile": profile}
         flat = {f"{s}.{name}": v for s, values in sections.items() for name, v in values.items()}
         return {"input": self._source.digests(), "model": fingerprint} | flat
 

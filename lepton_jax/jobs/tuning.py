@@ -1,0 +1,154 @@
+"""Between jobs and the optimizer: a sample of a job's requests, and the profile that a run takes.
+
+A mode turns rows into requests in its session's `add`; here it adds them to a `_Recorder` in place
+of an engine, so that every mode is sampled by its own rules. Read next:
+`lepton_jax/optimizer/lepton_optimizer.py`, `lepton_jax/tune.py`.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from lepton_jax.checkpoints import load as checkpoints
+from lepton_jax.config import RunConfig, SamplingParams
+from lepton_jax.engine.request import StepOutput
+from lepton_jax.engine.scored import Scoring
+from lepton_jax.jobs.files.source import RowError, Source
+from lepton_jax.jobs.mode_for import mode_for
+from lepton_jax.jobs.openai_batch import BatchMode
+from lepton_jax.jobs.rows import Row, read_rows
+from lepton_jax.optimizer import profile as profiles
+from lepton_jax.optimizer.profile import Key, Profile
+from lepton_jax.optimizer.sample import SampledRequest, workload_class
+from lepton_jax.optimizer.search import Found
+from lepton_jax.optimizer.space import with_fields
+from lepton_jax.text import tokenizer as tokenizers
+from lepton_jax.text.tokenizer import Tokenizer
+
+_ANY_LENGTH = 2**30  # tokens: the recorder refuses none
+
+
+class _Recorder:
+    """Takes requests as an engine does and keeps them."""
+
+    max_len = _ANY_LENGTH
+    has_work = False
+
+    def __init__(self):
+        self.requests: list[SampledRequest] = []
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        guide: Callable[[], Any] | None = None,
+    ) -> None:
+        self.requests.append(SampledRequest(tuple(prompt_ids), params, guide))
+
+    def add_scoring(self, request_id: str, prompt_ids: Sequence[int], scoring: Scoring) -> None:
+        self.requests.append(SampledRequest(tuple(prompt_ids), scoring))
+
+    def step(self) -> list[StepOutput]:
+        return []
+
+    def abort(self, request_id: str) -> None:
+        """Nothing runs."""
+
+    def forget(self) -> None:
+        """Nothing is remembered."""
+
+
+def sample_requests(config: RunConfig, tokenizer: Tokenizer) -> list[SampledRequest]:
+    """Requests of the first rows of job.input, up to `optimizer.sample`. Rows that would become
+    error rows are left out. Raises ValueError (JobError) where the input can't be read.
+    """
+    job = dataclasses.replace(config.job, follow=0.0)  # what is there now is enough
+    asked = with_fields(config, {"scoring.calibrate": False})  # that would need answers
+    source, mode, recorder = Source(job), mode_for(asked), _Recorder()
+    batch = source.format == "openai_batch"
+    mode = BatchMode(mode, config.job.mode) if batch else mode
+    session = mode.open(recorder, tokenizer)
+    id_field = "custom_id" if batch else "id"
+    rows = read_rows(source, mode, id_field=id_field, strict=source.strict)
+    for number, row in enumerate(itertools.islice(rows, config.optimizer.sample)):
+        if isinstance(row, Row):
+            try:
+                session.add(str(number), row.work)
+            except RowError:
+                continue  # it becomes an error row of the job
+    return recorder.requests[: config.optimizer.sample]
+
+
+def load_tokenizer(config: RunConfig) -> Tokenizer:
+    """The model's, without its weights, or the one that the config names."""
+    source = config.model.tokenizer or checkpoints.tokenizer_source(config.model.path)
+    return tokenizers.load(source)
+
+
+def with_profile(
+    config: RunConfig, given: Collection[str]
+) -> tuple[RunConfig, Profile | None, str]:
+    """The config with the profile that optimizer.profile names or that fits; the profile; and what
+    to tell the user, "" where there is nothing to say.
+
+    Raises ValueError where a named profile is of something else, or a file is damaged.
+    """
+    asked = config.optimizer.profile
+    without = with_fields(config, {"optimizer.profile": "off"})
+    directory = profiles.default_directory()
+    none_here = config.job.follow or not any(directory.glob("*.json"))
+    if asked == "off" or (asked == "auto" and none_here):
+        return without, None, ""
+    model = checkpoints.identify(config.model.path)
+    key = Key.here(model, config, given=given, workload="")
+    if asked == "auto" and not profiles.has_any(key, directory):
+        return without, None, ""
+    kind = workload_class(sample_requests(config, load_tokenizer(config)))
+    key = Key.here(model, config, given=given, workload=kind)
+    if asked == "auto":
+        profile, where = profiles.find(key, directory)
+        if profile is None:
+            return without, None, f"profile: {where}"
+    else:
+        path = Path(asked).expanduser()
+        profile, where = Profile.read(path), str(path)
+        profiles.profile_fits(profile, key, path)
+    config = with_fields(config, {"optimizer.profile": where})
+    return profile.applied(config, given), profile, _said(profile, where, given)
+
+
+def _said(profile: Profile, where: str, given: Collection[str]) -> str:
+    fields = ", ".join(f"{n}={v}" for n, v in profile.open_fields(given).items())
+    kept = sorted(set(profile.fields) & set(given))
+    stays = f"; {', '.join(kept)} as given" if kept else ""
+    return (
+        f"profile: {fields or 'nothing'}{stays}, because it was {profile.numbers['effect']:.2f} "
+        f"times as fast on {profile.key.workload} on this device ({where})"
+    )
+
+
+def table(found: Found) -> str:
+    """A search's trials, predicted beside measured, and what came of it."""
+    lines = [f"{'predicted':>9} {'measured':>9} {'error':>6} {'first':>7}  candidate"]
+    for one in found.tried:
+        mark = " <- best" if one is found.best else ""
+        lines.append(
+            f"{one.predicted:8.2f}s {one.trial.seconds:8.2f}s {one.error:+6.0%} "
+            f"{one.trial.first_token:6.2f}s  {one.candidate.text()}{mark}"
+        )
+    kl = "not measured" if found.kl is None else f"at most {found.kl:.4f} nats a token"
+    coarse = ", ".join(f"{name} ({kl:.4f})" for name, kl in found.too_coarse.items())
+    lines += [
+        "",
+        f"effect = T1/T0: {found.tried[0].trial.seconds:.2f} s before, "
+        f"{found.best.trial.seconds:.2f} s after, {found.effect:.2f} times as fast",
+        f"accuracy kept: KL from the uncompressed model {kl}",
+        f"{found.considered} candidates, {found.too_large} too large for the memory, "
+        f"{len(found.tried)} tried",
+    ]
+    if coarse:
+        lines.append(f"presets that diverge more than allowed: {coarse}")
+    return "\n".join(lines)

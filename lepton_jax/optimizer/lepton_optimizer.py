@@ -1,0 +1,126 @@
+"""LeptonOptimizer: the face of the optimizer for notebooks and scripts.
+
+optimizer = LeptonOptimizer(objective="throughput", max_kl=0.02)
+profile = optimizer.search(config, [[1, 338, 263], ...])
+engine.load_model(config=profile.applied(config, given=()))
+"""
+
+import dataclasses
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+
+from lepton_jax import compile_cache
+from lepton_jax.checkpoints import load as checkpoints
+from lepton_jax.config import RunConfig, SamplingParams
+from lepton_jax.optimizer import profile as profiles
+from lepton_jax.optimizer.accuracy import Accuracy
+from lepton_jax.optimizer.profile import Key, Profile
+from lepton_jax.optimizer.sample import SampledRequest, require_rows, workload_class
+from lepton_jax.optimizer.search import Found, Search
+from lepton_jax.text import tokenizer as tokenizers
+
+
+class LeptonOptimizer:
+    """Chooses an engine's parameters for a model, this machine and a workload.
+
+    Attributes:
+      found: after `search`, all that was tried.
+    """
+
+    def __init__(
+        self,
+        *,
+        objective: str = "throughput",
+        max_kl: float = 0.0,
+        max_ttft: float = 0.0,
+        memory: int = 0,
+        directory: str | Path = "",
+    ):
+        """What to reach.
+
+        Args:
+          objective: "throughput", "latency" or "cost".
+          max_kl: most nats a token by which a compressed model may diverge; 0: no compression
+            besides the config's.
+          max_ttft: most seconds to a first token, 95th percentile; 0: no bound.
+          memory: bytes of the device to use; 0: what it has.
+          directory: of profiles; by default in the user's cache directory.
+        """
+        self._goal = dict(objective=objective, max_kl=max_kl, max_ttft=max_ttft, memory=memory)
+        self._directory = Path(directory) if directory else profiles.default_directory()
+        self.found: Found | None = None
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "LeptonOptimizer":
+        """With the goals of a config."""
+        section = config.optimizer
+        return cls(
+            objective=section.objective,
+            max_kl=section.max_kl,
+            max_ttft=section.max_ttft,
+            memory=section.memory,
+        )
+
+    def search(
+        self,
+        engine_or_config,
+        workload: Sequence,
+        *,
+        given: Collection[str] = (),
+        progress: Callable[[str, int, int, str], None] = lambda *_: None,
+    ) -> Profile:
+        """Tries candidates on the workload and keeps the best as a profile.
+
+        Args:
+          engine_or_config: a `RunConfig`, or an engine that was loaded with one (`.config`).
+          workload: a sample of the real requests: texts, lists of token ids, or `SampledRequest`s.
+          given: fields ("engine.rows") that must stay as they are.
+          progress: called with (stage, done, total, what).
+
+        Raises ValueError where the goal can't be met, with the nearest that can.
+        """
+        config = getattr(engine_or_config, "config", engine_or_config)
+        config = dataclasses.replace(
+            config, optimizer=dataclasses.replace(config.optimizer, **self._goal)
+        )
+        compile_cache.enable()
+        path = config.model.path
+        source = config.model.tokenizer or checkpoints.tokenizer_source(path)
+        tokenizer = tokenizers.load(source)
+        requests = [_request(item, tokenizer, config.sampling) for item in workload]
+        require_rows(requests)
+        fingerprint = checkpoints.identify(path)
+        accuracy = Accuracy(tokenizer, self._directory, fingerprint)
+        search = Search(
+            config, requests, tokenizer, accuracy=accuracy, given=given, progress=progress
+        )
+        self.found = found = search.run()
+        key = Key.here(fingerprint, config, given=given, workload=workload_class(requests))
+        profile = Profile(key, dict(found.best.candidate.fields), found.best.costs, _numbers(found))
+        profile.save(self._directory / key.file_name)
+        return profile
+
+    def path_of(self, profile: Profile) -> Path:
+        """Where `search` put it."""
+        return self._directory / profile.key.file_name
+
+
+def _numbers(found: Found) -> dict[str, float]:
+    before, after = found.tried[0].trial, found.best.trial
+    numbers = dict(
+        seconds_before=before.seconds,
+        seconds=after.seconds,
+        effect=found.effect,
+        first_token=after.first_token,
+        whole=after.whole,
+        predicted=found.best.predicted,
+        compile_seconds=sum(one.trial.compile_seconds for one in found.tried),
+    )
+    return numbers if found.kl is None else numbers | dict(kl=found.kl)
+
+
+def _request(item, tokenizer, sampling: SamplingParams) -> SampledRequest:
+    if isinstance(item, SampledRequest):
+        return item
+    ids = tokenizer.encode(item) if isinstance(item, str) else item
+    return SampledRequest(tuple(ids), sampling)

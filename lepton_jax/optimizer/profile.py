@@ -1,0 +1,183 @@
+"""Profiles: what a search found, kept for later runs on the same model, device and kind of
+workload.
+
+A profile is a JSON file in the user's cache directory (or wherever it is named) with the key that
+it holds for, the fields it chose, and what was measured. It is refused, with the reason, for
+anything that its key isn't.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lepton_jax.config import RunConfig
+from lepton_jax.optimizer.costs import Costs
+from lepton_jax.optimizer.space import field_of, with_fields
+
+_FORMAT = 1
+_WHAT = {
+    "model": "another model",
+    "compression": "another compression",
+    "device": "another device",
+    "mesh": "another mesh",
+    "jax": "another version of jax",
+    "workload": "another kind of workload",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """What a profile holds for.
+
+    Attributes:
+      model: fingerprint of the weights as they are on disk.
+      compression: that was asked for; "free" where the search could choose.
+      device: kind of device, and of the host's CPU where that is the device.
+      mesh: replicas x devices of a model.
+      jax: version.
+      workload: its class (`sample.workload_class`).
+    """
+
+    model: str
+    compression: str
+    device: str
+    mesh: str
+    jax: str
+    workload: str
+
+    @classmethod
+    def here(cls, model: str, config: RunConfig, *, given: Collection[str], workload: str) -> "Key":
+        """For a run on this machine."""
+        section = config.compression
+        chosen = {"compression.preset", "compression.rules"} & set(given) or section.rules
+        asked = json.dumps([section.preset, *section.rules]) if chosen else "free"
+        mesh = f"{config.mesh.data}x{config.mesh.model}"
+        return cls(model, asked, device_name(), mesh, jax.__version__, workload)
+
+    def differences(self, other: "Key") -> list[str]:
+        """In words, what of another key isn't this one's."""
+        return [
+            f"{text} ({getattr(other, name)!r}, here {getattr(self, name)!r})"
+            for name, text in _WHAT.items()
+            if getattr(self, name) != getattr(other, name)
+        ]
+
+    @property
+    def file_name(self) -> str:
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16] + ".json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """What a search chose.
+
+    Attributes:
+      key: what it holds for.
+      fields: of the config, "section.field" to the value.
+      costs: of the engine's programs with them.
+      numbers: seconds before and after, effect = before / after, KL of the compression, and so on.
+    """
+
+    key: Key
+    fields: Mapping[str, Any]
+    costs: Costs
+    numbers: Mapping[str, float]
+
+    def applied(self, config: RunConfig, given: Collection[str]) -> RunConfig:
+        """The config with the profile's fields, except those that the user gave."""
+        return with_fields(config, self.open_fields(given))
+
+    def open_fields(self, given: Collection[str]) -> dict[str, Any]:
+        """The profile's fields that the user left open."""
+        return {name: value for name, value in self.fields.items() if name not in given}
+
+    def save(self, path: Path) -> None:
+        """Writes it whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {"format": _FORMAT} | dataclasses.asdict(self)
+        draft = path.with_suffix(".partial")
+        draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        draft.replace(path)
+
+    @classmethod
+    def read(cls, path: Path) -> "Profile":
+        """Raises ValueError where the file isn't a profile, OSError where it can't be read."""
+        text = path.read_text(encoding="utf-8", errors="replace")
+        try:
+            content = json.loads(text)
+            if content.pop("format") != _FORMAT:
+                raise ValueError(f"its format isn't {_FORMAT}")
+            made = cls(
+                Key(**content.pop("key")),
+                dict(content.pop("fields")),
+                Costs(**content.pop("costs")),
+                dict(content.pop("numbers")),
+            )
+            for name in made.fields:
+                field_of(RunConfig(), name)
+            return made
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"{path} is no profile of this version ({type(error).__name__}: {error}): delete it"
+                " and tune again, or set optimizer.profile=off"
+            ) from error
+
+
+def device_name() -> str:
+    """The device's kind; a CPU's with its cores, because kinds say nothing there."""
+    device = jax.local_devices()[0]
+    return f"cpu of {os.cpu_count()}" if device.platform == "cpu" else device.device_kind
+
+
+def default_directory() -> Path:
+    """Under XDG_CACHE_HOME or ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "lepton_jax" / "profiles"
+
+
+def has_any(key: Key, directory: Path) -> bool:
+    """Whether some profile differs in the workload only; files that aren't profiles don't count."""
+    return bool(_near(key, directory))
+
+
+def find(key: Key, directory: Path) -> tuple[Profile | None, str]:
+    """The profile of a key and where it lies, or None and why there is none.
+
+    Raises ValueError where its file is damaged.
+    """
+    path = directory / key.file_name
+    if path.exists():
+        profile = Profile.read(path)
+        profile_fits(profile, key, path)
+        return profile, str(path)
+    others = sorted({near.workload for near in _near(key, directory)})
+    known = f"; there are some for {', '.join(others)}" if others else ""
+    return None, f"none for workload {key.workload} on this model and device{known}"
+
+
+def profile_fits(profile: Profile, key: Key, path: Path) -> None:
+    """Raises ValueError, with the reasons, where a profile is of something else."""
+    found = key.differences(profile.key)
+    if found:
+        raise ValueError(
+            f"{path} is of {'; of '.join(found)}: tune again here, or set optimizer.profile=off"
+        )
+
+
+def _near(key: Key, directory: Path) -> list[Key]:
+    """Keys of profiles that differ in the workload only."""
+    keys = []
+    for path in sorted(directory.glob("*.json")):
+        try:
+            keys.append(Profile.read(path).key)
+        except ValueError:
+            continue  # it is refused by name once a run asks for it
+    same = dataclasses.replace
+    return [k for k in keys if same(k, workload="") == same(key, workload="")]

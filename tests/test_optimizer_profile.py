@@ -1,0 +1,139 @@
+"""Profiles: kept, found, and refused with the reason; workload classes; the space of a search."""
+
+import dataclasses
+import json
+
+import pytest
+
+from lepton_jax.config import CompressionSection, RunConfig, SamplingParams
+from lepton_jax.engine.scored import Scoring
+from lepton_jax.optimizer.costs import UNIT
+from lepton_jax.optimizer.profile import Key, Profile, find, has_any, profile_fits
+from lepton_jax.optimizer.sample import SampledRequest, require_rows, workload_class
+from lepton_jax.optimizer.space import Candidate, space, with_fields
+
+CONFIG = RunConfig()
+
+
+def key(**changes) -> Key:
+    made = Key.here("abc", CONFIG, given=(), workload="new64-prompt64-rows256")
+    return dataclasses.replace(made, **changes)
+
+
+def profile(**changes) -> Profile:
+    fields = {"engine.rows": 64, "compression.preset": "int8"}
+    return Profile(key(**changes), fields, UNIT, {"effect": 1.5})
+
+
+def test_a_profile_comes_back_as_it_was(tmp_path):
+    made = profile()
+    made.save(tmp_path / "deep" / "p.json")
+    assert Profile.read(tmp_path / "deep" / "p.json") == made
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["p.json"]
+
+
+def test_fields_that_were_given_stay():
+    applied = profile().applied(CONFIG, given=["engine.rows"])
+    assert (applied.engine.rows, applied.compression.preset) == (CONFIG.engine.rows, "int8")
+    assert profile().applied(CONFIG, given=()).engine.rows == 64
+
+
+def test_the_profile_of_a_key_is_found_and_others_are_named(tmp_path):
+    assert not has_any(key(), tmp_path) and find(key(), tmp_path)[0] is None
+    other = profile(workload="score-prompt256-rows64")
+    for made in (profile(), other, profile(model="another")):
+        made.save(tmp_path / made.key.file_name)
+    assert find(key(), tmp_path)[0] == profile()
+    assert has_any(key(workload="?"), tmp_path)
+    found, why = find(key(workload="new4-prompt4-rows4"), tmp_path)
+    assert found is None
+    assert "there are some for new64-prompt64-rows256, score-prompt256-rows64" in why
+    assert not has_any(key(jax="0.1"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        (dict(model="other"), "another model ('other', here 'abc')"),
+        (dict(device="TPU v9"), "another device ('TPU v9', here"),
+        (dict(jax="0.0.1"), "another version of jax ('0.0.1', here"),
+        (dict(mesh="1x8"), "another mesh ('1x8', here '1x1')"),
+        (dict(workload="score"), "another kind of workload ('score', here 'new64"),
+        (dict(compression="int4"), "another compression ('int4', here 'free')"),
+    ],
+)
+def test_a_profile_of_something_else_is_refused_with_the_reason(tmp_path, changes, why):
+    with pytest.raises(ValueError, match="tune again here, or set optimizer.profile=off") as error:
+        profile_fits(profile(**changes), key(), tmp_path / "p.json")
+    assert why in str(error.value) and "p.json" in str(error.value)
+
+
+def test_compression_that_was_asked_for_is_part_of_the_key():
+    config = dataclasses.replace(CONFIG, compression=CompressionSection(preset="int8"))
+    asked = Key.here("abc", config, given=["compression.preset"], workload="w")
+    free = Key.here("abc", config, given=[], workload="w")
+    assert (asked.compression, free.compression) == ('["int8"]', "free")
+
+
+def damaged(text: str, **changes) -> str:
+    return json.dumps(json.loads(text) | changes)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: "",
+        lambda text: "[1, 2]",
+        lambda text: damaged(text, format=99),
+        lambda text: damaged(text, key={"model": "x"}),
+        lambda text: damaged(text, fields={"engine.rowz": 3}),
+        lambda text: damaged(text, costs={"block": 1}),
+    ],
+)
+def test_a_damaged_profile_is_a_clear_error(tmp_path, damage):
+    path = tmp_path / key().file_name
+    profile().save(path)
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(ValueError, match="is no profile of this version .*delete it and tune"):
+        find(key(), tmp_path)
+    assert not has_any(key(), tmp_path)
+
+
+def requests(count, prompt, new, **fields) -> list[SampledRequest]:
+    params = SamplingParams(max_tokens=new)
+    return [SampledRequest((n, *range(prompt - 1)), params) for n in range(count)]
+
+
+def test_workload_classes():
+    assert workload_class(requests(100, 50, 30)) == "new64-prompt64-rows256"
+    assert workload_class(requests(90, 60, 64)) == "new64-prompt64-rows256"
+    assert workload_class([*requests(20, 50, 30), *requests(2, 50, 900)]).endswith("-tailed")
+    shared = [SampledRequest((*range(40), n), SamplingParams(max_tokens=4)) for n in range(9)]
+    assert workload_class(shared) == "new4-prompt64-rows16-shared"
+    scored = [SampledRequest((1, 2, n), Scoring(targets=((1,),))) for n in range(3)]
+    assert workload_class(scored) == "score-prompt4-rows4"
+
+
+def test_an_empty_sample_is_refused():
+    for refuse in (require_rows, workload_class):
+        with pytest.raises(ValueError, match="the workload's sample is empty"):
+            refuse([])
+
+
+def test_the_space_begins_with_the_config_and_leaves_given_fields_alone():
+    dimensions = {"engine.rows": (4, 32, 64, 128), "engine.decode_block": (8, 16)}
+    options = dict(presets=["int8"], requests=40, dimensions=dimensions)
+    found = space(CONFIG, given=(), **options)
+    assert found[0].applied(CONFIG) == CONFIG
+    assert len(found) == 3 * 2 * 2  # 128 rows are twice as many as requests
+    fixed = space(CONFIG, given=["engine.rows", "compression.rules"], **options)
+    assert {c.applied(CONFIG).engine.rows for c in fixed} == {32}
+    assert {c.applied(CONFIG).compression.preset for c in fixed} == {"none"}
+    assert found[-1].text() == "preset=int8 decode_block=16 rows=64"
+
+
+def test_a_value_that_is_not_allowed_is_refused():
+    with pytest.raises(ValueError, match="rows=0 is not allowed"):
+        Candidate.of({"engine.rows": 0}).applied(CONFIG)
+    assert with_fields(CONFIG, {}) == CONFIG

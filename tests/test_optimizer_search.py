@@ -1,0 +1,163 @@
+"""A search on a tiny model, on this machine's device; the driver; the profile that a run takes."""
+
+import dataclasses
+import json
+
+import pytest
+from compress_makers import model_folder
+
+from lepton_jax import LeptonOptimizer
+from lepton_jax.config import EngineSection, JobSection, ModelSection, RunConfig, SamplingParams
+from lepton_jax.jobs import tuning
+from lepton_jax.optimizer import profile as profiles
+from lepton_jax.optimizer.profile import Profile
+from lepton_jax.optimizer.space import with_fields
+
+PROMPTS = [f"{word} of number {n}" for n, word in enumerate(["a row", "another row"] * 6)]
+GIVEN = ("engine.prefill_chunk", "engine.decode_block")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return model_folder(tmp_path_factory.mktemp("tuned") / "model")
+
+
+@pytest.fixture(scope="module")
+def config(model, tmp_path_factory):
+    rows = tmp_path_factory.mktemp("rows") / "in.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS))
+    return RunConfig(
+        model=ModelSection(path=str(model)),
+        engine=EngineSection(rows=2, page_size=16, prefill_chunk=64, decode_block=4),
+        sampling=SamplingParams(max_tokens=6, ignore_eos=True),
+        job=JobSection(input=str(rows), output=str(rows.parent / "out.jsonl")),
+    )
+
+
+def goal(config, **fields) -> RunConfig:
+    return with_fields(config, {f"optimizer.{name}": value for name, value in fields.items()})
+
+
+@pytest.fixture(scope="module")
+def searched(config, tmp_path_factory):
+    """(config, optimizer, profile, stages) of one search."""
+    directory, stages = tmp_path_factory.mktemp("profiles"), []
+    config = goal(config, trials=2, repeats=1)
+    optimizer = LeptonOptimizer(directory=directory)
+    profile = optimizer.search(
+        config, PROMPTS, given=GIVEN, progress=lambda stage, *_: stages.append(stage)
+    )
+    return config, optimizer, profile, stages
+
+
+def test_the_winner_is_the_fastest_of_what_was_tried(searched):
+    config, optimizer, profile, stages = searched
+    found = optimizer.found
+    assert found.tried[0].candidate.applied(config) == config
+    assert found.best.trial.seconds == min(one.trial.seconds for one in found.tried)
+    assert found.effect == found.tried[0].trial.seconds / found.best.trial.seconds
+    assert profile.numbers["effect"] == found.effect >= 1
+    assert found.considered == len((2, 4, 8, 16)) and not found.too_large
+    for one in found.tried:
+        assert one.trial.lengths == (6,) * len(PROMPTS)
+        assert 0 < one.trial.first_token <= one.trial.whole <= one.trial.seconds
+        assert one.trial.compile_seconds > 0 and one.trial.programs > 1
+        assert one.predicted > 0 and one.error == one.predicted / one.trial.seconds - 1
+    assert {"load none", "predict", "try"} == set(stages)
+
+
+def test_the_profile_lies_where_it_says_and_leaves_given_fields_alone(searched):
+    config, optimizer, profile, _ = searched
+    assert Profile.read(optimizer.path_of(profile)) == profile
+    applied = profile.applied(config, given=GIVEN)
+    assert applied.engine.prefill_chunk == 64 and applied.engine.decode_block == 4
+    assert profile.key.workload == "new16-prompt64-rows16"
+
+
+def test_the_table_names_every_trial_and_the_effect(searched):
+    _, optimizer, _, _ = searched
+    text = tuning.table(optimizer.found)
+    assert text.count("<- best") == 1 and "effect = T1/T0: " in text
+    assert text.count("rows=") == len(optimizer.found.tried)
+    assert "KL from the uncompressed model at most 0.0000" in text
+
+
+def test_a_run_takes_the_profile_and_says_so(searched, monkeypatch):
+    config, optimizer, profile, _ = searched
+    directory = optimizer.path_of(profile).parent
+    monkeypatch.setattr(profiles, "default_directory", lambda: directory)
+    applied, taken, said = tuning.with_profile(config, GIVEN)
+    assert taken == profile and applied.engine == profile.applied(config, GIVEN).engine
+    assert applied.optimizer.profile == str(optimizer.path_of(profile)) in said
+    assert "times as fast on new16-prompt64-rows16" in said
+    given = [*GIVEN, "engine.rows"]
+    applied, _, said = tuning.with_profile(config, given)
+    assert applied.engine.rows == 2 and "engine.rows as given" in said
+    assert tuning.with_profile(goal(config, profile="off"), GIVEN)[1:] == (None, "")
+    longer = with_fields(config, {"sampling.max_tokens": 90})
+    unchanged, taken, said = tuning.with_profile(longer, GIVEN)
+    assert (unchanged.engine, taken) == (longer.engine, None)
+    assert "none for workload new256-prompt64-rows16" in said
+    named = goal(longer, profile=str(optimizer.path_of(profile)))
+    with pytest.raises(ValueError, match="another kind of workload"):
+        tuning.with_profile(named, GIVEN)
+
+
+def test_without_profiles_nothing_is_read(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(profiles, "default_directory", lambda: tmp_path / "none")
+    gone = with_fields(config, {"model.path": "/gone"})
+    assert tuning.with_profile(gone, ()) == (goal(gone, profile="off"), None, "")
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        (dict(max_ttft=1e-6), "isn't met by what was tried: the nearest is"),
+        (dict(memory=1000), "nothing fits into optimizer.memory=1000 bytes: the smallest"),
+    ],
+)
+def test_a_goal_that_cannot_be_met_names_the_nearest(config, tmp_path, fields, says):
+    config = goal(config, trials=1, repeats=1)
+    optimizer = LeptonOptimizer(directory=tmp_path, **fields)
+    with pytest.raises(ValueError, match=says):
+        optimizer.search(config, PROMPTS, given=[*GIVEN, "engine.rows"])
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_presets_are_tried_as_far_as_they_keep_the_accuracy(config, tmp_path):
+    config = goal(config, trials=1, repeats=1)
+    given = [*GIVEN, "engine.rows"]
+    optimizer = LeptonOptimizer(directory=tmp_path, max_kl=0.05)
+    optimizer.search(config, PROMPTS, given=given)
+    (file,) = tmp_path.glob("kl-*.json")
+    kls = json.loads(file.read_text())
+    kept = [name for name, kl in kls.items() if kl <= 0.05]
+    found = optimizer.found
+    assert {"none", "int8_g32"} <= set(kept) and kls["int4"] > kls["int8"] > kls["none"] == 0
+    assert found.considered == len(kept)
+    assert found.too_coarse == {n: kl for n, kl in kls.items() if n not in kept} != {}
+    assert found.kl == kls["none"]
+    stages = []
+    optimizer.search(config, PROMPTS, given=given, progress=lambda s, *_: stages.append(s))
+    assert "accuracy" not in stages  # it is known
+    coarse = with_fields(config, {"compression.preset": "int4"})
+    with pytest.raises(ValueError, match="'int4' diverges by .* more than optimizer.max_kl=0.05"):
+        optimizer.search(coarse, PROMPTS, given=GIVEN)
+
+
+def test_an_empty_workload_is_refused(config, tmp_path):
+    with pytest.raises(ValueError, match="the workload's sample is empty"):
+        LeptonOptimizer(directory=tmp_path).search(config, [])
+
+
+def test_rows_are_sampled_as_their_mode_makes_requests(config, tmp_path):
+    tokenizer = tuning.load_tokenizer(config)
+    sampled = tuning.sample_requests(goal(config, sample=5), tokenizer)
+    assert [bytes(r.prompt_ids[:1]) != b"" for r in sampled] == [True] * 5
+    rows = tmp_path / "score.jsonl"
+    pairs = [{"context": "a", "continuation": "bc"}, {"bad": 1}, {"context": "ab", "choices": "cd"}]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    job = dataclasses.replace(config.job, input=str(rows), mode="score")
+    (scored,) = tuning.sample_requests(dataclasses.replace(config, job=job), tokenizer)
+    assert bytes(scored.prompt_ids) == b"ab" and scored.limit == 0
+    assert scored.asked.targets == ((ord("b"),), (ord("c"),))
