@@ -100,14 +100,32 @@ def test_the_rows_of_a_dead_replica_are_queued_again_and_none_is_lost():
 def test_a_stalled_replica_gets_nothing_and_idle_ones_take_its_rows():
     balancer = balancer_of("xy", {"a": 10, "b": 10}, slots=2, stall_after=5.0)
     assert balancer.deal(0.0, ["x", "y"]) == {"x": ["a"], "y": ["b"]}
+    balancer.beat("x", {"a": 9}, now=1.0)
     balancer.beat("y", {"b": 10}, now=4.0)
     balancer.drop("b")
     assert balancer.recall(4.0) == []
     balancer.add("c", 10)
-    assert balancer.deal(6.0, ["x"]) == {"x": []}
-    assert balancer.deal(6.0, ["y"]) == {"y": ["c"]}
-    assert balancer.recall(6.0) == [("a", "x")]
-    assert balancer.deal(6.0, ["x", "y"]) == {"x": [], "y": ["a"]}
+    assert balancer.deal(7.0, ["x"]) == {"x": []}
+    assert balancer.deal(7.0, ["y"]) == {"y": ["c"]}
+    assert balancer.recall(7.0) == [("a", "x")]
+    assert balancer.deal(7.0, ["x", "y"]) == {"x": [], "y": ["a"]}
+
+
+def test_the_first_token_may_take_longer():
+    balancer = balancer_of("x", {"a": 10}, stall_after=5.0)
+    balancer.deal(0.0, ["x"])
+    assert [balancer.stalled("x", now) for now in (6.0, 20.0, 20.1)] == [False, False, True]
+
+
+def test_a_row_goes_back_to_a_replica_where_nobody_else_can_take_it():
+    balancer = balancer_of("xy", {"a": 10, "b": 10}, slots=1, stall_after=5.0)
+    balancer.deal(0.0, ["x", "y"])
+    balancer.beat("x", {"a": 1}, now=1.0)
+    balancer.beat("y", {"b": 10}, now=1.0)
+    balancer.drop("b")
+    assert balancer.recall(7.0) == [("a", "x")]
+    balancer.beat("x", {}, now=8.0)  # it was only slow
+    assert balancer.deal(8.0, ["x"]) == {"x": ["a"]}
 
 
 def test_at_the_end_rows_leave_a_replica_that_has_become_slow():
@@ -167,6 +185,9 @@ class Anything(RuleBasedStateMachine):
             for key in keys:
                 assert key in self.open and not any(key in held for held in self.held.values())
                 self.held[name].add(key)
+        idle = not any(self.balancer.stalled(name, self.now) for name in self.held)
+        if idle and len(ready) == len(self.held) and self.open:
+            assert any(self.held.values()), "rows are queued and nobody works"
 
     @precondition(lambda self: self.held)
     @rule(data=st.data(), count=st.integers(0, 50), ends=st.integers(0, 3))

@@ -20,6 +20,7 @@ _AHEAD = 0.25  # of a replica's slots: rows queued on it, so that a freed slot i
 _MEMORY = 30.0  # of a rate, in units of time: older beats weigh less than 1/e
 _SLOW = 0.8  # of the best speed of a row: slower replicas don't get rows that outlast the job
 _MARGIN = 0.5  # of the time to the end: how long a row may take there, as it may turn out longer
+_FIRST = 4.0  # times as long may a replica take for its first token: it compiles
 _WORTH = 1.5  # times the time that a row would take elsewhere: what must be left before it is moved
 
 
@@ -143,6 +144,8 @@ class Balancer:
         names = [name for name in ready if not self.stalled(name, now)]
         if not len(self._queued) or not names:
             return dealt
+        if not any(r.rows for n, r in self.replicas.items() if not self.stalled(n, now)):
+            self._queued.allow_all()  # nobody else is left to take what some shall not have
         pace = _Pace(self, now)
         open_names = {name: pace.room(self.replicas[name]) for name in names}
         while open_names and len(self._queued):
@@ -152,6 +155,8 @@ class Balancer:
             row = None
             if len(replica.rows) < open_names[name]:
                 row = self._queued.take(name, most=pace.longest(replica), pace=pace, hungry=hungry)
+                if row is None and not pace.working and not any(dealt.values()):
+                    row = self._queued.take(name, most=math.inf, pace=pace, hungry=True)
             if row is None:
                 del open_names[name]
                 continue
@@ -204,7 +209,8 @@ class Balancer:
     def stalled(self, name: str, now: float) -> bool:
         """Whether a replica has rows and has done nothing for too long."""
         replica = self.replicas[name]
-        late = bool(replica.rows) and now - replica.moved > self._stall_after
+        patience = self._stall_after * (1.0 if replica.rate else _FIRST)
+        late = bool(replica.rows) and now - replica.moved > patience
         return replica.stuck or late
 
     def _late(self, name: str, now: float, pace: "_Pace") -> list[tuple[float, str]]:
@@ -236,7 +242,9 @@ class _Pace:
         self._mean = sum(known) / len(known) if known else 1.0
         self._total = sum(r.rate or self._mean for r in live)
         queued = balancer._queued
-        self._rows = len(queued) + sum(len(r.rows) for r in live)
+        held = sum(len(r.rows) for r in live)
+        self.working = held > 0
+        self._rows = len(queued) + held
         self._ahead = len(queued) > sum(map(_ahead, live))
         self.best = max((self.speed(r) for r in live), default=0.0)  # tokens per time of a row
         work = queued.work + sum(r.outstanding for r in live)

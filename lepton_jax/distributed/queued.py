@@ -86,10 +86,14 @@ class Queued:
             group = self._groups[prefix]
             self._pop(prefix, bisect.bisect_left(group.rows, (work, number, key)))
 
+    def allow_all(self) -> None:
+        """Rows may go back to the replicas from which they were recalled."""
+        self._barred.clear()
+
     def forget_home(self, name: str) -> None:
         """A replica is gone, and what it had computed."""
         self._own.pop(name, None)
-        self._barred.clear()  # whoever is left may have to take them
+        self.allow_all()  # whoever is left may have to take them
         for homes in self._homes.values():
             homes.discard(name)
         for prefix, group in self._groups.items():

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
+import jax
+
 from lepton_jax.config import PoolSection
 from lepton_jax.distributed.replicas import Beat, Command, serve
 from lepton_jax.engine.protocol import Limits
@@ -29,9 +31,13 @@ class _Actor:
     """What Ray runs."""
 
     def __init__(self, load: Callable[[], Starter], cores: range):
+        """`cores` of the machine to keep to; none where there are other devices."""
         if cores and hasattr(os, "sched_setaffinity"):
             found = sorted(os.sched_getaffinity(0))  # before XLA counts them for its threads
             os.sched_setaffinity(0, {found[core % len(found)] for core in cores})
+        if not cores:
+            # The driver may have been told to keep off the devices (JAX_PLATFORMS=cpu).
+            jax.config.update("jax_platforms", None)
         self._starter = load()
 
     def model(self) -> tuple[str, int]:
@@ -44,9 +50,6 @@ class _Actor:
 
     def beat(self, commands: Sequence[Command]) -> Beat:
         return serve(self._starter.engine, commands)
-
-    def pid(self) -> int:
-        return os.getpid()
 
 
 class RayReplica:
@@ -90,13 +93,10 @@ class RayActors:
             self._connect(section)
         self._check_resources(section)
         options: dict[str, Any] = {"num_cpus": section.cpus, "num_gpus": section.gpus}
-        environment = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
         if section.tpus:
             options["resources"] = {"TPU": section.tpus}
-        if section.gpus or section.tpus:
-            environment["JAX_PLATFORMS"] = ""  # the driver may be told to keep off the devices
-        actor = ray.remote(**options, runtime_env={"env_vars": environment})(_Actor)
-        cores = 0 if section.gpus or section.tpus else int(section.cpus)
+        actor = ray.remote(**options)(_Actor)
+        cores = 0 if section.gpus or section.tpus else max(1, int(section.cpus))
         self._actors = [
             actor.remote(load, range(n * cores, (n + 1) * cores)) for n in range(section.ray)
         ]
@@ -114,10 +114,6 @@ class RayActors:
         limits = self._get([a.start.remote(shared, strict) for a in self._actors], "start")
         pairs = enumerate(zip(self._actors, limits, strict=True))
         return [RayReplica(f"{n}", a, slots=slots, limits=limit) for n, (a, limit) in pairs]
-
-    def pids(self) -> list[int]:
-        """Process ids, each on its machine."""
-        return self._ray.get([actor.pid.remote() for actor in self._actors])
 
     def close(self) -> None:
         """Ends the actors, and Ray where it was started here."""

@@ -1,0 +1,71 @@
+"""Real Ray on this machine: two actors with SmolLM2 on a core each; one is killed in the middle."""
+
+import json
+import os
+import signal
+
+import psutil
+import pytest
+
+from lepton_jax.api import LeptonEngine
+from lepton_jax.config import (
+    CompressionSection,
+    EngineSection,
+    JobSection,
+    ModelSection,
+    PoolSection,
+    RunConfig,
+    SamplingParams,
+)
+from lepton_jax.jobs.driver import Job
+from lepton_jax.jobs.mode_for import mode_for
+
+ROWS = 24
+
+
+def actor_processes():
+    """Those below this process that run our actors."""
+    below = psutil.Process().children(recursive=True)
+    return [p for p in below if p.cmdline() and p.cmdline()[0].startswith("ray::_Actor")]
+
+
+@pytest.mark.slow
+def test_a_killed_actor_costs_no_row(smollm2_path, tmp_path):
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    rows = [{"id": n, "prompt": f"Count on from {n}:"} for n in range(ROWS)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = RunConfig(
+        model=ModelSection(path=str(smollm2_path)),
+        pool=PoolSection(ray=2),
+        engine=EngineSection(rows=4, max_len=64, prefill_chunk=128),
+        compression=CompressionSection(preset="w8a8"),
+        sampling=SamplingParams(max_tokens=16, ignore_eos=True),
+        job=JobSection(input=str(source), output=str(output), exact=False),
+    )
+    with Job(config, mode_for(config)) as job, LeptonEngine() as lepton:
+        lepton.load_model(config=config)
+        job.resume(lepton.fingerprint)
+        lepton.start(workload=job.workload(lepton.tokenizer))
+        processes = actor_processes()
+        assert len(processes) == 2
+        pool, beats = lepton.engine, 0
+        step = pool.step
+
+        def step_and_kill():
+            nonlocal beats
+            outputs = step()
+            beats += bool(outputs)
+            if beats == 6:
+                os.kill(processes[0].pid, signal.SIGKILL)
+            return outputs
+
+        pool.step = step_and_kill
+        tally = job.run(pool, lepton.tokenizer)
+        report = pool.stats()["pool"]
+    assert (tally.rows, tally.errors) == (ROWS, 0)
+    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [answer["id"] for answer in answers] == list(range(ROWS))
+    assert all(answer["completion_tokens"] == 16 for answer in answers)
+    assert sum(replica["died"] for replica in report["replicas"]) == 1
+    assert sum(replica["rows"] for replica in report["replicas"]) == ROWS
+    print(json.dumps(report, indent=1))
