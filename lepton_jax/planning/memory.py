@@ -21,7 +21,7 @@ _VIEW_BYTES = 256 << 20  # of a CPU's or GPU's copy of its rows' cache (engine/r
 @dataclasses.dataclass(frozen=True)
 class Memory:
     """Bytes on one device. `code` and `other` are known where a program was compiled; other are the
-    rows' state, inputs, results and what padding to tiles adds.
+    rows' state, inputs, results, padding to tiles, and a CPU's or GPU's view of its cache.
     """
 
     weights: int

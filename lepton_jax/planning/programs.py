@@ -18,7 +18,7 @@ import jax
 from lepton_jax.engine.packing import DecodeShape, PrefillShape
 from lepton_jax.engine.row_params import SampleSpec
 from lepton_jax.engine.runner import Runner, Sizes
-from lepton_jax.planning.memory import Memory, cache_bytes, view_bytes
+from lepton_jax.planning.memory import Memory, cache_bytes
 from lepton_jax.planning.served import Served
 from lepton_jax.planning.topology import compile_absent
 from lepton_jax.planning.traffic import Traffic, traffic
@@ -124,8 +124,7 @@ def _chip_in_scope(placement: Placement):
 def _memory(served: Served, sizes: Sizes, compiled: jax.stages.Compiled) -> Memory:
     """By the compiler's account of one device."""
     found = compiled.memory_analysis()
-    weights = served.weight_bytes
-    cache = cache_bytes(served, sizes) + view_bytes(served, sizes)
+    weights, cache = served.weight_bytes, cache_bytes(served, sizes)
     held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     return Memory(
         weights=weights,

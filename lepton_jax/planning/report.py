@@ -49,7 +49,7 @@ def memory_rows(plan: Plan) -> list[tuple[str, str, str]]:
         ("temporaries", m.temporaries, known),
     ]
     if plan.decode:
-        rows += [("code", m.code, known), ("other", m.other, "rows' state, inputs, padding")]
+        rows += [("code", m.code, known), ("other", m.other, "rows' state, inputs, views, padding")]
     of = f"of {plan.budget / _GIB:.2f} (0.9 x {plan.chip.memory / _GIB:.2f})"
     rows.append(("in all", m.total, of))
     return [(name, f"{nbytes / _GIB:.3f}", note) for name, nbytes, note in rows]
