@@ -185,13 +185,39 @@ class CompressionSection:
         0, "keep this many kv heads with their query heads (calibrated); 0: all"
     )
     keep_experts: int = _doc(0, "keep this many experts (calibrated); 0: all")
+    auto_bytes: float = _doc(
+        0.0,
+        "automatic mixed precision: the candidate for each weight that loses least within so many "
+        "bytes, up to 1 a share of the dense model's (calibrated)",
+    )
+    auto_kl: float = _doc(
+        0.0, "or the smallest of which the predicted KL is at most this, in nats a token"
+    )
+    candidates: tuple[str, ...] = _doc(
+        (
+            "weights=int8 group=32",
+            "weights=int8",
+            "weights=int4 group=32",
+            "weights=int4 group=64",
+            "weights=int4 group=128",
+        ),
+        "what auto_bytes and auto_kl choose from: FIELD=VALUE ... as in rules, or keep",
+    )
 
     def __post_init__(self):
         _check_types(self)
-        rules = (self.rules,) if isinstance(self.rules, str) else self.rules
-        good = isinstance(rules, (list, tuple)) and all(isinstance(rule, str) for rule in rules)
-        _check(self, "rules", good, "a list of texts such as 'embed|head -> weights=int8'")
-        object.__setattr__(self, "rules", tuple(rules))
+        for name, example in (
+            ("rules", "embed|head -> weights=int8"),
+            ("candidates", "weights=int4 group=32"),
+        ):
+            value = getattr(self, name)
+            texts = (value,) if isinstance(value, str) else value
+            good = isinstance(texts, (list, tuple)) and all(isinstance(t, str) for t in texts)
+            _check(self, name, good, f"a list of texts such as {example!r}")
+            object.__setattr__(self, name, tuple(texts))
+        for name in ("auto_bytes", "auto_kl"):
+            good = 0 <= getattr(self, name) < math.inf
+            _check(self, name, good, "0 (off) or more")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -166,6 +166,50 @@ def test_calibrated_rules(model, tmp_path):
         )
 
 
+def test_a_budget_becomes_rules_and_an_8_bit_cache_is_measured_too(model, tmp_path):
+    schemes = ("weights=int8 group=8", "weights=int4 group=8", "weights=int4 group=32")
+    asked = CompressionSection(auto_bytes=0.23, candidates=schemes)
+    engine = EngineSection(kv_dtype="int8")
+    settings = dataclasses.replace(CONFIG, compression=asked, engine=engine)
+    made = compress(model, tmp_path / "auto", config=settings)
+    found, size = made["sensitivity"], made["size"]
+    assert found["schemes"] == list(schemes)
+    assert size["device_bytes"] == found["predicted_bytes"] <= 0.23 * size["dense_bytes"]
+    assert found["predicted_kl"] == pytest.approx(made["quality"]["kl"]["value"], rel=0.8)
+    chosen = scheme_of_each(Recipe.of(rules=made["recipe"]["rules"]).rules, load(model).model.specs)
+    for row in found["weights"]:
+        scheme = Recipe.of(rules=(f".* -> {schemes[row['chosen']]}",)).rules[0].action
+        assert chosen[row["path"]] == scheme
+    assert len({row["chosen"] for row in found["weights"]}) > 1
+    assert made["recipe"]["title"] == "auto_bytes=0.23"
+    assert made["kv"]["dtype"] == "int8" and made["kv"]["kl"] != made["quality"]["kl"]
+    page = (tmp_path / "auto" / "receipt.html").read_text()
+    assert "Sensitivity of each weight" in page and "key-value cache in int8" in page
+    checks = verify_receipt(tmp_path / "auto")
+    assert not failures(checks) and "with its cache: kl" in [check.name for check in checks]
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        (
+            {"auto_bytes": 0.01},
+            r"budget of \d+ bytes: the smallest .* is \d+, 0\.1\d+ of the dense",
+        ),
+        ({"auto_bytes": 0.5, "auto_kl": 0.1}, "are both given"),
+        ({"auto_kl": 0.1, "candidates": ()}, "compression.candidates is empty"),
+        ({"auto_kl": 0.1, "preset": "int8"}, "auto_kl=0.1 finds the rules itself"),
+        ({"auto_kl": 0.1, "candidates": ("weights=int8 rounding=gptq",)}, "calibration of its own"),
+        ({"auto_kl": 0.1, "candidates": ("weights=int3",)}, "int3.*allowed are int8"),
+    ],
+)
+def test_budgets_that_can_not_be_are_refused_before_anything_is_read(model, tmp_path, fields, says):
+    with pytest.raises(ValueError, match=says):
+        settings = dataclasses.replace(CONFIG, compression=CompressionSection(**fields))
+        compress(model, tmp_path / "no", config=settings)
+    assert not (tmp_path / "no").exists()
+
+
 def test_a_smaller_model_is_quantized_and_loads(model, tmp_path):
     """Fewer layers, heads and channels, then int8: what the config says is what `run` gets."""
     small = CompressionSection(drop_layers=1, keep_ffn=0.5, keep_kv_heads=1, preset="int8")

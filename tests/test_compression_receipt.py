@@ -57,6 +57,8 @@ def receipt(title="int8", kl=4e-3, kept=100):
         "calibration": None,
         "structured": None,
         "recovery": None,
+        "sensitivity": None,
+        "kv": None,
         "environment": receipts.environment(),
         "weights": [
             {"path": f"layers.{i}.{kind}", "error": 0.01 * (i + 1), "product_error": None}

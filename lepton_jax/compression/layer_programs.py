@@ -52,6 +52,7 @@ class _Programs:
     def __init__(self, model: Model, factors: jax.Array | None):
         self._model, self._factors = model, factors
         self._outputs = jax.jit(self._map_outputs)
+        self._pulled = jax.jit(self._map_pulled)
         self._statistics = jax.jit(self._map_statistics, static_argnums=3)
         self._inputs = jax.jit(self._map_inputs, static_argnums=3)
 
@@ -62,6 +63,12 @@ class _Programs:
     def window(self, layer: Mapping[str, Any], x: jax.Array) -> jax.Array:
         """What the layer makes of one window `x [T, D]`, to be used inside a program."""
         return self._of_window(layer, self._factors, x)
+
+    def pulled(self, layer: Mapping[str, Any], x: jax.Array, gradients: jax.Array) -> jax.Array:
+        """Gradients by `x [windows, T, D]` from those by the layer's outputs, several of each
+        window: both `[windows, draws, T, D]`.
+        """
+        return self._pulled(dict(layer), self._factors, x, gradients)
 
     def statistics(
         self, layer: Mapping[str, Any], x: jax.Array, needs: Needs
@@ -75,6 +82,14 @@ class _Programs:
 
     def _map_outputs(self, layer, factors, x):
         return jax.lax.map(functools.partial(self._of_window, layer, factors), x)
+
+    def _map_pulled(self, layer, factors, x, gradients):
+        def window(operands):
+            _, pull = jax.vjp(functools.partial(self._of_window, layer, factors), operands[0])
+            # One draw after the other: products of experts can't be mapped side by side.
+            return jax.lax.map(lambda gradient: pull(gradient)[0], operands[1])
+
+        return jax.lax.map(window, (x, gradients))
 
     def _map_inputs(self, layer, factors, x, name: str):
         def look(window):

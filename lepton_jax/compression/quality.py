@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lepton_jax.kernels import kv_cache
 from lepton_jax.kernels.attention_reference import causal_attend
 from lepton_jax.models.build import Model
 
@@ -88,7 +89,8 @@ def reference(
 ) -> Reference:
     """Runs the dense model over int32 `windows [windows, T]`."""
     head = leaves[list(model.specs).index(head_path(model))]
-    hidden = [np.asarray(h) for h in _hidden_states(model, leaves, windows, progress=progress)]
+    states = _hidden_states(model, leaves, windows, attend=causal_attend, progress=progress)
+    hidden = [np.asarray(h) for h in states]
     return Reference(model, head, windows, np.stack(hidden))
 
 
@@ -98,16 +100,20 @@ def compare(
     leaves: Sequence[Any],
     *,
     seed: int,
+    kv_dtype: Any = None,
     progress: Progress | None = None,
 ) -> Quality:
     """The compressed `leaves` of `model` against the dense model on its windows.
 
-    `seed` is that of the bootstrap. Raises ValueError where predictions aren't finite.
+    `seed` is that of the bootstrap; `kv_dtype` that of a key-value cache which the compressed model
+    shall read its keys and values from, None: as they are. Raises ValueError where predictions
+    aren't finite.
     """
     sums = _place_sums(dense.model, model)
     head = leaves[list(model.specs).index(head_path(model))]
     totals = []  # [windows, 5]
-    states = _hidden_states(model, leaves, dense.windows, progress=progress)
+    attend = causal_attend if kv_dtype is None else _cached_attend(kv_dtype)
+    states = _hidden_states(model, leaves, dense.windows, attend=attend, progress=progress)
     for ids, theirs, ours in zip(dense.windows, dense.hidden, states, strict=True):
         following, total = np.append(ids[1:], -1).astype(np.int32), 0.0
         for at in range(0, len(ids), _SLICE):
@@ -159,16 +165,30 @@ def common_prefix(ours: Sequence[int], theirs: Sequence[int]) -> int:
 
 
 def head_path(model: Model) -> str:
+    """Of the weight that makes logits."""
     return "embed" if model.config.tie_embeddings else "head"
 
 
-def _hidden_states(model: Model, leaves, windows: np.ndarray, *, progress: Progress | None):
+def _cached_attend(kv_dtype: Any) -> Callable:
+    """`causal_attend` of keys and values as a cache of this dtype gives them back."""
+    like = kv_cache.planned((1,), ("head_dim",), kv_dtype)
+
+    def attend(q, k, v, cache, **options):
+        k, v = (kv_cache.decode(kv_cache.encode(x, like)) for x in (k, v))
+        return causal_attend(q, k, v, cache, **options)
+
+    return attend
+
+
+def _hidden_states(
+    model: Model, leaves, windows: np.ndarray, *, attend: Callable, progress: Progress | None
+):
     """`[T, D]` of each window of token ids, which starts afresh."""
 
     @jax.jit
     def run(leaves, ids):
         places, caches = jnp.arange(ids.shape[0]), (None,) * model.config.num_layers
-        return model.bind(leaves)(ids, places, caches, causal_attend)[0]
+        return model.bind(leaves)(ids, places, caches, attend)[0]
 
     for done, ids in enumerate(windows, 1):
         yield run(tuple(leaves), jnp.asarray(ids))
@@ -181,6 +201,19 @@ def logits_of(model: Model, head, hidden):
     path, nothing = head_path(model), jnp.zeros(())
     leaves = [head if name == path else nothing for name in model.specs]
     return model.bind(leaves).logits(hidden)
+
+
+def _largest(x: jax.Array, count: int) -> list[jax.Array]:
+    """The `count` largest distinct values of each line of `x [places, V]`, largest first.
+
+    Passes that find a maximum each, because sorting a vocabulary costs a CPU several times all else
+    here.
+    """
+    found = [jnp.max(x, axis=-1)]
+    for _ in range(count - 1):
+        below = jnp.where(x < found[-1][:, None], x, -jnp.inf)
+        found.append(jnp.max(below, axis=-1))
+    return found
 
 
 def _place_sums(dense: Model, model: Model) -> Callable:
@@ -197,9 +230,12 @@ def _place_sums(dense: Model, model: Model) -> Callable:
         nearest = jnp.maximum(following, 0)[:, None]
         losses = [-jnp.take_along_axis(x, nearest, axis=1)[:, 0] for x in (q, p)]
         divergence = jnp.sum(jnp.exp(p) * (p - q), axis=-1)
-        best, found = (jax.lax.top_k(x, _LIKELIEST)[1] for x in (p, q))
-        top1 = best[:, 0] == found[:, 0]
-        top5 = jnp.mean(jnp.any(best[:, :, None] == found[:, None, :], axis=2), axis=1)
+        ends = [_largest(x, _LIKELIEST) for x in (p, q)]  # [places] each, largest first
+        top1, top5 = (
+            jnp.sum((p >= ends[0][n - 1][:, None]) & (q >= ends[1][n - 1][:, None]), axis=-1)
+            for n in (1, _LIKELIEST)
+        )
+        top1, top5 = top1 > 0, jnp.minimum(top5, _LIKELIEST) / _LIKELIEST
         known = following >= 0
         return jnp.stack(
             [jnp.sum(jnp.where(known, x, 0)) for x in (divergence, *losses, top1, top5)]

@@ -23,6 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lepton_jax.checkpoints.loaded import digest
+from lepton_jax.compression.automatic import Choice
+from lepton_jax.compression.recipe import scheme_text
 from lepton_jax.models.build import Model
 from lepton_jax.tensors import CompressedTensor
 
@@ -32,7 +34,7 @@ VERSION = 2
 _KEYS = (
     "fingerprint", "weights_sha256", "source", "recipe", "measure", "size", "weights", "quality",
     "greedy_prefix", "speed", "held_out", "calibration", "structured", "recovery",
-    "engine", "environment", "digest",
+    "sensitivity", "kv", "engine", "environment", "digest",
 )  # fmt: skip
 Receipt = dict[str, Any]
 
@@ -108,6 +110,25 @@ def weight_rows(
     return rows
 
 
+def sensitivity(choice: Choice) -> dict[str, Any]:
+    """What automatic mixed precision measured: of each weight the predicted KL in nats a token and
+    the bytes under each scheme, and which one it got; and the prediction for the whole.
+    """
+    found = choice.sensitivity
+    rows = [
+        {"path": path, "kl": kl.tolist(), "bytes": size.tolist(), "chosen": chosen}
+        for path, kl, size, chosen in zip(
+            found.paths, found.kl, found.bytes, choice.chosen, strict=True
+        )
+    ]
+    return {
+        "schemes": [scheme_text(scheme) for scheme in found.schemes],
+        "predicted_kl": choice.kl,
+        "predicted_bytes": choice.bytes,
+        "weights": rows,
+    }
+
+
 def sizes(dense: Model, dense_bytes: int, *, rows: Sequence[Mapping], bytes_now: int) -> dict:
     """Bytes and kept parameters: k of the N that multiply a token in the dense model.
 
@@ -158,6 +179,9 @@ def digest_line(receipt: Mapping[str, Any]) -> str:
             f"{quality['perplexity']['value']:.2f} ({ratio - 1:+.2%})",
             f"top-1 {quality['top1']['value']:.1%}",
         ]
+    if receipt["kv"]:
+        ratio = receipt["kv"]["perplexity_ratio"]["value"]
+        parts.append(f"with a {receipt['kv']['dtype']} cache {ratio - 1:+.2%}")
     parts.append(f"{size['device_bytes'] / size['dense_bytes']:.0%} of the bytes")
     if size["kept"] != size["parameters"]:
         parts.append(f"k/N {size['kept_fraction']:.2f}")

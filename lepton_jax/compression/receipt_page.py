@@ -28,6 +28,10 @@ _PAGE = """<h1>Receipt: {{ r.recipe.title }} of {{ r.source.path }}</h1>
 <td>{{ form.format(e.low) }} to {{ form.format(e.high) }}</td></tr>{% endfor %}
 </table>
 {% else %}<p>Not measured: receipt.compare was false.</p>{% endif %}
+{% if r.kv %}<p>With a key-value cache in {{ r.kv.dtype }}: perplexity
+{{ "{:.5f}".format(r.kv.perplexity_ratio.value) }} of the dense model's, KL
+{{ "{:.3g}".format(r.kv.kl.value) }} nats a token, same likeliest token
+{{ "{:.4f}".format(r.kv.top1.value) }}.</p>{% endif %}
 <h2>Size</h2>
 <table>
 <tr><td>dense, in device memory</td><td>{{ mib(r.size.dense_bytes) }}</td></tr>
@@ -56,6 +60,10 @@ ideal k/N, or above that of the dense model.</p>{% endif %}{% endif %}
 {% if r.recovery %}<h2>Recovery</h2>
 <p>{{ recovery }}</p>
 {{ recovery_plot }}{% endif %}
+{% if r.sensitivity %}<h2>Sensitivity of each weight</h2>
+<p>Predicted for the chosen schemes: KL {{ "{:.3g}".format(r.sensitivity.predicted_kl) }} nats a
+token{% if r.quality %}, measured {{ "{:.3g}".format(r.quality.kl.value) }}{% endif %}.</p>
+{{ sensitivity_plot }}{% endif %}
 {% if r.structured %}<h2>Structure</h2>
 <p>{{ structure }}; layers kept: {{ r.structured.layers|join(", ") }}</p>
 {{ influence_plot }}{% endif %}
@@ -98,6 +106,7 @@ def page(receipt: Mapping[str, Any]) -> str:
         recovery_plot=Markup(_recovery_plot(receipt)),
         structure=_structure_text(receipt),
         influence_plot=Markup(_influence_plot(receipt)),
+        sensitivity_plot=Markup(_sensitivity_plot(receipt)),
         rest=json.dumps(rest, indent=1),
     )
 
@@ -132,8 +141,7 @@ def _error_plot(receipt: Mapping[str, Any], field: str, title: str) -> str:
     """
     kinds: dict[str, list] = {}
     for row in receipt["weights"]:
-        found = re.fullmatch(r"layers\.(\d+)\.(.*)", row["path"])
-        kind, layer = (found[2], int(found[1])) if found else (row["path"], -1)
+        kind, layer = _kind_and_layer(row["path"])
         if row[field] is not None:
             kinds.setdefault(kind, []).append((layer, row[field], row["path"]))
     series = [
@@ -150,6 +158,11 @@ def _error_plot(receipt: Mapping[str, Any], field: str, title: str) -> str:
         if series
         else ""
     )
+
+
+def _kind_and_layer(path: str) -> tuple[str, int]:
+    found = re.fullmatch(r"layers\.(\d+)\.(.*)", path)
+    return (found[2], int(found[1])) if found else (path, -1)
 
 
 def _quality_rows(receipt: Mapping[str, Any]) -> list[tuple]:
@@ -197,6 +210,29 @@ def _recovery_plot(receipt: Mapping[str, Any]) -> str:
         x="step",
         y="KL, nats a token",
         from_zero=True,
+    )
+
+
+def _sensitivity_plot(receipt: Mapping[str, Any]) -> str:
+    """Of each weight under each scheme; empty where it wasn't measured."""
+    found = receipt["sensitivity"]
+    if not found:
+        return ""
+    rows = found["weights"]
+    series = [
+        Series(
+            scheme,
+            [(_kind_and_layer(row["path"])[1], row["kl"][index]) for row in rows],
+            labels=[row["path"] for row in rows],
+        )
+        for index, scheme in enumerate(found["schemes"])
+    ]
+    return scatter(
+        series,
+        title="KL when one weight alone is compressed, predicted",
+        x="layer (-1: embeddings and head)",
+        y="KL, nats a token",
+        log_y=True,
     )
 
 

@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from lepton_jax.compression.automatic import Automatic
 from lepton_jax.compression.calibrated_leaf import Options, kinds_for
 from lepton_jax.compression.presets import preset_rules
 from lepton_jax.compression.rules import Rule
@@ -35,12 +36,14 @@ class Recipe:
       preset: the name of the rules; "" where they are a user's own.
       options: of calibrated methods.
       structure: what is left of the model before the rules come to its weights.
+      automatic: a budget that the rules shall be found for; there are none then.
     """
 
     rules: tuple[Rule[Scheme], ...]
     preset: str = ""
     options: Options = dataclasses.field(default_factory=Options)
     structure: Structure = dataclasses.field(default_factory=Structure)
+    automatic: Automatic = dataclasses.field(default_factory=Automatic)
 
     @classmethod
     def of(cls, *, preset: str = "none", rules: Sequence[str] = ()) -> Recipe:
@@ -62,11 +65,22 @@ class Recipe:
             cls(**{field.name: getattr(section, field.name) for field in dataclasses.fields(cls)})
             for cls in (Options, Structure)
         )
-        return dataclasses.replace(recipe, options=options, structure=structure)
+        automatic = Automatic(
+            section.auto_bytes,
+            section.auto_kl,
+            tuple(_candidate(text) for text in section.candidates),
+        )
+        if automatic and recipe.rules:
+            raise ValueError(
+                f"compression.{automatic} finds the rules itself: drop compression.preset and rules"
+            )
+        return dataclasses.replace(
+            recipe, options=options, structure=structure, automatic=automatic
+        )
 
     def __bool__(self) -> bool:
         """Whether it changes anything."""
-        return bool(self.rules or self.structure)
+        return bool(self.rules or self.structure or self.automatic)
 
     def require_no_calibration(self, path: str) -> None:
         """Raises ValueError, with the command to use, where loading `path` so isn't possible."""
@@ -80,8 +94,10 @@ class Recipe:
 
     @property
     def calibrated(self) -> list[str]:
-        """What must see activations first: structured pruning, smoothing, rules of such schemes."""
-        found = [str(self.structure)] if self.structure else []
+        """What must see activations first: structured pruning, sensitivities, smoothing, rules of
+        such schemes.
+        """
+        found = [str(part) for part in (self.structure, self.automatic) if part]
         found += [f"smooth={self.options.smooth}"] if self.options.smooth != "none" else []
         return found + [f"rule '{rule_text(r)}'" for r in self.rules if self._needs_tokens(r)]
 
@@ -98,7 +114,14 @@ class Recipe:
             "rules": rules,
             "options": options,
             "structure": structure,
+            "automatic": self._automatic_dict(),
         }
+
+    def _automatic_dict(self) -> dict[str, Any] | None:
+        if not self.automatic:
+            return None
+        candidates = [scheme_text(scheme) for scheme in self.automatic.candidates]
+        return dataclasses.asdict(self.automatic) | {"candidates": candidates}
 
     @property
     def title(self) -> str:
@@ -106,8 +129,9 @@ class Recipe:
         schemes = dict.fromkeys(scheme_text(rule.action) for rule in self.rules)
         smooth = [self.options.smooth] if self.options.smooth != "none" else []
         preset = [self.preset] if self.preset not in ("", "none") else []
-        parts = [str(self.structure)] if self.structure else []
-        return "; ".join([*parts, *(preset or schemes), *smooth])
+        parts = [str(part) for part in (self.structure, self.automatic) if part]
+        named = preset or ([] if self.automatic else schemes)
+        return "; ".join([*parts, *named, *smooth])
 
 
 def parse_rule(text: str) -> Rule[Scheme]:
@@ -134,6 +158,10 @@ def parse_rule(text: str) -> Rule[Scheme]:
         return Rule(pattern, Scheme(**values))
     except ValueError as error:
         raise ValueError(f"compression rule {text!r}: {error}") from None
+
+
+def _candidate(text: str) -> Scheme:
+    return parse_rule(f".* -> {text}").action
 
 
 def rule_text(rule: Rule[Scheme]) -> str:

@@ -25,12 +25,13 @@ from lepton_jax.checkpoints.orbax_store import new_directory, save
 from lepton_jax.compression import quality, receipt, receipt_page
 from lepton_jax.compression.calibration_data import HELD_OUT_TEXT
 from lepton_jax.compression.presets import scheme_of_each
-from lepton_jax.compression.recipe import Recipe
-from lepton_jax.config import RunConfig
+from lepton_jax.compression.recipe import Recipe, parse_rule
+from lepton_jax.config import EngineSection, RunConfig
 from lepton_jax.jobs import measures
 from lepton_jax.jobs.benchmark import device_name
 from lepton_jax.jobs.compress_inputs import (
     Progress,
+    dense_bytes,
     describe,
     load_options,
     load_tokenizer,
@@ -43,6 +44,7 @@ from lepton_jax.jobs.compress_inputs import (
 )
 from lepton_jax.jobs.compress_model import Result, make_model
 from lepton_jax.jobs.recovery import folder_of
+from lepton_jax.kernels.kv_cache import QUANTIZED
 from lepton_jax.models.build import Model
 
 
@@ -110,7 +112,7 @@ def measure_dense(config: RunConfig, progress: Progress) -> Dense:
         "fingerprint": checkpoints.identify(config.model.path),
         "dtype": np.dtype(model.dtype).name,
     }
-    size = sum(spec.nbytes for spec in model.specs.values())
+    size = dense_bytes(model)
     if not asked.compare:
         return Dense(model, source, size)
     loaded = checkpoints.load(
@@ -130,7 +132,7 @@ def measure_dense(config: RunConfig, progress: Progress) -> Dense:
         reference,
         measures.measure(
             loaded,
-            config.engine,
+            _with_wide_cache(config.engine),
             asked=asked,
             windows=windows,
             progress=stage(progress, "dense in the engine"),
@@ -142,6 +144,8 @@ def compress(config: RunConfig, recipe: Recipe, dense: Dense, *, progress: Progr
     """The model by a recipe, measured."""
     result = make_model(config, recipe, dense.source, progress=progress)
     loaded = result.loaded
+    if result.rules is not None:
+        recipe = dataclasses.replace(recipe, rules=tuple(map(parse_rule, result.rules)))
     weights = receipt.weights_sha256(loaded.model.specs, loaded.leaves)
     fingerprint = receipt.fingerprint_of(dense.source["fingerprint"], weights)
     loaded = dataclasses.replace(loaded, fingerprint=fingerprint)
@@ -165,7 +169,9 @@ def compress(config: RunConfig, recipe: Recipe, dense: Dense, *, progress: Progr
         "held_out": dense.held_out,
         "calibration": result.calibration,
         "structured": result.structured,
+        "sensitivity": result.sensitivity,
         "recovery": _recovery_told(config, dense, result, found=found, progress=progress),
+        "kv": measure_kv(config, dense, loaded, progress=progress),
         "environment": receipt.environment(),
         "weights": rows,
     }
@@ -238,16 +244,42 @@ def _measured(config: RunConfig, dense: Dense, loaded: Loaded, *, size: dict, pr
 
 
 def measure_quality(
-    config: RunConfig, dense: Dense, loaded: Loaded, *, progress: Progress
+    config: RunConfig,
+    dense: Dense,
+    loaded: Loaded,
+    *,
+    kv_dtype: str | None = None,
+    progress: Progress,
 ) -> quality.Quality:
-    """A compressed model against the dense one."""
+    """A compressed model against the dense one; `kv_dtype` as in `quality.compare`."""
+    cached = "" if kv_dtype is None else f", {kv_dtype} cache"
     return quality.compare(
         dense.reference,
         loaded.model,
         loaded.leaves,
         seed=config.receipt.seed,
-        progress=windows_of(progress, "compressed on held-out text"),
+        kv_dtype=kv_dtype,
+        progress=windows_of(progress, f"compressed on held-out text{cached}"),
     )
+
+
+def measure_kv(
+    config: RunConfig, dense: Dense, loaded: Loaded, *, progress: Progress
+) -> dict[str, Any] | None:
+    """Quality of a compressed model that reads keys and values from the engine's 8-bit cache; None
+    where the cache is a wide one, or nothing is compared.
+    """
+    dtype = config.engine.kv_dtype
+    if dtype not in QUANTIZED or dense.reference is None:
+        return None
+    found = measure_quality(config, dense, loaded, kv_dtype=dtype, progress=progress)
+    return {"dtype": dtype} | found.as_dict()
+
+
+def _with_wide_cache(engine: EngineSection) -> EngineSection:
+    """The dense model's engine: an 8-bit cache is part of what is measured, not of the measure."""
+    narrow = engine.kv_dtype in QUANTIZED
+    return dataclasses.replace(engine, kv_dtype="auto") if narrow else engine
 
 
 def prefix_row(

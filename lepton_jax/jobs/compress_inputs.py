@@ -45,7 +45,10 @@ def require_sense(config: RunConfig, recipes: Sequence[Recipe]) -> None:
     """
     model, asked = describe(config), config.receipt
     for recipe in recipes:
-        scheme_of_each(recipe.rules, planned_model(recipe.structure, model).specs)
+        planned = planned_model(recipe.structure, model)
+        scheme_of_each(recipe.rules, planned.specs)
+        if recipe.automatic:
+            recipe.automatic.require_room(planned, dense_bytes(model))
     calibrated = any(recipe.calibrated for recipe in recipes)
     recovers = config.recovery.train != "none"
     tokens = measures.longest_texts(asked) if asked.compare else {}
@@ -101,6 +104,11 @@ def load_options(config: RunConfig) -> dict[str, Any]:
 def describe(config: RunConfig) -> Model:
     """The dense model without its weights."""
     return checkpoints.describe(config.model.path, **load_options(config))
+
+
+def dense_bytes(model: Model) -> int:
+    """Of the weights that a description's model has."""
+    return sum(spec.nbytes for spec in model.specs.values())
 
 
 def require_finite(loaded: Loaded) -> None:

@@ -15,10 +15,11 @@ import numpy as np
 from lepton_jax.checkpoints import load as checkpoints
 from lepton_jax.checkpoints.loaded import Loaded, leaf_bytes
 from lepton_jax.compression import quality, receipt
+from lepton_jax.compression.automatic import choose
 from lepton_jax.compression.calibrate import compress_layers
 from lepton_jax.compression.calibration_data import CALIBRATION_TEXT
 from lepton_jax.compression.presets import compressor
-from lepton_jax.compression.recipe import Recipe
+from lepton_jax.compression.recipe import Recipe, rule_text
 from lepton_jax.compression.structured import prune_structure
 from lepton_jax.config import RunConfig
 from lepton_jax.jobs.compress_inputs import (
@@ -34,7 +35,13 @@ from lepton_jax.jobs.compress_inputs import (
 )
 from lepton_jax.jobs.recovery import RecoveryFolder, train
 
-_TOLD = ("errors", "calibration", "structured")  # what a receipt needs besides the weights
+_TOLD = (
+    "errors",
+    "calibration",
+    "structured",
+    "rules",
+    "sensitivity",
+)  # what a receipt needs besides the weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +53,8 @@ class Result:
       errors: relative errors by weight, as compression made them (recovery comes after).
       calibration: which text it was calibrated on; None without calibration.
       structured: what structured pruning kept; None where there was none.
+      rules: that were found for a budget, as texts, and the sensitivities that they come of; None
+        where the recipe has its own.
       recovery: how it was trained; None where it wasn't, as the next.
       student: the model before that.
     """
@@ -54,6 +63,8 @@ class Result:
     errors: dict[str, dict[str, Any]]
     calibration: dict[str, Any] | None = None
     structured: dict[str, Any] | None = None
+    rules: list[str] | None = None
+    sensitivity: dict[str, Any] | None = None
     recovery: dict[str, Any] | None = None
     student: Loaded | None = None
 
@@ -133,7 +144,7 @@ def _calibrate(config: RunConfig, recipe: Recipe, *, progress: Progress) -> Resu
     require_finite(loaded)
     drawn = text_windows(config.calibration, load_tokenizer(config), CALIBRATION_TEXT)
     model, leaves = loaded.model, dict(zip(loaded.model.specs, loaded.leaves, strict=True))
-    structured, errors = None, {}
+    structured, errors, found = None, {}, {}
     if recipe.structure:
         model, leaves, structured = prune_structure(
             model,
@@ -143,6 +154,19 @@ def _calibrate(config: RunConfig, recipe: Recipe, *, progress: Progress) -> Resu
             damp=recipe.options.damp,
             progress=stage(progress, "prune"),
         )
+    if recipe.automatic:
+        choice = choose(
+            model,
+            leaves,
+            drawn.tokens,
+            recipe.automatic,
+            dense_bytes=loaded.bytes,
+            seed=config.calibration.seed,
+            progress=stage(progress, "sensitivity"),
+        )
+        recipe = dataclasses.replace(recipe, rules=choice.rules)
+        found["rules"] = [rule_text(rule) for rule in recipe.rules]
+        found["sensitivity"] = receipt.sensitivity(choice)
     if recipe.rules:
         leaves, errors = compress_layers(
             model,
@@ -156,4 +180,4 @@ def _calibrate(config: RunConfig, recipe: Recipe, *, progress: Progress) -> Resu
     loaded = dataclasses.replace(
         loaded, config=model.config, model=model, leaves=kept, bytes=sum(map(leaf_bytes, kept))
     )
-    return Result(loaded, errors, drawn.receipt, structured)
+    return Result(loaded, errors, drawn.receipt, structured, **found)

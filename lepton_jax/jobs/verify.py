@@ -8,7 +8,7 @@ no part of it. Read next: `compress.py`, `compression/receipt.py`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lepton_jax.checkpoints import load as checkpoints
@@ -22,7 +22,7 @@ from lepton_jax.config import (
     from_mapping,
 )
 from lepton_jax.jobs import measures
-from lepton_jax.jobs.compress import measure_dense, measure_quality, prefix_row
+from lepton_jax.jobs.compress import measure_dense, measure_kv, measure_quality, prefix_row
 from lepton_jax.jobs.compress_inputs import Progress, silent
 
 _RELATIVE = {"perplexity": 1e-3, "dense_perplexity": 1e-3, "perplexity_ratio": 1e-3, "kl": 2e-2}
@@ -82,10 +82,10 @@ def verify_receipt(
     before = measure_dense(config, progress)
     checks.append(_exact("held-out text", receipt["held_out"]["sha256"], before.held_out["sha256"]))
     found = measure_quality(config, before, loaded, progress=progress).as_dict()
-    checks += [
-        _near(name, receipt["quality"][name]["value"], found[name]["value"])
-        for name in ("perplexity", "dense_perplexity", "perplexity_ratio", "kl", "top1", "top5")
-    ]
+    checks += _near(receipt["quality"], found)
+    if receipt["kv"]:
+        again = measure_kv(config, before, loaded, progress=progress)
+        checks += _near(receipt["kv"], again, "with its cache: ")
     if receipt["greedy_prefix"]:
         ours = measures.measure(
             loaded,
@@ -128,11 +128,16 @@ def _exact(name: str, recorded: object, found: object) -> Check:
     return Check(name, recorded, found, recorded == found)
 
 
-def _near(name: str, recorded: float, found: float) -> Check:
-    fits = receipts.within(
-        recorded, found, relative=_RELATIVE.get(name, 0.0), absolute=_ABSOLUTE.get(name, 0.0)
-    )
-    return Check(name, recorded, found, fits)
+def _near(recorded: Mapping, found: Mapping, where: str = "") -> list[Check]:
+    """Of two qualities in JSON types."""
+    checks = []
+    for name in ("perplexity", "dense_perplexity", "perplexity_ratio", "kl", "top1", "top5"):
+        old, new = recorded[name]["value"], found[name]["value"]
+        fits = receipts.within(
+            old, new, relative=_RELATIVE.get(name, 0.0), absolute=_ABSOLUTE.get(name, 0.0)
+        )
+        checks.append(Check(where + name, old, new, fits))
+    return checks
 
 
 def _prefix(recorded: dict, found: float) -> Check:

@@ -1,0 +1,153 @@
+"""Automatic mixed precision: a budget in bytes or in KL, and the rules that make most of it.
+
+    choice = choose(model, leaves, tokens, automatic, dense_bytes=..., seed=0)
+    choice.rules    # ordinary ones, as a person might have written them
+
+Every weight is tried under every candidate on calibration tokens (`sensitivity.py`), then one is
+chosen for each (`allocate.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from lepton_jax.compression.allocate import allocate, rules_of
+from lepton_jax.compression.rules import Rule, weights_of
+from lepton_jax.compression.scheme import Scheme
+from lepton_jax.compression.sensitivity import (
+    Progress,
+    Sensitivity,
+    measure_sensitivity,
+    planned_bytes,
+)
+from lepton_jax.models.build import Model
+
+
+@dataclasses.dataclass(frozen=True)
+class Automatic:
+    """What is asked for.
+
+    Attributes:
+      bytes: most of the compressed weights; up to 1: as a share of the dense ones. 0: the least
+        within `kl`.
+      kl: most that may be lost, as predicted, in nats a token; 0: the least within `bytes`.
+      candidates: schemes to choose from.
+    """
+
+    bytes: float = 0.0
+    kl: float = 0.0
+    candidates: tuple[Scheme, ...] = ()
+
+    def __post_init__(self):
+        if not self:
+            return
+        if self.bytes and self.kl:
+            raise ValueError(
+                f"compression.auto_bytes={self.bytes} and auto_kl={self.kl} are both given: one "
+                "is the budget, the other comes of it; drop one"
+            )
+        if not self.candidates:
+            raise ValueError(
+                "compression.candidates is empty: name schemes to choose from, such as "
+                "'weights=int8' and 'weights=int4 group=32'"
+            )
+        for scheme in self.candidates:
+            if scheme.calibrated:
+                raise ValueError(
+                    f"compression.candidates: {scheme} needs calibration of its own; take "
+                    "rounding=nearest or mse, prune=magnitude, and activations=float or dynamic"
+                )
+
+    def __bool__(self) -> bool:
+        return bool(self.bytes or self.kl)
+
+    def __str__(self) -> str:
+        return f"auto_bytes={self.bytes:g}" if self.bytes else f"auto_kl={self.kl:g}"
+
+    def most_bytes(self, dense_bytes: int) -> float:
+        """Of all weights, of a dense model of so many bytes."""
+        if not self.bytes:
+            return np.inf
+        return self.bytes * dense_bytes if self.bytes <= 1 else self.bytes
+
+    def require_room(self, model: Model, dense_bytes: int) -> None:
+        """Raises ValueError, with the least, where the budget is less than the smallest choice."""
+        smallest = planned_bytes(model, self.candidates).min(1).sum() + _others(model)
+        most = self.most_bytes(dense_bytes)
+        if smallest > most:
+            raise ValueError(
+                f"compression.auto_bytes={self.bytes:g} is a budget of {most:.0f} bytes: the "
+                f"smallest that its candidates allow is {smallest}, {smallest / dense_bytes:.4f} "
+                "of the dense bytes; raise it or add smaller candidates"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What was chosen: the index of each path's scheme, and what that should cost.
+
+    Attributes:
+      automatic: what was asked for.
+      sensitivity: what was measured.
+      chosen: index of each weight's scheme.
+      bytes, kl: of the whole model, as predicted.
+    """
+
+    automatic: Automatic
+    sensitivity: Sensitivity
+    chosen: tuple[int, ...]
+    bytes: int
+    kl: float
+
+    @property
+    def rules(self) -> tuple[Rule[Scheme], ...]:
+        schemes = [self.sensitivity.schemes[index] for index in self.chosen]
+        return rules_of(self.sensitivity.paths, schemes)
+
+
+def choose(
+    model: Model,
+    leaves: Mapping[str, Any],
+    tokens: np.ndarray,
+    automatic: Automatic,
+    *,
+    dense_bytes: int,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Choice:
+    """Measures and chooses.
+
+    Args:
+      model: dense; `leaves` its arrays by path.
+      tokens: int32 `[windows, T]` to calibrate on.
+      automatic: the budget and the candidates.
+      dense_bytes: of the whole model, which a share refers to.
+      seed: of the draws (`sensitivity.py`).
+      progress: called with (done, all, what).
+
+    Raises ValueError where nothing fits the budget.
+    """
+    automatic.require_room(model, dense_bytes)
+    found = measure_sensitivity(
+        model, leaves, tokens, automatic.candidates, seed=seed, progress=progress
+    )
+    others = _others(model)
+    chosen = allocate(
+        found.kl,
+        found.bytes,
+        most_bytes=automatic.most_bytes(dense_bytes) - others,
+        most_loss=automatic.kl or np.inf,
+    )
+    lines = np.arange(len(chosen))
+    size, loss = found.bytes[lines, chosen].sum(), found.kl[lines, chosen].sum()
+    return Choice(automatic, found, tuple(chosen), int(size) + others, float(loss))
+
+
+def _others(model: Model) -> int:
+    """Bytes of what stays as it is: norms, biases, routers."""
+    weights = set(weights_of(model.specs))
+    return sum(spec.nbytes for path, spec in model.specs.items() if path not in weights)

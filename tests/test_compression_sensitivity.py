@@ -1,0 +1,83 @@
+"""Measured sensitivities against the KL that compressing one weight alone really makes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_models
+from engine_reference import tiny
+
+from lepton_jax.checkpoints.load import load
+from lepton_jax.compression.calibration_data import CALIBRATION_TEXT, draw_windows
+from lepton_jax.compression.leaf import compress_weight
+from lepton_jax.compression.rules import weights_of
+from lepton_jax.compression.scheme import Scheme
+from lepton_jax.compression.sensitivity import measure_sensitivity
+from lepton_jax.text import load as load_tokenizer
+
+SCHEMES = (Scheme(), Scheme("int4", group=8))
+
+
+def true_kl(logits, leaves, tokens, path, scheme):
+    """By whole forwards over the windows; nats a token."""
+    other = dict(leaves)
+    other[path] = compress_weight(leaves[path], scheme).dense(jnp.float32)
+    p, q = (jax.nn.log_softmax(logits(tuple(x.values()), tokens)) for x in (leaves, other))
+    return float(jnp.mean(jnp.sum(jnp.exp(p) * (p - q), -1)))
+
+
+def forward(model):
+    """Logits `[windows, T, V]` of leaves and tokens."""
+
+    def logits(leaves, tokens):
+        return jax.lax.map(functools.partial(tiny_models.forward, model, leaves), tokens)
+
+    return jax.jit(logits)
+
+
+@pytest.mark.parametrize("case", ["gemma2", "qwen3_moe"])
+def test_predicted_kl_is_the_true_one_of_every_weight(case):
+    model, leaves = tiny(case, layers=2)
+    leaves = dict(zip(model.specs, leaves, strict=True))
+    tokens = np.random.default_rng(0).integers(3, model.config.vocab_size, (12, 24))
+    tokens, seen, logits = tokens.astype(np.int32), [], forward(model)
+    found = measure_sensitivity(
+        model, leaves, tokens, SCHEMES, draws=64, progress=lambda *at: seen.append(at)
+    )
+    assert seen == [(1, 3, "layers.1"), (2, 3, "layers.0"), (3, 3, "embed")]
+    assert list(found.paths) == weights_of(model.specs)
+    for row, path in enumerate(found.paths):
+        if model.config.num_experts and not path.startswith(("layers.1.", "head")):
+            continue  # what makes the routers of later layers choose otherwise has no gradient
+        for column, scheme in enumerate(SCHEMES):
+            leaf = compress_weight(leaves[path], scheme)
+            assert found.bytes[row, column] == sum(a.nbytes for a in jax.tree.leaves(leaf))
+            true = true_kl(logits, leaves, tokens, path, scheme)
+            error = 0.4 * true + 1e-7  # beneath are the roundings of float32
+            assert found.kl[row, column] == pytest.approx(true, abs=error), (path, scheme)
+    assert (found.kl[:, 1] > found.kl[:, 0]).all()
+
+
+def test_a_scheme_that_does_not_fit_names_the_weight():
+    model, leaves = tiny("llama", layers=2)
+    leaves = dict(zip(model.specs, leaves, strict=True))
+    tokens = np.full((1, 8), 5, np.int32)
+    scheme = Scheme(weights="keep", prune="magnitude", pattern="192x32", sparsity=0.5)
+    with pytest.raises(ValueError, match="192x32"):
+        measure_sensitivity(model, leaves, tokens, (scheme,))
+
+
+@pytest.mark.slow
+def test_of_a_real_model(smollm2_path):
+    loaded = load(smollm2_path, dtype="float32")
+    model, leaves = loaded.model, dict(zip(loaded.model.specs, loaded.leaves, strict=True))
+    encode = load_tokenizer(loaded.tokenizer_source).encode
+    tokens = draw_windows(CALIBRATION_TEXT, encode, windows=8, length=64).tokens
+    scheme, logits = Scheme("int4", group=128), forward(model)
+    found = measure_sensitivity(model, leaves, tokens, (scheme,))
+    paths = ["embed", "layers.0.down", "layers.14.gate_up", "layers.29.out"]
+    for path in paths:
+        true = true_kl(logits, leaves, tokens, path, scheme)
+        assert found.kl[found.paths.index(path), 0] == pytest.approx(true, rel=0.6), path
