@@ -3,28 +3,39 @@
 optimizer = LeptonOptimizer(objective="throughput", max_kl=0.02)
 profile = optimizer.search(config, [[1, 338, 263], ...])
 engine.load_model(config=profile.applied(config, given=()))
+recovered = LeptonOptimizer(learning_rate=1e-3).recover("compressed/", "dense/", steps=200)
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lepton_jax import compile_cache
 from lepton_jax.checkpoints import load as checkpoints
-from lepton_jax.config import RunConfig, SamplingParams
+from lepton_jax.config import (
+    CalibrationSection,
+    RecoverySection,
+    RunConfig,
+    SamplingParams,
+    from_mapping,
+)
 from lepton_jax.optimizer import profile as profiles
 from lepton_jax.optimizer.accuracy import Accuracy
 from lepton_jax.optimizer.profile import Key, Profile
+from lepton_jax.optimizer.recovery import recover_model
 from lepton_jax.optimizer.sample import SampledRequest, require_rows, workload_class
 from lepton_jax.optimizer.search import Found, Search
 from lepton_jax.text import tokenizer as tokenizers
 
 
 class LeptonOptimizer:
-    """Chooses an engine's parameters for a model, this machine and a workload.
+    """Chooses an engine's parameters for a model, this machine and a workload, and recovers
+    compressed models.
 
     Attributes:
       found: after `search`, all that was tried.
+      training: after `recover`, what is told of it: steps, evaluations, text.
     """
 
     def __init__(
@@ -35,6 +46,7 @@ class LeptonOptimizer:
         max_ttft: float = 0.0,
         memory: int = 0,
         directory: str | Path = "",
+        learning_rate: float = 1e-3,
     ):
         """What to reach.
 
@@ -45,10 +57,13 @@ class LeptonOptimizer:
           max_ttft: most seconds to a first token, 95th percentile; 0: no bound.
           memory: bytes of the device to use; 0: what it has.
           directory: of profiles; by default in the user's cache directory.
+          learning_rate: of `recover`, relative to the root mean square of what it changes.
         """
         self._goal = dict(objective=objective, max_kl=max_kl, max_ttft=max_ttft, memory=memory)
         self._directory = Path(directory) if directory else profiles.default_directory()
+        self._learning_rate = learning_rate
         self.found: Found | None = None
+        self.training: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, config: RunConfig) -> "LeptonOptimizer":
@@ -99,6 +114,40 @@ class LeptonOptimizer:
         profile = Profile(key, dict(found.best.candidate.fields), found.best.costs, _numbers(found))
         profile.save(self._directory / key.file_name)
         return profile
+
+    def recover(
+        self,
+        student: Any,
+        teacher: Any,
+        *,
+        calibration: CalibrationSection | None = None,
+        folder: str | Path | None = None,
+        listen: Callable[[int, Mapping[str, float]], None] | None = None,
+        **fields,
+    ) -> checkpoints.Loaded:
+        """Trains a compressed model to predict what the dense one does; it stays as small.
+
+        Args:
+          student: compressed: a path, what `checkpoints.load.load` gives, or an engine with it.
+          teacher: the dense model, likewise.
+          calibration: text and length of its windows; by default the text that ships.
+          folder: where the training is kept; one that is there goes on.
+          listen: called after each step with its number, "loss", "kl" and others.
+          fields: of `config.RecoverySection`: train ("all" unless given), steps, minutes, ...
+
+        Returns the recovered model, which `checkpoints.orbax_store.save` writes. Raises ValueError
+        where the models don't belong together or nothing can be trained.
+        """
+        values = {"train": "all", "learning_rate": self._learning_rate} | fields
+        found, self.training = recover_model(
+            student,
+            teacher,
+            from_mapping(RecoverySection, values, where="recover"),
+            calibration=calibration,
+            folder=folder,
+            listen=listen,
+        )
+        return found
 
     def path_of(self, profile: Profile) -> Path:
         """Where `search` put it."""

@@ -1,0 +1,51 @@
+"""LeptonOptimizer.recover: from Python, with paths or loaded models, and what it refuses."""
+
+import numpy as np
+import pytest
+from compress_makers import RECEIPT, model_folder
+
+from lepton_jax import LeptonOptimizer, compress
+from lepton_jax.checkpoints.load import load
+from lepton_jax.checkpoints.orbax_store import save
+from lepton_jax.config import CalibrationSection, ReceiptSection, RunConfig
+
+SPARSE = r"layers\..* -> weights=keep prune=magnitude pattern=2:4 storage=sparse"
+TEXT = CalibrationSection(window_tokens=32)
+FIELDS = dict(steps=8, windows=12, held_out=4, evaluate_every=4, calibration=TEXT)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    dense = model_folder(folder / "dense")
+    config = RunConfig(receipt=ReceiptSection(**RECEIPT | {"compare": False}))
+    compress(dense, folder / "sparse", rules=(SPARSE,), config=config)
+    return folder / "sparse", dense
+
+
+def test_paths_in_a_nearer_model_out(models, tmp_path):
+    student, dense = models
+    optimizer, seen = LeptonOptimizer(learning_rate=1e-2), []
+    found = optimizer.recover(
+        student, dense, folder=tmp_path / "kept", listen=lambda *at: seen.append(at), **FIELDS
+    )
+    before = load(student)
+    assert found.bytes == before.bytes and found.fingerprint != before.fingerprint
+    kl = [row[2] for row in optimizer.training["evaluations"]]
+    assert min(kl) < kl[0] and len(seen) == 8
+    assert optimizer.training["learning_rate"] == 1e-2 and optimizer.training["train"] == "all"
+    assert optimizer.training["text"]["length"] == 32
+    save(tmp_path / "out", found)
+    again = load(tmp_path / "out")
+    assert again.fingerprint == found.fingerprint
+    index = list(found.model.specs).index("layers.0.down")
+    np.testing.assert_array_equal(again.leaves[index].values, found.leaves[index].values)
+
+
+def test_what_it_refuses(models):
+    student, dense = models
+    optimizer = LeptonOptimizer()
+    with pytest.raises(ValueError, match="recover: unknown field 'step'; did you mean 'steps'"):
+        optimizer.recover(student, dense, step=3)
+    with pytest.raises(ValueError, match=r"None is no model: want a path, or an engine"):
+        optimizer.recover(student, None)
