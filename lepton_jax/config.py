@@ -551,10 +551,11 @@ class PlanSection:
         _check_types(self)
         for name in ("chips", "presets"):
             value = getattr(self, name)
-            value = value.split(",") if isinstance(value, str) else value
+            value = (value,) if isinstance(value, str) else value
             good = isinstance(value, (list, tuple)) and all(isinstance(x, str) for x in value)
             _check(self, name, good, "a list of names")
-            object.__setattr__(self, name, tuple(value))
+            names = (piece.strip() for item in value for piece in item.split(","))  # as flags give
+            object.__setattr__(self, name, tuple(filter(None, names)))
         _check(self, "presets", len(self.presets) > 0, "one or more")
         _check(self, "context", 0 <= self.context <= _MOST, "0 (engine.max_len) or more")
         _check(self, "target", 0 <= self.target < math.inf, "0 (any) or more")
