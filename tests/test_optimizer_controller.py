@@ -189,6 +189,11 @@ def test_forgetting_begins_again():
     assert turned.decode_block < 8
     engine.scheduler.forget()
     feedback.forget()
+    new = Feedback(SimulatedEngine(SIZES, TPU), timed=False)._controller
+    mine, theirs = dict(vars(feedback._controller)), dict(vars(new))
+    for name in ("_machine", "knobs"):  # of an engine that began with other knobs
+        mine.pop(name), theirs.pop(name)
+    assert mine == theirs  # nothing is left of what was
     assert engine.scheduler.knobs.decode_block == 8
     engine.run(WORK["short"])
     assert feedback.decisions[len(first) :] == first

@@ -79,19 +79,17 @@ class Controller:
         meter: CostMeter | None = None,
         objective: str = "throughput",
     ):
-        self.knobs = machine.knobs
         self._machine, self._prior, self._meter = machine, costs, meter
         self._objective = objective
         self._costs = costs
-        self._counts = Counts()
-        self._beat = 0
-        self._calm = 0  # beats since the last preemption
-        self._last = BeatStats()
+        self.reset()
 
     def reset(self) -> None:
         """As new; what was measured of costs stays, because it is used only with the clock."""
         self.knobs, self._counts = self._machine.knobs, Counts()
-        self._beat = self._calm = 0
+        self._beat = 0
+        self._calm = 0  # beats since the last preemption
+        self._last = BeatStats()  # that decoded
 
     def decide(self, beat: BeatStats) -> list[Decision]:
         """Takes a beat in; what shall change before the next, which `knobs` has then."""
