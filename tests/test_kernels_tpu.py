@@ -73,7 +73,11 @@ def normal(key, shape, dtype=jnp.float32):
 
 
 def run(backend, batch, heads, *, decode, dtype=jnp.float32, kv_dtype=None, **options):
-    """Fills the rows' history, writes the batch's tokens, attends: the same for every backend."""
+    """Fills the rows' history, writes the batch's tokens, attends: the same for every backend.
+
+    `kv_dtype`: keys and values are numbers of it, and the cache under test is one; the reference's
+    stays as it is, for it would have scales.
+    """
     num_kv_heads, group, head_dim = heads
     tokens = batch.positions.shape[0]
     rows, width = batch.page_table.shape
@@ -86,10 +90,12 @@ def run(backend, batch, heads, *, decode, dtype=jnp.float32, kv_dtype=None, **op
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     def program(history, batch):
-        layer = backend.cache_layer(PAGES, PAGE, num_kv_heads, head_dim, dtype=kv_dtype or dtype)
-        cache = jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), layer)
-        cache = backend.write(cache, normal(1, past, dtype), normal(2, past, dtype), history)
-        cache = backend.write(cache, normal(3, new, dtype), normal(4, new, dtype), batch)
+        stored = kv_dtype if kv_dtype and backend is tpu else dtype
+        spec = backend.cache_layer(PAGES, PAGE, num_kv_heads, head_dim, dtype=stored)
+        cache = jnp.zeros(spec.shape, spec.dtype)
+        for first, shape, where in ((1, past, history), (3, new, batch)):
+            k, v = (normal(key, shape, kv_dtype or dtype) for key in (first, first + 1))
+            cache = backend.write(cache, k.astype(dtype), v.astype(dtype), where)
         return backend.attend(q, cache, batch, decode=decode, **options)
 
     return np.asarray(program(history, batch), np.float32)
@@ -135,6 +141,16 @@ def test_window_and_soft_cap_equal_the_reference(interpreted, options, decode):
 
 
 @pytest.mark.parametrize("decode", [False, True], ids=["prefill", "decode"])
+def test_a_float8_cache_equals_the_reference_on_float8_values(interpreted, decode):
+    batch = prefill_batch([37, 50], [20, 9], tokens=32)
+    if decode:
+        lengths = jnp.array([36, 0, 51], jnp.int32)
+        batch = decode_batch(lengths, lengths > 0, page_table(3, 4))
+    options = {"decode": decode, "dtype": jnp.bfloat16, "kv_dtype": jnp.float8_e4m3fn}
+    assert_parity(batch, (4, 2, 128), atol=3e-2, **options)
+
+
+@pytest.mark.parametrize("decode", [False, True], ids=["prefill", "decode"])
 def test_several_wide_heads_have_pages_of_their_own(interpreted, decode):
     batch = prefill_batch([37, 50], [20, 9], tokens=32)
     if decode:
@@ -168,6 +184,20 @@ def test_a_cache_the_kernel_cannot_read_is_refused_by_name():
         layer(4, 256, dtype=jnp.float32)
     with pytest.raises(ValueError, match="float8_e4m3fn, not in int8: set engine.kv_dtype"):
         layer(4, 128, dtype=jnp.int8)
+    for heads in [(2, 128), (1, 256), (4, 256)]:
+        with pytest.raises(ValueError, match="no float8 cache .* 3 or more, up to 128 wide.*bfl"):
+            layer(*heads, dtype=jnp.float8_e4m3fn)
+
+
+def test_float8_caches_hold_half_and_clip_what_is_too_large():
+    wide, narrow = (layer(8, 128, dtype=dtype) for dtype in (jnp.bfloat16, jnp.float8_e4m3fn))
+    assert narrow.shape == wide.shape and 2 * narrow.nbytes == wide.nbytes
+    batch = prefill_batch([2], [2], tokens=2)
+    k = jnp.full((2, 8, 128), 1e4).at[1].set(-0.3)
+    written = tpu.write(jnp.zeros(narrow.shape, narrow.dtype), k, -k, batch)
+    found = written[batch.page_table[0, 0]].astype(jnp.float32)  # [Z, 2K, H]
+    np.testing.assert_array_equal(found[0], np.tile([[448.0], [-448.0]], (8, 1)) * np.ones(128))
+    np.testing.assert_allclose(found[1, ::2], -0.3, rtol=1 / 16)
 
 
 LAYERS, STEPS, ROWS, WIDTH, TOKENS = 4, 8, 64, 16, 512
@@ -199,9 +229,9 @@ def prefill(caches, x, batch):
     return tuple(new_caches), x
 
 
-def assert_lean(compiled, shape):
+def assert_lean(compiled, shape, itemsize=2):
     assert temp_bytes(compiled) < 16 * 2**20
-    assert donated_bytes(compiled) >= LAYERS * 2 * int(np.prod(shape))
+    assert donated_bytes(compiled) >= LAYERS * itemsize * int(np.prod(shape))
     assert copies_of(compiled_text(compiled), shape) == []
 
 
@@ -260,3 +290,20 @@ def test_prefill_compiles_without_copying_its_caches(chip, heads):
         donate_argnums=[0],
     )
     assert_lean(compiled, cache.shape)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("chip", "heads"), [("v6e:1x1", (8, 4, 128)), ("v5e:1x1", (3, 3, 64))])
+def test_float8_caches_compile_without_copies(chip, heads):
+    num_kv_heads, group, head_dim = heads
+    cache = layer(num_kv_heads, head_dim, pages=LARGE, page=64, dtype=jnp.float8_e4m3fn).abstract()
+    x = jax.ShapeDtypeStruct((ROWS, num_kv_heads, group, head_dim), jnp.bfloat16)
+    lengths = jax.ShapeDtypeStruct((ROWS,), jnp.int32)
+    table = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.int32)
+    caches, mesh = (cache,) * LAYERS, mesh_of(chip)
+    block = compile_on(mesh, decode_block, caches, x, lengths, table, donate_argnums=[0])
+    assert_lean(block, cache.shape, itemsize=1)
+    x = jax.ShapeDtypeStruct((TOKENS, num_kv_heads, group, head_dim), jnp.bfloat16)
+    batch = prefill_batch([300, 700], [212, 200], tokens=TOKENS)
+    filled = compile_on(mesh, prefill, caches, x, batch, donate_argnums=[0])
+    assert_lean(filled, cache.shape, itemsize=1)

@@ -192,3 +192,10 @@ def _check_dtype(dtype: jnp.dtype, num_kv_heads: int, head_dim: int) -> None:
             f"attention on TPU reads no float32 cache at head_dim {head_dim} (kv_heads "
             f"{num_kv_heads}): float32 heads go up to {LANES}. Set engine.kv_dtype to bfloat16"
         )
+    if dtype == jnp.float8_e4m3fn and (num_kv_heads < 3 or head_dim > LANES):
+        # 8-bit registers hold 4 heads or more: fewer, padded, would take what bfloat16 takes.
+        raise ValueError(
+            f"attention on TPU reads no float8 cache at head_dim {head_dim} with {num_kv_heads} "
+            f"kv heads on a device: it needs 3 or more, up to {LANES} wide. Set engine.kv_dtype "
+            "to bfloat16"
+        )
