@@ -28,8 +28,8 @@ _HTML = flags.DEFINE_string("html", "", "also write a page to this file")
 def main(config: RunConfig) -> int:
     """One plan, or a search; the exit code."""
     # Imported here so that --help and mistakes in flags don't wait for jax.
-    from lepton_jax.planning import plan as planning
     from lepton_jax.planning import report, search
+    from lepton_jax.planning.plan import make_plan
 
     if _TOPOLOGY.value:
         section = dataclasses.replace(config.plan, topology=_TOPOLOGY.value)
@@ -39,10 +39,10 @@ def main(config: RunConfig) -> int:
             found = search.search(config)
             print(_json(search.as_json(found)) if _JSON.value else search.as_text(found))
             return 0
-        plan = planning.make_plan(config)
+        plan = make_plan(config)
         if _HTML.value:
             Path(_HTML.value).write_text(report.page(plan), encoding="utf-8")
-    print(_json(planning.as_json(plan)) if _JSON.value else report.text(plan))
+    print(_json(report.as_json(plan)) if _JSON.value else report.text(plan))
     return 0 if plan.fits else 1
 
 

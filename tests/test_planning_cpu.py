@@ -19,7 +19,8 @@ from lepton_jax.config import (
     RunConfig,
 )
 from lepton_jax.planning import chips
-from lepton_jax.planning.plan import as_json, make_plan
+from lepton_jax.planning.plan import make_plan
+from lepton_jax.planning.report import as_json
 
 PROMPT, NEW = 48, 33
 

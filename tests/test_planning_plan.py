@@ -18,8 +18,9 @@ from lepton_jax.config import (
     RunConfig,
 )
 from lepton_jax.planning.memory import full_sizes, memory_of
-from lepton_jax.planning.plan import as_json, budget_of, make_plan, remedies
-from lepton_jax.planning.report import page, text, verdict
+from lepton_jax.planning.plan import budget_of, make_plan
+from lepton_jax.planning.remedies import remedies
+from lepton_jax.planning.report import as_json, page, text, verdict
 from lepton_jax.planning.search import search
 
 TINY = {

@@ -2,21 +2,18 @@
 
 `make_plan(config)` computes everything from shapes and, unless `plan.compile` is false, compiles
 the engine's decode block and prefill and puts the compiler's account in the place of the estimates.
-`as_json` is the plan as plain data, the same for the same input.
 Read next: `report.py`, `search.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from lepton_jax.config import EngineSection, RunConfig
 from lepton_jax.engine.row_params import SampleSpec
 from lepton_jax.planning.chips import Chip
 from lepton_jax.planning.from_config import (
     Target,
-    chips_of,
     max_len_of,
     served_of,
     target_of,
@@ -30,7 +27,6 @@ from lepton_jax.planning.programs import (
 )
 from lepton_jax.planning.roofline import StepCost, decode_cost, prefill_cost
 from lepton_jax.planning.served import Served
-from lepton_jax.planning.topology import SLICES, split_name
 
 SHARE = 0.9  # of a device's memory that weights and cache may take, as in engine/loop.py
 
@@ -142,80 +138,3 @@ def _compiled(plan: Plan) -> Plan:
         return dataclasses.replace(plan, refusal=str(error))
     memory = max(decode.memory, prefill.memory, key=lambda memory: memory.total)
     return dataclasses.replace(plan, decode=decode, prefill=prefill, memory=memory)
-
-
-def remedies(plan: Plan) -> list[str]:
-    """What would fit, where the plan doesn't: settings to change, from shapes alone."""
-    found = []
-    if plan.largest_rows:
-        found.append(f"engine.rows={min(plan.largest_rows, plan.rows)}")
-    if plan.largest_len:
-        found.append(f"engine.max_len={min(plan.largest_len, plan.max_len)}")
-    sizes = full_sizes(plan.config.engine, rows=plan.rows, max_len=plan.max_len)
-    compression = plan.config.compression
-    for preset in ("int8", "int4"):
-        if preset != compression.preset and not compression.rules:
-            tried = dataclasses.replace(compression, preset=preset)
-            config = dataclasses.replace(plan.config, compression=tried)
-            smaller = dataclasses.replace(served_of(config, plan.chip), shards=plan.served.shards)
-            if memory_of(smaller, sizes).total <= plan.budget:
-                found.append(f"compression.preset={preset}")
-                break
-    for shards in (2, 4, 8, 16, 32, 64):
-        spread = dataclasses.replace(plan.served, shards=shards)
-        wider = shards > plan.served.shards
-        if wider and memory_of(spread, sizes).total <= plan.budget:
-            found.append(f"mesh.model={shards}" + _slice_for(plan, shards))
-            break
-    return found
-
-
-def _slice_for(plan: Plan, shards: int) -> str:
-    """The smallest slice of the same chip with so many devices, where it isn't this one."""
-    if shards <= len(plan.target.devices) or not plan.config.plan.topology:
-        return ""
-    kind, _ = split_name(plan.config.plan.topology)
-    per_chip = len(plan.target.devices) // plan.target.chips
-    sizes = [size for size in SLICES[kind] if chips_of(size) * per_chip >= shards]
-    return f" with plan.topology={kind}:{sizes[0]}" if sizes else ""
-
-
-def as_json(plan: Plan) -> dict[str, Any]:
-    """Plain data, without what differs from run to run (seconds of compiling)."""
-    cost = plan.decode_cost
-    data = {
-        "model": plan.config.model.path,
-        "compression": plan.config.compression.preset,
-        "target": plan.target.name,
-        "devices": len(plan.target.devices),
-        "mesh": {"model": plan.served.shards, "data": plan.replicas},
-        "rows": plan.rows,
-        "max_len": plan.max_len,
-        "context": plan.context,
-        "kv_dtype": str(plan.served.kv_dtype),
-        "fits": plan.fits,
-        "memory": dataclasses.asdict(plan.memory)
-        | {"total": plan.memory.total, "budget": plan.budget},
-        "largest": {"rows": plan.largest_rows, "max_len": plan.largest_len},
-        "remedies": [] if plan.fits else remedies(plan),
-        "step": dataclasses.asdict(cost) | {"seconds": plan.step_seconds, "bound": cost.bound},
-        "prefill": dataclasses.asdict(plan.prefill_cost) | {"bound": plan.prefill_cost.bound},
-        "tokens_per_second": plan.tokens_per_second,
-        "tokens_per_second_per_chip": plan.tokens_per_second / plan.target.chips,
-        "refusal": plan.refusal,
-    }
-    for name, program in (("decode", plan.decode), ("prefill", plan.prefill)):
-        if program is not None:
-            data[f"compiled_{name}"] = {
-                "step_bytes": int(program.step_bytes),
-                "temporaries": program.memory.temporaries,
-                "code": program.memory.code,
-                "collectives": {
-                    kind: {
-                        "count": count / program.steps,
-                        "bytes": program.traffic.collective_bytes[kind] / program.steps,
-                    }
-                    for kind, count in sorted(program.traffic.collectives.items())
-                },
-            }
-    return data

@@ -1,14 +1,20 @@
-"""A plan as text for a terminal and as a page. What is estimated and what was compiled is said."""
+"""A plan as text for a terminal, as plain data and as a page.
+
+What comes from shapes and what from compiled programs is said.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from lepton_jax.html.page import render
 from lepton_jax.html.svg_plots import Series, scatter
 from lepton_jax.planning.memory import full_sizes, memory_of
-from lepton_jax.planning.plan import Plan, remedies
+from lepton_jax.planning.plan import Plan
 from lepton_jax.planning.programs import Program
+from lepton_jax.planning.remedies import remedies
 from lepton_jax.planning.roofline import StepCost, decode_cost
 
 _GIB, _MIB = 2**30, 2**20
@@ -125,6 +131,47 @@ def _collectives(program: Program) -> str:
         f"({program.traffic.collective_bytes[kind] / program.steps / 1e6:.2f} MB)"
         for kind, count in sorted(found.items())
     )
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """Plain data, without what differs from run to run (seconds of compiling)."""
+    cost = plan.decode_cost
+    data = {
+        "model": plan.config.model.path,
+        "compression": plan.config.compression.preset,
+        "target": plan.target.name,
+        "devices": len(plan.target.devices),
+        "mesh": {"model": plan.served.shards, "data": plan.replicas},
+        "rows": plan.rows,
+        "max_len": plan.max_len,
+        "context": plan.context,
+        "kv_dtype": str(plan.served.kv_dtype),
+        "fits": plan.fits,
+        "memory": dataclasses.asdict(plan.memory)
+        | {"total": plan.memory.total, "budget": plan.budget},
+        "largest": {"rows": plan.largest_rows, "max_len": plan.largest_len},
+        "remedies": [] if plan.fits else remedies(plan),
+        "step": dataclasses.asdict(cost) | {"seconds": plan.step_seconds, "bound": cost.bound},
+        "prefill": dataclasses.asdict(plan.prefill_cost) | {"bound": plan.prefill_cost.bound},
+        "tokens_per_second": plan.tokens_per_second,
+        "tokens_per_second_per_chip": plan.tokens_per_second / plan.target.chips,
+        "refusal": plan.refusal,
+    }
+    for name, program in (("decode", plan.decode), ("prefill", plan.prefill)):
+        if program is not None:
+            data[f"compiled_{name}"] = {
+                "step_bytes": int(program.step_bytes),
+                "temporaries": program.memory.temporaries,
+                "code": program.memory.code,
+                "collectives": {
+                    kind: {
+                        "count": count / program.steps,
+                        "bytes": program.traffic.collective_bytes[kind] / program.steps,
+                    }
+                    for kind, count in sorted(program.traffic.collectives.items())
+                },
+            }
+    return data
 
 
 _BODY = """

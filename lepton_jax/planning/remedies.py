@@ -1,0 +1,63 @@
+"""What would fit where a plan doesn't: single settings to change, from shapes alone."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from lepton_jax.planning.from_config import chips_of, served_of
+from lepton_jax.planning.memory import full_sizes, memory_of
+from lepton_jax.planning.plan import Plan
+from lepton_jax.planning.search import search
+from lepton_jax.planning.topology import SLICES, split_name
+
+
+def remedies(plan: Plan) -> list[str]:
+    """Fewer rows, shorter ones, a smaller preset, more devices; where none of these is enough, the
+    smallest slice of any chip with what it takes. Empty where nothing is.
+    """
+    found = []
+    if plan.largest_rows:
+        found.append(f"engine.rows={min(plan.largest_rows, plan.rows)}")
+    if plan.largest_len:
+        found.append(f"engine.max_len={min(plan.largest_len, plan.max_len)}")
+    sizes = full_sizes(plan.config.engine, rows=plan.rows, max_len=plan.max_len)
+    compression = plan.config.compression
+    for preset in ("int8", "int4"):
+        if preset != compression.preset and not compression.rules:
+            tried = dataclasses.replace(compression, preset=preset)
+            config = dataclasses.replace(plan.config, compression=tried)
+            smaller = dataclasses.replace(served_of(config, plan.chip), shards=plan.served.shards)
+            if memory_of(smaller, sizes).total <= plan.budget:
+                found.append(f"compression.preset={preset}")
+                break
+    for shards in (2, 4, 8, 16, 32, 64):
+        spread = dataclasses.replace(plan.served, shards=shards)
+        wider = shards > plan.served.shards
+        if wider and memory_of(spread, sizes).total <= plan.budget:
+            found.append(f"mesh.model={shards}" + _slice_for(plan, shards))
+            break
+    return found or _elsewhere(plan)
+
+
+def _elsewhere(plan: Plan) -> list[str]:
+    section = dataclasses.replace(plan.config.plan, chips=(), target=0.0)
+    try:
+        best, *_ = search(dataclasses.replace(plan.config, plan=section))
+    except ValueError:  # nothing does
+        return []
+    preset = (
+        ""
+        if best.preset == plan.config.compression.preset
+        else (f" and compression.preset={best.preset}")
+    )
+    return [f"plan.topology={best.topology} with mesh.model={best.shards}{preset}"]
+
+
+def _slice_for(plan: Plan, shards: int) -> str:
+    """The smallest slice of the same chip with so many devices, where it isn't this one."""
+    if shards <= len(plan.target.devices) or not plan.config.plan.topology:
+        return ""
+    kind, _ = split_name(plan.config.plan.topology)
+    per_chip = len(plan.target.devices) // plan.target.chips
+    sizes = [size for size in SLICES[kind] if chips_of(size) * per_chip >= shards]
+    return f" with plan.topology={kind}:{sizes[0]}" if sizes else ""

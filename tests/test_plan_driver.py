@@ -1,0 +1,60 @@
+"""The planning driver from its command line: text, JSON, page, search, exit codes, errors."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CONFIG = f"--config={ROOT / 'configs' / 'llama3_70b.py'}"
+
+
+def plan(tmp_path, *arguments, config=CONFIG):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(
+        [sys.executable, "-m", "lepton_jax.plan", config, "--noconfig.plan.compile", *arguments],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_a_plan_is_json_and_a_page_and_says_that_it_fits(tmp_path):
+    done = plan(tmp_path, "--topology=v5e:2x4", "--json", "--html=plan.html")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["fits"] and found["mesh"] == {"model": 8, "data": 1}
+    written = (tmp_path / "plan.html").read_text()
+    assert "llama-3.1-70b" in written and written.count("<svg") == 2
+
+
+def test_what_does_not_fit_exits_with_1_and_says_what_would(tmp_path):
+    done = plan(tmp_path, "--topology=v5e:2x4", config=f"{CONFIG}:published:llama-3.1-405b")
+    assert done.returncode == 1, done.stderr
+    assert "GiB short" in done.stdout
+    assert "would fit: plan.topology=tpu7x:2x2x1 with mesh.model=8" in done.stdout
+
+
+def test_a_search_lists_the_best_first(tmp_path):
+    done = plan(tmp_path, "--search", "--config.plan.chips=v5e,v6e")
+    assert done.returncode == 0, done.stderr
+    first = done.stdout.splitlines()[1].split()
+    assert first[0] == "v6e:2x2" and first[1] == "int8"
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--topology=v5e:9x9", "error: plan.topology='v5e:9x9': v5e comes in slices of 1x1, 2x2"),
+        ("--config.plan.topolgy=x", "did you mean 'topology'?"),
+    ],
+)
+def test_mistakes_end_in_one_line_that_names_them(tmp_path, argument, message):
+    done = plan(tmp_path, argument)
+    assert done.returncode == 2 and message in done.stderr
+    assert "Traceback" not in done.stderr
