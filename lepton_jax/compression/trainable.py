@@ -1,7 +1,7 @@
 """Which numbers of a compressed model recovery trains, and the leaves that come of them.
 
     parts = Trainable(model, leaves, train="all", rank=16)
-    parts.zeros(seed)                # what is trained, at the start; it changes nothing
+    parts.zeros(leaves, seed)        # what is trained, at the start; it changes nothing
     parts.applied(leaves, trained)   # leaves of the same types and shapes
 
 A trained array is `start + unit * p`: `unit` is the root mean square of the start, so that one
