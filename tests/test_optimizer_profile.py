@@ -9,7 +9,7 @@ from lepton_jax.config import CompressionSection, RunConfig, SamplingParams
 from lepton_jax.engine.scored import Scoring
 from lepton_jax.optimizer.costs import UNIT
 from lepton_jax.optimizer.profile import Key, Profile, find, has_any, profile_fits
-from lepton_jax.optimizer.sample import SampledRequest, require_rows, workload_class
+from lepton_jax.optimizer.sample import SampledRequest, repeated_share, require_rows, workload_class
 from lepton_jax.optimizer.space import Candidate, space, with_fields
 
 CONFIG = RunConfig()
@@ -113,6 +113,14 @@ def test_workload_classes():
     assert workload_class(shared) == "new4-prompt64-rows16-shared"
     scored = [SampledRequest((1, 2, n), Scoring(targets=((1,),))) for n in range(3)]
     assert workload_class(scored) == "score-prompt4-rows4"
+
+
+def test_what_repeats_can_be_foreseen():
+    params = SamplingParams(max_tokens=9)
+    copies = [SampledRequest((1, 2, 3, 4, 5, 6), params)]
+    assert repeated_share(copies, [(1, 2, 3, 4, 5, 6)]) == 0.5  # after 1 2 3: 4, 5, 6
+    assert repeated_share(copies, [(9, 8, 7)]) == 0
+    assert repeated_share(copies, [()]) == 0
 
 
 def test_an_empty_sample_is_refused():

@@ -59,7 +59,7 @@ def test_the_winner_is_the_fastest_of_what_was_tried(searched):
     assert profile.numbers["effect"] == found.effect >= 1
     assert found.considered == len((2, 4, 8, 16)) and not found.too_large
     for one in found.tried:
-        assert one.trial.lengths == (6,) * len(PROMPTS)
+        assert one.trial.lengths == [6] * len(PROMPTS)
         assert 0 < one.trial.first_token <= one.trial.whole <= one.trial.seconds
         assert one.trial.compile_seconds > 0 and one.trial.programs > 1
         assert one.predicted > 0 and one.error == one.predicted / one.trial.seconds - 1
@@ -124,6 +124,7 @@ def test_a_goal_that_cannot_be_met_names_the_nearest(config, tmp_path, fields, s
     assert not list(tmp_path.glob("*.json"))
 
 
+@pytest.mark.slow
 def test_presets_are_tried_as_far_as_they_keep_the_accuracy(config, tmp_path):
     config = goal(config, trials=1, repeats=1)
     given = [*GIVEN, "engine.rows"]
@@ -143,6 +144,23 @@ def test_presets_are_tried_as_far_as_they_keep_the_accuracy(config, tmp_path):
     coarse = with_fields(config, {"compression.preset": "int4"})
     with pytest.raises(ValueError, match="'int4' diverges by .* more than optimizer.max_kl=0.05"):
         optimizer.search(coarse, PROMPTS, given=GIVEN)
+
+
+@pytest.mark.slow
+def test_speculation_is_tried_where_answers_repeat_themselves(config, tmp_path):
+    always = {"sampling.max_tokens": 40, "sampling.logit_bias": {65: 1e3}}
+    config = with_fields(goal(config, trials=1, repeats=1), always)
+    given = [*GIVEN, "engine.rows"]
+    optimizer = LeptonOptimizer(directory=tmp_path)
+    optimizer.search(config, PROMPTS, given=given)
+    plain, lookup = optimizer.found.tried
+    assert lookup.candidate.applied(config).engine.speculation == "lookup"
+    assert lookup.trial.outputs == plain.trial.outputs
+    assert sum(beat.steps for beat in lookup.trial.beats) < sum(
+        beat.steps for beat in plain.trial.beats
+    )
+    optimizer.search(config, PROMPTS, given=[*given, "engine.speculation"])
+    assert len(optimizer.found.tried) == 1
 
 
 def test_an_empty_workload_is_refused(config, tmp_path):

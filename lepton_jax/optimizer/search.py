@@ -20,8 +20,13 @@ from lepton_jax.config import RunConfig
 from lepton_jax.optimizer.accuracy import Accuracy
 from lepton_jax.optimizer.costs import Costs
 from lepton_jax.optimizer.predict import Outlook, Predictor
-from lepton_jax.optimizer.sample import SampledRequest, require_rows, shares_beginnings
-from lepton_jax.optimizer.space import DIMENSIONS, PRESETS, SHARING, Candidate, space
+from lepton_jax.optimizer.sample import (
+    SampledRequest,
+    repeated_share,
+    require_rows,
+    shares_beginnings,
+)
+from lepton_jax.optimizer.space import DIMENSIONS, PRESETS, SHARING, Candidate, field_of, space
 from lepton_jax.optimizer.trial import Trial, try_out
 from lepton_jax.sharding import devices_for
 from lepton_jax.tensors import CompressedTensor
@@ -31,6 +36,7 @@ Progress = Callable[[str, int, int, str], None]
 
 _MARGIN = 1.15  # a candidate that is predicted to be so much slower than the best isn't tried
 _LOOKED_AT = 12  # of the most promising, predicted again after each trial
+_REPEATED = 0.4  # share of foreseen outputs from which speculation is tried
 _MEMORY_SHARE = 0.9  # of the device's
 
 
@@ -121,6 +127,7 @@ class Search:
                 break
             left.remove(following)
             tried.append(self._try(following, outlooks[following], predictor))
+        tried += self._speculating(tried, predictor)
         best = self._best(tried)
         preset = best.candidate.applied(config).compression.preset
         measured = not self._accuracy.missing([preset])
@@ -132,6 +139,19 @@ class Search:
             too_coarse=coarse,
             kl=self._accuracy.kl(preset) if measured else None,
         )
+
+    def _speculating(self, tried: Sequence[Tried], predictor: Predictor) -> list[Tried]:
+        """The best so far with lookup, where answers repeat themselves or their prompts."""
+        name = "engine.speculation"
+        if name in self._given or field_of(self._config, name) != "off":
+            return []
+        best = min(tried, key=self._score)
+        share = repeated_share(self._requests, best.trial.outputs)
+        if share < _REPEATED:
+            return []
+        candidate = Candidate.of(dict(best.candidate.fields) | {name: "lookup"})
+        outlook = Outlook(best.trial.seconds / (1 + share), 0)
+        return [self._try(candidate, outlook, predictor)]
 
     def _outlooks(
         self, predictor: Predictor, candidates: Sequence[Candidate]

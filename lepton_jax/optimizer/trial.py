@@ -28,7 +28,7 @@ class Trial:
       seconds: of the best run, without compiling.
       first_token, whole: seconds from a request's hand-over to its first and to its last token, in
         the 95th percentile.
-      lengths: outputs of each request.
+      outputs: ids of each request.
       compile_seconds, programs: of the warm-up.
       beats: of all runs, for a `CostMeter`.
     """
@@ -36,10 +36,15 @@ class Trial:
     seconds: float
     first_token: float
     whole: float
-    lengths: tuple[int, ...]
+    outputs: tuple[tuple[int, ...], ...]
     compile_seconds: float
     programs: int
     beats: tuple[BeatStats, ...]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Outputs of each request."""
+        return list(map(len, self.outputs))
 
     def meter(self) -> CostMeter:
         """A meter that has heard its beats."""
@@ -99,7 +104,7 @@ def try_out(
         seconds=best.seconds,
         first_token=float(np.percentile(best.first, 95)),
         whole=float(np.percentile(best.whole, 95)),
-        lengths=tuple(best.lengths),
+        outputs=tuple(map(tuple, best.outputs)),
         compile_seconds=stats["compile_seconds"],
         programs=stats["programs"],
         beats=tuple(tape.beats),
@@ -111,7 +116,7 @@ class _Run:
     seconds: float
     first: list[float]
     whole: list[float]
-    lengths: list[int]
+    outputs: list[list[int]]
 
 
 def _serve(
@@ -122,14 +127,15 @@ def _serve(
     most = config.engine.rows * (1 if waits else LOOK_AHEAD)
     started = time.perf_counter()
     added: list[float] = []
-    run = _Run(0.0, [0.0] * len(requests), [0.0] * len(requests), [0] * len(requests))
+    zeros = [0.0] * len(requests)
+    run = _Run(0.0, zeros, list(zeros), [[] for _ in requests])
     open_count = 0
 
     def take(output: StepOutput) -> int:
         place, now = int(output.request_id.rpartition("/")[2]), time.perf_counter()
         if not run.first[place]:
             run.first[place] = now - added[place]
-        run.lengths[place] += len(output.token_ids)
+        run.outputs[place] += output.token_ids
         if output.finish_reason:
             run.whole[place] = now - added[place]
         return output.finish_reason is not None
