@@ -39,6 +39,7 @@ from lepton_jax.distributed.pool import Pool
 from lepton_jax.distributed.ray_replicas import RayActors
 from lepton_jax.engine.draft_length import ASSUMED_COST
 from lepton_jax.engine.loop import Engine
+from lepton_jax.engine.protocol import Sync
 from lepton_jax.jobs.classify import ClassifyMode
 from lepton_jax.jobs.compress import CompressJob
 from lepton_jax.jobs.embed import EmbedMode
@@ -69,7 +70,9 @@ class LeptonEngine:
         replicas in this process that of the first.
     """
 
-    def __init__(self):
+    def __init__(self, sync: Sync | None = None):
+        """`sync`: of the other hosts that run the same program (`distributed/hosts.py`)."""
+        self._sync = sync
         self.tokenizer: tokenizers.Tokenizer | None = None
         self.engine: Engine | Pool | None = None
         self._actors: RayActors | None = None
@@ -183,6 +186,7 @@ class LeptonEngine:
                 workload=workload,
                 strict=strict,
                 devices=devices,
+                sync=self._sync,
             )
             for devices in device_groups(config.mesh.data, config.mesh.model)
         ]

@@ -7,6 +7,7 @@ Read next: `kernels/attention_tpu.py`, which runs the kernel found here.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -38,3 +39,10 @@ def ragged_paged_attention() -> Callable:
             "install a jax from 0.8.1 to 0.12, or correct its import in lepton_jax/compat.py"
         ) from error
     return ragged_paged_attention
+
+
+def coordination_client() -> Any:
+    """The client of jax's coordination service, after `jax.distributed.initialize`."""
+    from jax._src import distributed
+
+    return distributed.global_state.client

@@ -128,6 +128,27 @@ class PoolSection:
 
 
 @dataclasses.dataclass(frozen=True)
+class HostsSection:
+    """Of several hosts that run one program together."""
+
+    coordinator: str = _doc(
+        "", "HOST:PORT of host 0 (the next port is used too), or auto on TPU pods and Slurm"
+    )
+    count: int = _doc(1, "hosts; not needed with auto")
+    index: int = _doc(0, "of this host, from 0; not needed with auto")
+    timeout: float = _doc(300.0, "seconds to wait for the others at start")
+
+    def __post_init__(self):
+        _check_types(self)
+        host, _, port = self.coordinator.rpartition(":")
+        good = self.coordinator in ("", "auto") or (host and port.isdecimal())
+        _check(self, "coordinator", bool(good), "HOST:PORT, auto, or nothing")
+        _check(self, "count", 1 <= self.count <= _MOST, "1 or more")
+        _check(self, "index", 0 <= self.index < self.count, f"0 to {self.count - 1} (hosts.count)")
+        _check(self, "timeout", 1 <= self.timeout < math.inf, "1 or more")
+
+
+@dataclasses.dataclass(frozen=True)
 class EngineSection:
     rows: int = _doc(32, "requests decoded at once")
     page_size: int = _doc(64, "tokens in a page of the key-value cache")
@@ -569,6 +590,7 @@ class RunConfig:
     model: ModelSection = dataclasses.field(default_factory=ModelSection)
     mesh: MeshSection = dataclasses.field(default_factory=MeshSection)
     pool: PoolSection = dataclasses.field(default_factory=PoolSection)
+    hosts: HostsSection = dataclasses.field(default_factory=HostsSection)
     engine: EngineSection = dataclasses.field(default_factory=EngineSection)
     compression: CompressionSection = dataclasses.field(default_factory=CompressionSection)
     sampling: SamplingParams = dataclasses.field(default_factory=SamplingParams)

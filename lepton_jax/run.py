@@ -9,17 +9,31 @@ rows), `api.py` (how a model becomes an engine).
 
 import functools
 import sys
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from lepton_jax import cli
 from lepton_jax.config import RunConfig
 
+if TYPE_CHECKING:
+    from lepton_jax.distributed.hosts import Hosts
+
 _EXPLAIN = flags.DEFINE_bool("explain", False, "say at the end what the optimizer did, and why")
 
 
 def main(config: RunConfig) -> int:
     """One job from its config; the exit code."""
+    from lepton_jax.distributed.hosts import join
+
+    with cli.user_errors(ValueError):
+        hosts = join(config)
+    with hosts:
+        return _run(config, hosts)
+
+
+def _run(config: RunConfig, hosts: "Hosts") -> int:
+    """The job on this host, which may be one of several."""
     # Imported here so that --help and mistakes in flags don't wait for jax.
     from lepton_jax.api import LeptonEngine
     from lepton_jax.jobs import summary as report
@@ -35,8 +49,8 @@ def main(config: RunConfig) -> int:
         config, profile, said = with_profile(config, cli.given_fields())
         if said:
             print(said, flush=True)
-        job = Job(config, mode_for(config))
-    with job, LeptonEngine() as lepton:
+        job = Job(config, mode_for(config), hosts=hosts)
+    with job, LeptonEngine(sync=hosts if hosts.count > 1 else None) as lepton:
         with cli.user_errors(ValueError, OSError):
             with cli.Bars() as bars:
                 progress = functools.partial(bars.show, "load")
@@ -47,13 +61,15 @@ def main(config: RunConfig) -> int:
             costs = profile.costs if profile else None
             lepton.start(workload=job.workload(lepton.tokenizer), costs=costs)
         with cli.user_errors(JobError):
-            trace = trace_for(config.job, lepton.engine.stats)
+            trace = trace_for(config.job, lepton.engine.stats) if hosts.first else None
             with cli.interrupts(job.end_following if config.job.follow else None):
                 tally = job.run(lepton.engine, lepton.tokenizer, trace=trace)
         preset = config.compression.preset
         cost = report.ModelCost.of(lepton.loaded.model, lepton.loaded.bytes, preset=preset)
         stats = lepton.engine.stats()
         decisions = lepton.feedback.decisions if lepton.feedback else []
+    if not hosts.first:
+        return 0
     summary = report.summarize(tally, stats, cost=cost, output=job.output.path)
     report.write_summary(summary, job.output.summary)
     if config.job.report:

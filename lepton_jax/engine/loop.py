@@ -17,7 +17,7 @@ import psutil
 from lepton_jax.config import EngineSection, SamplingParams
 from lepton_jax.engine.beats import Beats, Listener
 from lepton_jax.engine.draft_length import DraftRule
-from lepton_jax.engine.protocol import Limits
+from lepton_jax.engine.protocol import Limits, Sync
 from lepton_jax.engine.request import Guide, Request, StepOutput
 from lepton_jax.engine.row_params import SampleSpec
 from lepton_jax.engine.runner import InFlight, Runner, Sizes
@@ -49,6 +49,7 @@ class Engine:
         workload: Workload = (),
         strict: bool = False,
         devices: Sequence[jax.Device] | None = None,
+        sync: Sync | None = None,
     ):
         """Plans memory; compiles nothing yet.
 
@@ -60,6 +61,7 @@ class Engine:
           strict: a program that the warm-up did not compile is an error instead of a warning.
           devices: to run on; several share the model, each with its part of every weight. By
             default where the leaves are. Leaves that lie elsewhere are cut and sent there.
+          sync: of the other hosts, where the devices are those of several.
         """
         placement = Placement.holding(leaves, model.units)
         if devices is not None:
@@ -68,6 +70,9 @@ class Engine:
         backend = backend_for(placement.devices[0].platform)
         kv_dtype = _kv_dtype(section.kv_dtype, model, leaves)
         budget = _cache_budget(placement.first)
+        self._sync = sync
+        if sync:
+            budget = sync.share(budget)
         sizes = _plan_sizes(
             section, model, backend=backend, kv_dtype=kv_dtype, workload=workload, budget=budget
         )
@@ -86,16 +91,7 @@ class Engine:
             strict=strict,
             placement=placement,
         )
-        self.scheduler = Scheduler(
-            rows=sizes.rows,
-            page_size=sizes.page_size,
-            num_pages=sizes.num_pages,
-            prefill_chunk=sizes.prefill_chunk,
-            decode_block=sizes.decode_block,
-            max_len=sizes.max_len,
-            q_tile=backend.Q_TILE,
-            prefix_cache=section.prefix_cache,
-        )
+        self.scheduler = _scheduler(sizes, backend.Q_TILE, section.prefix_cache)
         self._in_flight: InFlight | None = None
         self._beats = Beats(self.scheduler)
         self._drafts = self._speculate(sizes.draft, section.draft_cost)
@@ -112,6 +108,8 @@ class Engine:
     def step(self) -> list[StepOutput]:
         """One beat. Returns what the beat before produced."""
         plan = self.scheduler.schedule()  # 1 schedule
+        if self._sync:
+            self._sync.agree(plan)
         flight = self.runner.dispatch(plan) if plan else None  # 2 run
         done, self._in_flight = self._in_flight, flight
         if done is None:
@@ -219,6 +217,19 @@ class Engine:
     def close(self) -> None:
         """Stops compiling what was not needed so far. Running requests are not waited for."""
         self.runner.programs.close()
+
+
+def _scheduler(sizes: Sizes, q_tile: int, prefix_cache: bool) -> Scheduler:
+    return Scheduler(
+        rows=sizes.rows,
+        page_size=sizes.page_size,
+        num_pages=sizes.num_pages,
+        prefill_chunk=sizes.prefill_chunk,
+        decode_block=sizes.decode_block,
+        max_len=sizes.max_len,
+        q_tile=q_tile,
+        prefix_cache=prefix_cache,
+    )
 
 
 def _seed(request_id: str, params: SamplingParams) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from lepton_jax.config import SamplingParams
-from lepton_jax.engine.request import Guide, StepOutput
+from lepton_jax.engine.request import Guide, Plan, StepOutput
 from lepton_jax.engine.scored import Scoring
 
 
@@ -51,6 +51,16 @@ class TokenEngine(Protocol):
 
     def stats(self) -> Mapping[str, Any]:
         """Counts and seconds since the engine was made (`telemetry.StepStats.of`)."""
+
+
+class Sync(Protocol):
+    """What an engine asks of the other hosts that run the same program (`distributed/hosts.py`)."""
+
+    def share(self, value: Any) -> Any:
+        """Host 0's value, on all hosts."""
+
+    def agree(self, plan: Plan | None) -> None:
+        """Before a plan is dispatched. Raises RuntimeError where it isn't host 0's."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,6 +27,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from lepton_jax.config import RunConfig
+from lepton_jax.distributed.hosts import ALONE, Hosts
 from lepton_jax.jobs.alerts import Alerts
 from lepton_jax.jobs.files.follow import Pending
 from lepton_jax.jobs.files.places import JobError, digest, need
@@ -34,7 +35,7 @@ from lepton_jax.jobs.files.source import Source
 from lepton_jax.jobs.framing import Framing, PlainFraming
 from lepton_jax.jobs.modes import Mode, ModeSession
 from lepton_jax.jobs.openai_batch import BatchFraming, BatchMode
-from lepton_jax.jobs.output import Output
+from lepton_jax.jobs.output import Output, Unwritten
 from lepton_jax.jobs.rows import BadRow, Row, RowError, read_rows
 from lepton_jax.jobs.session import Engine
 from lepton_jax.jobs.trace import Trace
@@ -98,9 +99,12 @@ class Tally:
 class Job:
     """One run over one input. Use it as a context manager, or `close` it: it holds a lock."""
 
-    def __init__(self, config: RunConfig, mode: Mode):
-        """Raises JobError where the input can't be read or the output not be written."""
-        self._config = config
+    def __init__(self, config: RunConfig, mode: Mode, *, hosts: Hosts = ALONE):
+        """Raises JobError where the input can't be read or the output not be written.
+
+        Of several `hosts` the first writes.
+        """
+        self._config, self._hosts = config, hosts
         if config.job.exact and config.optimizer.feedback == "on":
             raise JobError(
                 "optimizer.feedback='on' decides by the clock, so a resumed job can't give the "
@@ -114,8 +118,9 @@ class Job:
         self._mode = BatchMode(mode, config.job.mode) if batch else mode
         self._framing: Framing = BatchFraming() if batch else self._plain_framing()
         self._source.check_columns(list(mode.fields))
-        self._alerts = Alerts(config.job.output) if config.scoring.alert else None
-        self.output = Output(config.job)
+        alerts = config.scoring.alert and hosts.first
+        self._alerts = Alerts(config.job.output) if alerts else None
+        self.output = Output(config.job) if hosts.first else Unwritten(config.job)
         self._done = bytearray()  # a 1 at the place of each row that an earlier run has done
         at_once = config.engine.rows * config.replicas
         self._block = _BLOCK * at_once if config.job.exact else sys.maxsize
@@ -163,6 +168,10 @@ class Job:
             self._mark(place)
             self.tally.count(done, self._framing)
             self.tally.resumed += 1
+        if self._hosts.count > 1:
+            self.tally.resumed = self._hosts.share(self.tally.resumed)
+            for place in range(self.tally.resumed):  # rows are in the order of the input
+                self._mark(place)
         if self.tally.resumed:
             again = self.tally.resumed % self._block if self._config.job.exact else 0
             log.warning(

@@ -205,6 +205,36 @@ class Output:
             raise JobError(f"job.output={given!r} can't be written: {reason(error)}") from error
 
 
+class Unwritten:
+    """The output on a host that doesn't write: `Output`'s methods without effect."""
+
+    def __init__(self, job: JobSection):
+        """Raises JobError where `job.output` names no form that can be written."""
+        self.path = job.output
+        form, codec = places.form_of(self.path)
+        self.form = form or "jsonl"
+        writers.check_form(self.form, codec)
+
+    def begin(self, parts: Parts, *, restart: bool) -> None:
+        """Host 0 makes sure of that."""
+
+    def done_rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """None: only host 0 knows."""
+        return iter(())
+
+    def open(self, keep: int) -> None:
+        """Nothing to open."""
+
+    def write(self, place: int, row: dict[str, Any]) -> None:
+        """Host 0 writes the same row."""
+
+    def finish(self) -> None:
+        """Nothing to finish."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
 def _change(name: str, theirs: Any, mine: Any) -> str:
     if name == "input":
         return f"the input {_input_change(theirs or [], mine or [])}"

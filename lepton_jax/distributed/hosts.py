@@ -1,0 +1,231 @@
+"""Several hosts that run one program over one mesh (SPMD): start-up, agreement, the end of one.
+
+Each host runs the same command and reads the same rows; programs span their devices, so all must
+dispatch the same programs in the same order. The scheduler is deterministic and results are on all
+hosts; host 0's plans are the ones that count, and a host whose plan differs stops before it runs
+it. Only host 0 writes. `hosts.coordinator` is an address that all can reach, or "auto" where jax
+knows the cluster (TPU pods, Slurm, Open MPI, Kubernetes).
+Read next: `links.py` (what travels between hosts), `engine/loop.py` (who asks for `agree`).
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import socket
+import sys
+import time
+import traceback
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lepton_jax import compat
+from lepton_jax.config import RunConfig
+from lepton_jax.distributed.links import Link, accept, connect, leave
+from lepton_jax.engine.request import Plan
+
+_PACKAGES = ("jax", "jaxlib", "numpy")
+_GRACE = 3.0  # seconds
+_AGAIN = "repeat the command on all hosts to go on"
+
+
+class Hosts:
+    """This host among all; alone by default."""
+
+    def __init__(self, index: int = 0, count: int = 1, links: dict[int, Link] | None = None):
+        self.index, self.count = index, count
+        self._links = links or {}
+        self._plans = 0
+        for other, link in self._links.items():
+            link.watch(lambda reason, other=other: self._gone(other, reason))
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the host that writes."""
+        return self.index == 0
+
+    def share(self, value: Any) -> Any:
+        """Host 0's value, on all hosts; JSON."""
+        if self.first:
+            self._say({"value": value})
+            return value
+        return self._links[0].next()["value"]
+
+    def agree(self, plan: Plan | None) -> None:
+        """Raises RuntimeError where this host's next plan isn't host 0's."""
+        if self.count == 1:
+            return
+        mine = plan_digest(plan)
+        theirs = self.share(mine)
+        if theirs != mine:
+            raise RuntimeError(
+                f"plan {self._plans} of host {self.index} isn't that of host 0: they don't serve "
+                "the same rows"
+            )
+        self._plans += 1
+
+    def __enter__(self) -> "Hosts":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        """The others learn how this host ended. Where it failed it ends at once: what is registered
+        for the end of a process would wait for them.
+        """
+        failed = error is not None and not (isinstance(error, SystemExit) and not error.code)
+        if not failed or self.count == 1:
+            for link in self._links.values():
+                link.close()
+            return
+        if isinstance(error, RuntimeError):
+            time.sleep(_GRACE)  # a collective that lost a host fails before the link says which
+        if not isinstance(error, SystemExit):
+            traceback.print_exception(error)
+        self._say({"farewell": f"host {self.index} of {self.count} has failed; see its own output"})
+        sys.stderr.flush()
+        os._exit(error.code if isinstance(error, SystemExit) and type(error.code) is int else 1)
+
+    def _say(self, message: Any) -> None:
+        for link in self._links.values():
+            link.send(message)
+
+    def _gone(self, other: int, reason: str) -> None:
+        """Another host is gone: this one ends too, and host 0 tells the rest why."""
+        reason = reason or f"host {other} of {self.count} is gone (killed, or cut off)"
+        for index, link in self._links.items():
+            if index != other:
+                try:
+                    link.send({"farewell": reason})
+                except OSError:
+                    continue  # gone as well
+        leave(f"{reason}; {_AGAIN}")
+
+
+ALONE = Hosts()
+
+
+def join(config: RunConfig) -> Hosts:
+    """Meets the other hosts and joins their devices. Before anything else touches jax's devices.
+
+    Raises ValueError naming the flag: host 0 can't be reached, hosts are missing, or they differ in
+    versions or configuration.
+    """
+    section = config.hosts
+    if not section.coordinator:
+        return ALONE
+    _check(config)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if section.coordinator == "auto":
+        jax.distributed.initialize(initialization_timeout=int(section.timeout))
+        index, count = jax.process_index(), jax.process_count()
+        address = _published_address(index, section.timeout)
+    else:
+        index, count = section.index, section.count
+        host, _, port = section.coordinator.rpartition(":")
+        address = host, int(port) + 1
+    links = _meet(address, index=index, count=count, seconds=section.timeout)
+    _compare(links, index, hello(config))
+    if section.coordinator != "auto":
+        jax.distributed.initialize(
+            section.coordinator, count, index, initialization_timeout=int(section.timeout)
+        )
+    if config.mesh.model != jax.device_count():
+        raise ValueError(
+            f"mesh.model={config.mesh.model}, and the {count} hosts have {jax.device_count()} "
+            f"devices together: set mesh.model to that"
+        )
+    return Hosts(index, count, links)
+
+
+def hello(config: RunConfig) -> dict[str, str]:
+    """What must be the same on all hosts: versions and configuration, by name."""
+    versions = {name: metadata.version(name) for name in _PACKAGES}
+    versions |= {"python": platform.python_version(), "lepton_jax": _source_digest()}
+    fields = {
+        f"config.{section}.{name}": json.dumps(value, default=str)
+        for section, values in dataclasses.asdict(config).items()
+        if isinstance(values, dict)
+        for name, value in values.items()
+        if (section, name) != ("hosts", "index")
+    }
+    return versions | fields
+
+
+def differences(mine: dict[str, str], theirs: dict[str, str]) -> list[str]:
+    """What differs, as "name: mine, theirs"."""
+    return [
+        f"{name} is {mine.get(name)} and {theirs.get(name)}"
+        for name in sorted({*mine, *theirs})
+        if mine.get(name) != theirs.get(name)
+    ]
+
+
+def plan_digest(plan: Plan | None) -> str:
+    """Of all that the device is told by a plan."""
+    if plan is None:
+        return ""
+    chunks = [(c.row.request.id, c.slot, c.pages, c.start, c.tokens, c.final) for c in plan.chunks]
+    rows = [(e.row.request.id, e.slot, e.pages, e.cached) for e in plan.rows]
+    text = repr((chunks, rows, plan.steps, plan.draft))
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _source_digest() -> str:
+    """Of this package's code: checkouts differ where versions don't."""
+    folder = Path(__file__).parents[1]
+    files = sorted(folder.rglob("*.py"))
+    digest = hashlib.blake2b(digest_size=8)
+    for file in files:
+        digest.update(str(file.relative_to(folder)).encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _check(config: RunConfig) -> None:
+    """What several hosts can't do together."""
+    job = config.job
+    if config.replicas > 1:
+        raise ValueError(
+            "hosts.coordinator joins hosts into one mesh, and mesh.data or pool.ray makes "
+            "replicas: choose one (replicas on several machines are pool.ray)"
+        )
+    if job.order != "input" or not job.exact:
+        raise ValueError(
+            "several hosts (hosts.coordinator) must resume alike: want job.order=input and "
+            "job.exact=true"
+        )
+
+
+def _meet(address: tuple[str, int], *, index: int, count: int, seconds: float) -> dict[int, Link]:
+    if index == 0:
+        return accept(address, count, seconds)
+    return {0: connect(address, index, seconds)}
+
+
+def _compare(links: dict[int, Link], index: int, mine: dict[str, str]) -> None:
+    """All hosts send what they are to host 0, which answers with what differs."""
+    if index:
+        links[0].send({"hello": mine})
+        problem = links[0].read()["problem"]
+    else:
+        found = {n: differences(mine, link.read()["hello"]) for n, link in sorted(links.items())}
+        lines = [f"hosts 0 and {n}: {'; '.join(what)}" for n, what in found.items() if what]
+        problem = " | ".join(lines)
+        for link in links.values():
+            link.send({"problem": problem})
+    if problem:
+        raise ValueError(f"the hosts differ: {problem}. Give all the same versions and flags")
+
+
+def _published_address(index: int, seconds: float) -> tuple[str, int]:
+    """Where host 0 will listen, by way of jax's coordination service."""
+    client = compat.coordination_client()
+    if index == 0:
+        with socket.create_server(("", 0)) as server:
+            port = server.getsockname()[1]
+        client.key_value_set("lepton_jax/host_0", f"{socket.gethostname()}:{port}")
+    found = client.blocking_key_value_get("lepton_jax/host_0", int(seconds * 1000))
+    host, _, port = found.rpartition(":")
+    return host, int(port)

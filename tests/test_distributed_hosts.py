@@ -1,0 +1,218 @@
+"""Several hosts: they meet, must be alike, agree on plans, and end when one of them ends."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from compress_makers import config_file, model_folder
+
+from lepton_jax.config import HostsSection, JobSection, MeshSection, RunConfig
+from lepton_jax.distributed.hosts import ALONE, Hosts, differences, hello, join, plan_digest
+from lepton_jax.distributed.links import GONE, Link, accept, connect
+from lepton_jax.engine.request import Chunk, Entry, Plan, Request, Row
+
+ROOT = Path(__file__).parents[1]
+
+
+def free_ports():
+    """A port whose next one is free too."""
+    while True:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        try:
+            socket.create_server(("127.0.0.1", port + 1)).close()
+        except OSError:
+            continue
+        return port
+
+
+def linked():
+    """Hosts 0 and 1 of this process."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        near = socket.create_connection(server.getsockname())
+        far, _ = server.accept()
+    return Hosts(0, 2, {1: Link(near)}), Hosts(1, 2, {0: Link(far)})
+
+
+def plan(*, slot=0, steps=4):
+    row = Row(Request("a", (1, 2, 3), None), 5)
+    return Plan((Chunk(row, slot, (1,), 0, (1, 2, 3), True),), (Entry(row, slot, (1,), 3),), steps)
+
+
+def test_one_host_is_alone():
+    assert join(RunConfig()) is ALONE
+    assert ALONE.first and ALONE.share(7) == 7
+    ALONE.agree(plan())
+
+
+def test_host_0_has_the_say():
+    first, second = linked()
+    with first, second:
+        first.share({"rows": 3})
+        assert second.share(None) == {"rows": 3}
+        for same in (plan(), None, plan(steps=2)):
+            first.agree(same)
+            second.agree(same)
+        first.agree(plan(slot=1))
+        with pytest.raises(RuntimeError, match="plan 3 of host 1 isn't that of host 0"):
+            second.agree(plan())
+
+
+def test_a_plan_is_what_the_device_is_told():
+    assert plan_digest(plan()) == plan_digest(plan())
+    digests = {plan_digest(p) for p in (None, plan(), plan(slot=1), plan(steps=5))}
+    assert len(digests) == 4
+
+
+def test_hosts_that_do_not_come_are_named():
+    port = free_ports()
+    with pytest.raises(ValueError, match=r"hosts \[1, 2\] of hosts.count=3 haven't come within"):
+        accept(("127.0.0.1", port), 3, 0.2)
+    with pytest.raises(ValueError, match=f"hosts.coordinator=127.0.0.1:{port} can't be reached"):
+        connect(("127.0.0.1", port + 1), 1, 0.2)
+
+
+def test_an_index_is_one_hosts():
+    port = free_ports()
+    twice = [threading.Thread(target=connect, args=(("127.0.0.1", port), 1, 5.0)) for _ in "ab"]
+    for thread in twice:
+        thread.start()
+    with pytest.raises(ValueError, match="two hosts have hosts.index=1"):
+        accept(("127.0.0.1", port), 3, 5.0)
+
+
+def test_a_taken_port_is_named():
+    with (
+        socket.create_server(("", 0)) as server,
+        pytest.raises(ValueError, match="hosts.coordinator: port .* can't be opened"),
+    ):
+        accept(("127.0.0.1", server.getsockname()[1]), 2, 1.0)
+
+
+def test_what_differs_between_hosts_is_named():
+    mine = hello(RunConfig(hosts=HostsSection("h:1", count=2, index=0)))
+    same = hello(RunConfig(hosts=HostsSection("h:1", count=2, index=1)))
+    other = hello(RunConfig(hosts=HostsSection("h:1", count=2), mesh=MeshSection(model=2)))
+    assert differences(mine, same) == []
+    assert differences(mine, other) == ["config.mesh.model is 1 and 2"]
+    assert differences(mine, same | {"jax": "0.0"}) == [f"jax is {mine['jax']} and 0.0"]
+
+
+def test_what_several_hosts_cannot_do_is_refused():
+    hosts = HostsSection("h:1", count=2)
+    with pytest.raises(ValueError, match="mesh.data or pool.ray makes replicas"):
+        join(RunConfig(hosts=hosts, mesh=MeshSection(data=2)))
+    with pytest.raises(ValueError, match="job.exact=true"):
+        join(RunConfig(hosts=hosts, job=JobSection(exact=False)))
+    with pytest.raises(ValueError, match="coordinator='nowhere' is not allowed: want HOST:PORT"):
+        HostsSection("nowhere")
+
+
+class Runs:
+    """The driver as hosts of this machine, four devices each, on a tiny model."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        (folder / "model").mkdir()
+        model_folder(folder / "model")
+        rows = [{"id": n, "prompt": f"row {n}"} for n in range(60)]
+        (folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        engine = {"rows": 2, "page_size": 16, "max_len": 80, "prefill_chunk": 32}
+        self.config = config_file(
+            folder / "config.py",
+            model={"path": str(folder / "model")},
+            engine=engine,
+            sampling={"max_tokens": 60, "ignore_eos": True},
+            job={"input": str(folder / "in.jsonl")},
+        )
+
+    def start(self, output, devices, *flags):
+        command = [sys.executable, "-m", "lepton_jax.run", f"--config={self.config}", *flags]
+        command.append(f"--config.job.output={self.folder / output}")
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(devices),
+            "PYTHONPATH": str(ROOT),
+            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"),
+        }
+        return subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def hosts(self, output, *, indices=(0, 1), flags=()):
+        address = f"--config.hosts.coordinator=127.0.0.1:{free_ports()}"
+        shared = (address, "--config.hosts.count=2", "--config.mesh.model=8", *flags)
+        return [self.start(output, 4, *shared, f"--config.hosts.index={n}") for n in indices]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return Runs(tmp_path_factory.mktemp("hosts"))
+
+
+@pytest.mark.slow
+def test_two_hosts_give_the_bytes_of_one_and_a_killed_one_ends_the_other(runs):
+    one = runs.start("one.jsonl", 1)
+    assert one.wait(timeout=300) == 0, one.stderr.read()
+    pair = runs.hosts("two.jsonl")
+    partial = runs.folder / "two.jsonl.partial"
+    until = time.monotonic() + 200
+    while not (partial.exists() and partial.read_bytes().count(b"\n") >= 8):
+        assert time.monotonic() < until and pair[0].poll() is None
+        time.sleep(0.02)
+    pair[1].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    _, said = pair[0].communicate(timeout=30)
+    assert time.monotonic() - killed < 30
+    assert pair[0].returncode == GONE
+    assert "error: host 1 of 2 is gone (killed, or cut off); repeat the command" in said
+    pair[1].communicate()
+    assert not (runs.folder / "two.jsonl").exists()
+    again = runs.hosts("two.jsonl")
+    said = [host.communicate(timeout=300)[1] for host in again]
+    assert [host.returncode for host in again] == [0, 0], said
+    assert "rows of an interrupted run" in said[0]
+    ours, theirs = (
+        [json.loads(line) for line in (runs.folder / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("two", "one")
+    )
+    assert ours == theirs
+
+
+@pytest.mark.slow
+def test_hosts_that_differ_say_so_and_a_dead_host_0_is_named(runs):
+    flags = (f"--config.hosts.coordinator=127.0.0.1:{free_ports()}", "--config.hosts.count=2")
+    pair = [
+        runs.start(
+            "x.jsonl", 4, *flags, f"--config.hosts.index={n}", f"--config.engine.rows={n + 1}"
+        )
+        for n in (0, 1)
+    ]
+    for host in pair:
+        _, said = host.communicate(timeout=120)
+        assert host.returncode == 2
+        assert "the hosts differ: hosts 0 and 1: config.engine.rows is 1 and 2" in said
+        assert "Traceback" not in said
+    (lonely,) = runs.hosts("x.jsonl", indices=[1], flags=("--config.hosts.timeout=1",))
+    _, said = lonely.communicate(timeout=60)
+    assert lonely.returncode == 2
+    assert "can't be reached within hosts.timeout=1 s" in said
+
+
+def test_launchers_say_what_they_do():
+    local = [sys.executable, str(ROOT / "scripts" / "launch_local.py"), "--help"]
+    pod = [str(ROOT / "scripts" / "launch_tpu_pod.sh"), "--help"]
+    for command, word in ((local, "--devices"), (pod, "hosts.coordinator=auto")):
+        assert word in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    dry = [pod[0], "name", "zone", "~/here", "--", "--config=c.py", "--config.job.output=a b"]
+    environment = os.environ | {"DRY_RUN": "1"}
+    said = subprocess.run(dry, capture_output=True, text=True, check=True, env=environment).stdout
+    assert "--worker=all" in said and "--zone=zone" in said and "hosts.coordinator=auto" in said
+    assert subprocess.run(pod[:1], capture_output=True).returncode == 2
