@@ -3,15 +3,20 @@
 The drivers turn a config file and flags into a `RunConfig` (`cli.py`); nothing below a driver reads
 flags or environment variables. An unknown name is refused with the nearest known one. Values are
 checked where they are made (`__post_init__`), so a bad one is named before anything is loaded.
+How fields are documented and checked is `config_fields.py`.
 """
 
 import dataclasses
-import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
-T = TypeVar("T")
+from lepton_jax import config_fields
+from lepton_jax.config_fields import from_mapping as from_mapping
+from lepton_jax.config_fields import refuse_unknown as refuse_unknown
+
+_doc, _check = config_fields.doc, config_fields.check
+_check_types, _is_number = config_fields.check_types, config_fields.is_number
 
 FORMATS = ("jsonl", "csv", "parquet", "openai_batch")
 MODES = ("generate", "score", "classify", "embed", "rank", "perplexity")
@@ -25,54 +30,6 @@ _MOST = 2**31 - 1  # counts travel to the device as int32
 _MOST_ANSWERS = 256
 _MOST_BIAS = 1e6
 _CONSTRAINTS = ("choices", "regex", "json_schema")  # of which an answer has one at most
-
-
-def _doc(default: Any, text: str) -> Any:
-    if isinstance(default, dict):
-        return dataclasses.field(default_factory=dict, metadata={"doc": text})
-    return dataclasses.field(default=default, metadata={"doc": text})
-
-
-def _check(section: object, name: str, allowed: bool, expected: str) -> None:
-    if not allowed:
-        value = getattr(section, name)
-        raise ValueError(
-            f"{type(section).__name__}: {name}={value!r} is not allowed: want {expected}"
-        )
-
-
-def _check_types(section: object) -> None:
-    """Each field against the type of its default; None passes where it is the default."""
-    for field in dataclasses.fields(section):
-        value, default = getattr(section, field.name), field.default
-        if isinstance(default, bool):
-            _check(section, field.name, isinstance(value, bool), "true or false")
-        elif isinstance(default, str):
-            _check(section, field.name, isinstance(value, str), "a text")
-        elif isinstance(default, float):
-            _check(section, field.name, _is_number(value, (int, float)), "a number")
-        elif isinstance(default, int) or default is None:
-            good = _is_number(value, int) or (value is None and default is None)
-            _check(section, field.name, good, "a whole number")
-
-
-def _is_number(value: object, types: type | tuple) -> bool:
-    return isinstance(value, types) and not isinstance(value, bool)
-
-
-def refuse_unknown(names: Iterable[str], known: Sequence[str], *, where: str) -> None:
-    """Raises ValueError for the first name that isn't known, with the nearest one that is."""
-    for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{where}: unknown field {name!r}{hint} (known: {', '.join(known)})")
-
-
-def from_mapping(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
-    """A section from a mapping. Raises ValueError on an unknown name or an impossible value."""
-    refuse_unknown(values, [field.name for field in dataclasses.fields(cls)], where=where)
-    return cls(**values)
 
 
 @dataclasses.dataclass(frozen=True)

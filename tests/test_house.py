@@ -39,6 +39,7 @@ ROOMS = [
     "html",
     "telemetry",
     "config compat compile_cache host_memory",
+    "config_fields",
 ]
 FLOORS = {room: floor for floor, line in enumerate(reversed(ROOMS)) for room in line.split()}
 FLOORS["__init__"] = FLOORS["api"]  # the package's own names are those of api.py

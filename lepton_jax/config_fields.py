@@ -1,0 +1,58 @@
+"""How a section of the configuration documents and checks its fields. Read next: `config.py`."""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def doc(default: Any, text: str) -> Any:
+    """A field with its default and what it is."""
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=dict, metadata={"doc": text})
+    return dataclasses.field(default=default, metadata={"doc": text})
+
+
+def check(section: object, name: str, allowed: bool, expected: str) -> None:
+    """Raises ValueError, naming section, field, value and what is expected, unless `allowed`."""
+    if not allowed:
+        value = getattr(section, name)
+        raise ValueError(
+            f"{type(section).__name__}: {name}={value!r} is not allowed: want {expected}"
+        )
+
+
+def check_types(section: object) -> None:
+    """Each field against the type of its default; None passes where it is the default."""
+    for field in dataclasses.fields(section):
+        value, default = getattr(section, field.name), field.default
+        if isinstance(default, bool):
+            check(section, field.name, isinstance(value, bool), "true or false")
+        elif isinstance(default, str):
+            check(section, field.name, isinstance(value, str), "a text")
+        elif isinstance(default, float):
+            check(section, field.name, is_number(value, (int, float)), "a number")
+        elif isinstance(default, int) or default is None:
+            good = is_number(value, int) or (value is None and default is None)
+            check(section, field.name, good, "a whole number")
+
+
+def is_number(value: object, types: type | tuple) -> bool:
+    return isinstance(value, types) and not isinstance(value, bool)
+
+
+def refuse_unknown(names: Iterable[str], known: Sequence[str], *, where: str) -> None:
+    """Raises ValueError for the first name that isn't known, with the nearest one that is."""
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{where}: unknown field {name!r}{hint} (known: {', '.join(known)})")
+
+
+def from_mapping(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
+    """A section from a mapping. Raises ValueError on an unknown name or an impossible value."""
+    refuse_unknown(values, [field.name for field in dataclasses.fields(cls)], where=where)
+    return cls(**values)
