@@ -366,7 +366,8 @@ def test_shipped_configs_hold_recipes_that_fit(file, model):
         recipe = Recipe.from_config(section)
         named = set(scheme_of_each(recipe.rules, specs))
         assert named == (weights if recipe.rules else set())
-        assert bool(recipe.calibrated) == bool(recipe.structure) or any(
+        measured = bool(recipe.structure or recipe.automatic)
+        assert bool(recipe.calibrated) == measured or any(
             word in repr(section) for word in ("gpt", "wanda", "'awq", "smoothq", "static")
         )
 
