@@ -30,6 +30,10 @@ from lepton_jax.engine.row_params import SampleSpec
 from lepton_jax.kernels import attention_tpu
 from lepton_jax.models.build import abstract_model
 from lepton_jax.models.registry import config_from_hf
+from lepton_jax.planning.chips import TPUS
+from lepton_jax.planning.roofline import decode_cost
+from lepton_jax.planning.served import Served
+from lepton_jax.planning.traffic import traffic
 
 pytestmark = pytest.mark.slow
 
@@ -142,3 +146,19 @@ def test_every_layer_calls_the_kernel_on_a_cache_that_nothing_copies(program):
     assert len(calls) == len(jax.tree.leaves(caches)) == 32
     in_the_loop = [call for call in calls if "decode_block)/while/body" in call]
     assert len(in_the_loop) == (32 if program.kind == "decode" else 0)
+
+
+@pytest.mark.parametrize(
+    "program", [program for program in READABLE if program.kind == "decode"], ids=str
+)
+def test_a_step_moves_the_weights_and_the_live_cache_and_little_more(program):
+    plans = compress_specs(preset_rules(program.preset), llama().specs)
+    served = Served(llama(), plans, attention_tpu, jnp.dtype(jnp.bfloat16))
+    chip = TPUS[program.chip.partition(":")[0]]
+    least = decode_cost(served, chip, rows=program.rows, context=WIDTH * PAGE)
+    # The kernel reads what rows have cached, which the module's text doesn't tell.
+    unseen = [nbytes(cache_layer(program.rows))]
+    moved = traffic(compiled_text(compiled(program)), steps=STEPS, unseen=unseen).total / STEPS
+    print(f"{moved / least.weight_bytes:.3f} times the weights")
+    assert least.weight_bytes <= moved
+    assert moved + least.cache_bytes <= 1.1 * (least.weight_bytes + least.cache_bytes)
