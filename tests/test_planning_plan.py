@@ -91,12 +91,15 @@ def test_devices_share_a_model_and_the_rest_are_replicas():
     assert plan.fits and plan.replicas == 2
     assert plan.memory.weights == pytest.approx(70.6e9 / 8, rel=0.01)
     assert plan.tokens_per_second == pytest.approx(2 * 32 / plan.step_seconds)
+    one = make_plan(config(topology="v5e:2x4", mesh={"data": 2}))
+    assert one.replicas == 2 and one.fits
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"mesh": {"model": 8}}, r"mesh\.model=8 does not divide the 1 devices of v5e:1x1"),
+        ({"mesh": {"data": 2}}, r"mesh\.data=2 x mesh\.model=1 needs 2 devices, and v5e:1x1 has 1"),
         ({"path": "published:llama-9-8b"}, "near are llama-3"),
         ({"path": "nowhere/config.json"}, "there is no such file"),
         ({"path": "nowhere"}, "doesn't exist; accepted are"),

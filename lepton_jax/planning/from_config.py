@@ -64,6 +64,12 @@ def target_of(config: RunConfig) -> Target:
             f"want one of {[n for n in range(1, len(devices) + 1) if len(devices) % n == 0]}, or "
             "another plan.topology"
         )
+    replicas = config.mesh.data
+    if replicas * shards > len(devices):
+        raise ValueError(
+            f"mesh.data={replicas} x mesh.model={shards} needs {replicas * shards} devices, and "
+            f"{target.name} has {len(devices)}: lower one of them, or take another plan.topology"
+        )
     return target
 
 

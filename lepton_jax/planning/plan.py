@@ -77,8 +77,9 @@ class Plan:
 
     @property
     def replicas(self) -> int:
-        """Copies of the model on the slice."""
-        return len(self.target.devices) // self.served.shards
+        """Copies of the model: `mesh.data`, or where that is 1 as many as there is room for."""
+        asked = self.config.mesh.data
+        return asked if asked > 1 else len(self.target.devices) // self.served.shards
 
     @property
     def step_seconds(self) -> float:
