@@ -10,7 +10,8 @@ import tiny_models
 from engine_reference import tiny
 
 from lepton_jax.checkpoints.load import load
-from lepton_jax.compression.calibration_data import CALIBRATION_TEXT, draw_windows
+from lepton_jax.compression.allocate import allocate
+from lepton_jax.compression.calibration_data import CALIBRATION_TEXT, HELD_OUT_TEXT, draw_windows
 from lepton_jax.compression.leaf import compress_weight
 from lepton_jax.compression.rules import weights_of
 from lepton_jax.compression.scheme import Scheme
@@ -20,10 +21,11 @@ from lepton_jax.text import load as load_tokenizer
 SCHEMES = (Scheme(), Scheme("int4", group=8))
 
 
-def true_kl(logits, leaves, tokens, path, scheme):
-    """By whole forwards over the windows; nats a token."""
+def true_kl(logits, leaves, tokens, schemes):
+    """Of the weights with these schemes, by whole forwards over the windows; nats a token."""
     other = dict(leaves)
-    other[path] = compress_weight(leaves[path], scheme).dense(jnp.float32)
+    for path, scheme in schemes.items():
+        other[path] = compress_weight(leaves[path], scheme).dense(jnp.float32)
     p, q = (jax.nn.log_softmax(logits(tuple(x.values()), tokens)) for x in (leaves, other))
     return float(jnp.mean(jnp.sum(jnp.exp(p) * (p - q), -1)))
 
@@ -54,7 +56,7 @@ def test_predicted_kl_is_the_true_one_of_every_weight(case):
         for column, scheme in enumerate(SCHEMES):
             leaf = compress_weight(leaves[path], scheme)
             assert found.bytes[row, column] == sum(a.nbytes for a in jax.tree.leaves(leaf))
-            true = true_kl(logits, leaves, tokens, path, scheme)
+            true = true_kl(logits, leaves, tokens, {path: scheme})
             error = 0.4 * true + 1e-7  # beneath are the roundings of float32
             assert found.kl[row, column] == pytest.approx(true, abs=error), (path, scheme)
     assert (found.kl[:, 1] > found.kl[:, 0]).all()
@@ -71,13 +73,23 @@ def test_a_scheme_that_does_not_fit_names_the_weight():
 
 @pytest.mark.slow
 def test_of_a_real_model(smollm2_path):
+    """Predictions are near the truth, and what is made of them beats one scheme for all."""
     loaded = load(smollm2_path, dtype="float32")
     model, leaves = loaded.model, dict(zip(loaded.model.specs, loaded.leaves, strict=True))
     encode = load_tokenizer(loaded.tokenizer_source).encode
-    tokens = draw_windows(CALIBRATION_TEXT, encode, windows=8, length=64).tokens
-    scheme, logits = Scheme("int4", group=128), forward(model)
-    found = measure_sensitivity(model, leaves, tokens, (scheme,))
-    paths = ["embed", "layers.0.down", "layers.14.gate_up", "layers.29.out"]
-    for path in paths:
-        true = true_kl(logits, leaves, tokens, path, scheme)
-        assert found.kl[found.paths.index(path), 0] == pytest.approx(true, rel=0.6), path
+    seen, held_out = (
+        draw_windows(text, encode, windows=8, length=64).tokens
+        for text in (CALIBRATION_TEXT, HELD_OUT_TEXT)
+    )
+    schemes = (Scheme(), Scheme("int4", group=32), Scheme("int4", group=128))
+    found, logits = measure_sensitivity(model, leaves, seen, schemes, draws=4), forward(model)
+    for path in ("embed", "layers.0.down", "layers.29.out"):
+        true = true_kl(logits, leaves, seen, {path: schemes[2]})
+        assert found.kl[found.paths.index(path), 2] == pytest.approx(true, rel=0.7), path
+    uniform = dict.fromkeys(found.paths, schemes[1])
+    chosen = allocate(found.kl, found.bytes, most_bytes=found.bytes[:, 1].sum())
+    mixed = {path: schemes[index] for path, index in zip(found.paths, chosen, strict=True)}
+    assert len(set(chosen)) == 3
+    losses = [true_kl(logits, leaves, held_out, each) for each in (mixed, uniform)]
+    print(f"int4 in groups of 32: KL {losses[1]:.3f}; mixed, in the same bytes: {losses[0]:.3f}")
+    assert losses[0] < losses[1]
