@@ -280,14 +280,19 @@ class LeptonEngine:
         rows = self._score_all(mode, [mode.parse({"text": text}) for text in texts])
         return np.array([list(row["probabilities"].values()) for row in rows])
 
-    def embed(self, texts: Sequence[str], *, pooling: str = "") -> np.ndarray:
-        """Vectors of length 1, float32 `[B, D]`: hidden states after the final norm.
+    def embed(
+        self, texts: Sequence[str], *, pooling: str = "", layer: int | None = None
+    ) -> np.ndarray:
+        """Vectors of length 1, float32 `[B, D]`: hidden states.
 
         Args:
           texts: one vector each.
           pooling: "last" token or "mean" of all; by default the config's.
+          layer: after how many layers, 0 the embeddings; -1 after the final norm; by default the
+            config's.
         """
-        mode = EmbedMode(self._scoring(pooling=pooling).pooling)
+        section = self._scoring(pooling=pooling)
+        mode = EmbedMode(section.pooling, section.layer if layer is None else layer)
         rows = self._score_all(mode, [mode.parse({"text": text}) for text in texts])
         return np.stack([row["embedding"] for row in rows])
 

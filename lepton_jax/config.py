@@ -446,6 +446,11 @@ class ScoringSection:
         "", "of several tokens' log-probabilities: sum or mean; empty: classify sum, rank mean"
     )
     pooling: str = _doc("last", "embed and similarity: hidden state of the last token, or the mean")
+    layer: int = _doc(
+        -1,
+        "embed and similarity: hidden state after so many layers, 0 the embeddings; -1: after all "
+        "and the final norm",
+    )
     rank_by: str = _doc("likelihood", "rank: likelihood of the candidate, or similarity")
     window: int = _doc(1024, "perplexity: tokens of a window")
     stride: int = _doc(512, "perplexity: tokens from one window to the next")
@@ -459,6 +464,7 @@ class ScoringSection:
         _check(self, "normalize", self.normalize in ("", "sum", "mean"), "sum or mean")
         _check(self, "pooling", self.pooling in ("last", "mean"), "last or mean")
         by = ("likelihood", "similarity")
+        _check(self, "layer", -1 <= self.layer <= _MOST, "-1, or 0 to the model's layers")
         _check(self, "rank_by", self.rank_by in by, " or ".join(by))
         for name in ("window", "stride"):
             _check(self, name, 1 <= getattr(self, name) <= _MOST, "1 or more")

@@ -26,7 +26,8 @@ class Remote(FakeEngine):
 
     def __init__(self, *, dies=None, naps=None, **sizes):
         super().__init__(**sizes)
-        self.limits = Limits(vocab_size=257, max_len=self.max_len, page_size=4, num_pages=1000)
+        sizes = dict(page_size=4, num_pages=1000, num_layers=2)
+        self.limits = Limits(vocab_size=257, max_len=self.max_len, **sizes)
         self._dies, self._naps = dies, naps
         self.served = []
 

@@ -113,6 +113,36 @@ def test_all_together_in_chunks_on_shared_pages(tight):
     assert after["scored_tokens"] == sum(len(s.targets) for _, s in REQUESTS.values())
 
 
+@pytest.mark.parametrize("chunk", [16, 64])
+def test_hidden_states_between_layers(chunk):
+    """Layer 0 is the table's rows; after layer 1 and a norm it is a model of one layer; the number
+    of all layers means the end.
+    """
+    engine = Engine(MODEL, LEAVES, section=dataclasses.replace(TIGHT, prefill_chunk=chunk))
+    prompt = ids(40, 30)
+    asked = {
+        f"{pool} {layer}": (prompt, Scoring(pool=pool, layer=layer))
+        for pool in ("last", "mean")
+        for layer in (-1, 0, 1, MODEL.config.num_layers)
+    }
+    got = {name: one.pooled for name, one in serve(engine, asked).items()}
+    hidden = forward(prompt)[1]
+    specs = dict(zip(MODEL.specs, LEAVES, strict=True))
+    table = np.asarray(specs["embed"])[prompt]
+    for pool, of in (("last", lambda a: a[-1]), ("mean", lambda a: a.mean(0))):
+        assert got[f"{pool} 0"] == pytest.approx(of(table), abs=1e-5)
+        for layer in (-1, MODEL.config.num_layers):
+            assert got[f"{pool} {layer}"] == pytest.approx(of(hidden), abs=1e-4)
+    cut, leaves = tiny("llama", layers=1)
+    normed, _ = cut.bind(leaves)(jnp.array(prompt), jnp.arange(40), (None,), causal_attend)
+    state = got["last 1"] / np.sqrt((got["last 1"] ** 2).mean() + cut.config.norm_eps)
+    assert state * np.asarray(specs["final_norm"]) == pytest.approx(
+        np.asarray(normed)[-1], abs=1e-4
+    )
+    with pytest.raises(ValueError, match=f"the model has {MODEL.config.num_layers} layers"):
+        engine.add_scoring("x", prompt, Scoring(pool="last", layer=9))
+
+
 def test_again_and_one_by_one(tight):
     for name in ("long", "candidates", "mean"):
         check(serve(tight, {name: REQUESTS[name]})[name], *REQUESTS[name])

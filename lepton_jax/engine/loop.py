@@ -78,9 +78,7 @@ class Engine:
         )
         self.eos_ids = tuple(eos_ids)
         self.max_len = sizes.max_len
-        self.limits = Limits(
-            model.config.vocab_size, sizes.max_len, sizes.page_size, sizes.num_pages
-        )
+        self.limits = _limits(model, sizes)
         self.runner = Runner(
             model.with_context(sizes.max_len),
             leaves,
@@ -229,6 +227,16 @@ def _scheduler(sizes: Sizes, q_tile: int, prefix_cache: bool) -> Scheduler:
         max_len=sizes.max_len,
         q_tile=q_tile,
         prefix_cache=prefix_cache,
+    )
+
+
+def _limits(model: Model, sizes: Sizes) -> Limits:
+    return Limits(
+        vocab_size=model.config.vocab_size,
+        max_len=sizes.max_len,
+        page_size=sizes.page_size,
+        num_pages=sizes.num_pages,
+        num_layers=model.config.num_layers,
     )
 
 

@@ -71,6 +71,7 @@ class Limits:
     max_len: int
     page_size: int
     num_pages: int
+    num_layers: int
 
     def check_request(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
         """Raises ValueError on a request that can never be served."""
@@ -86,6 +87,8 @@ class Limits:
     def check_scoring(self, prompt_ids: Sequence[int], scoring: Scoring) -> None:
         """Raises ValueError on a prompt that can never be scored."""
         self.check_ids([*prompt_ids, *itertools.chain(*scoring.targets)])
+        if scoring.layer > self.num_layers:
+            raise ValueError(f"layer={scoring.layer}, but the model has {self.num_layers} layers")
         if len(scoring.targets) > len(prompt_ids):
             raise ValueError(
                 f"targets of {len(scoring.targets)} places of {len(prompt_ids)} tokens"

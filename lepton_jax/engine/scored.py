@@ -20,15 +20,20 @@ class Scoring:
       targets: for each of the prompt's last `len(targets)` places the ids whose log-probabilities
         after it are asked, one or more a place. So a text of n ids is scored as a prompt of its
         first n - 1 with the next id of each place: its own last id needs no computing.
-      pool: "last" asks for the final hidden state of the last token, "mean" for the mean of all.
+      pool: "last" asks for the hidden state of the last token, "mean" for the mean of all.
+      layer: the hidden state after so many layers, 0 the embeddings; -1, like the number of all
+        layers: after the final norm.
     """
 
     targets: tuple[tuple[int, ...], ...] = ()
     pool: str = ""
+    layer: int = -1
 
     def __post_init__(self):
         if self.pool not in POOLS:
             raise ValueError(f"pool={self.pool!r} is unknown: want one of {POOLS}")
+        if self.layer < -1 or (self.layer >= 0 and not self.pool):
+            raise ValueError(f"layer={self.layer}: want -1, or with a pool 0 or more")
         if not self.targets and not self.pool:
             raise ValueError("nothing is asked: give targets, or a pool for the hidden state")
         if not all(self.targets):
@@ -43,11 +48,12 @@ class Scoring:
 @dataclasses.dataclass(frozen=True)
 class ScoreSpec:
     """What a program gives: log-probabilities of up to `targets` ids a place (0: none; otherwise a
-    power of 4), and hidden states where `pool`.
+    power of 4), and hidden states where `pool`, also those between layers where `inner`.
     """
 
     targets: int = 0
     pool: bool = False
+    inner: bool = False
 
     @classmethod
     def of(cls, scoring: Scoring) -> "ScoreSpec":
@@ -55,11 +61,12 @@ class ScoreSpec:
         targets = 1 if scoring.targets else 0
         while targets < scoring.width:
             targets *= 4
-        return cls(targets, bool(scoring.pool))
+        return cls(targets, bool(scoring.pool), scoring.layer >= 0)
 
     def union(self, other: "ScoreSpec") -> "ScoreSpec":
         """The least spec that serves both."""
-        return ScoreSpec(max(self.targets, other.targets), self.pool or other.pool)
+        targets = max(self.targets, other.targets)
+        return ScoreSpec(targets, self.pool or other.pool, self.inner or other.inner)
 
     @property
     def max_tokens(self) -> int:
@@ -91,7 +98,7 @@ class Scored:
     Attributes:
       logprobs: float32 `[places, width]`, of the targets of each place; meaningless beyond them.
       greedy: bool `[places, width]`: no id is likelier than the target.
-      pooled: float32 `[D]`, the hidden state after the final norm; None where not asked.
+      pooled: float32 `[D]`, the hidden state of the asked layer; None where not asked.
     """
 
     logprobs: np.ndarray

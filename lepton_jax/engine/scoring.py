@@ -43,6 +43,8 @@ def score_layout(shape: ScoreShape) -> Layout:
         pieces |= dict(asked=(1,), places=(T,), targets=(T, C))  # `places`: indices in tokens
     if shape.spec.pool:
         pieces |= dict(weights=(T,))  # float bits: each token's share of its prompt's hidden state
+    if shape.spec.inner:
+        pieces |= dict(layer=(shape.rows,))  # of each prompt's hidden state
     return Layout(**pieces)
 
 
@@ -71,17 +73,39 @@ def score(
         **{field.name: inputs[field.name] for field in dataclasses.fields(PagedBatch)}
     )
     attend = attend_pages(backend, batch, decode=False)
-    hidden, caches = decoder(inputs["tokens"], inputs["positions"], caches, attend)
+    inner = _Inner(inputs) if shape.spec.inner else None
+    tapped = {"tap": inner.tap} if inner else {}
+    hidden, caches = decoder(inputs["tokens"], inputs["positions"], caches, attend, **tapped)
     pieces = {}
     if shape.spec.targets:
         pieces |= _log_probabilities(decoder, hidden, inputs, model)
     if shape.spec.pool:
         weights = jax.lax.bitcast_convert_type(inputs["weights"], jnp.float32)
         # As a sum by rows, not a product: unused lines are 0 and padding never counts.
-        shares = jnp.where(weights[:, None] > 0, weights[:, None] * hidden.astype(jnp.float32), 0)
+        states = inner.states(hidden) if inner else hidden
+        shares = jnp.where(weights[:, None] > 0, weights[:, None] * states.astype(jnp.float32), 0)
         pooled = jax.ops.segment_sum(shares, inputs["rows"], num_segments=shape.rows)
         pieces |= dict(pooled=float_bits(pooled))
     return caches, score_result_layout(shape, model.config.hidden_size).join(pieces)
+
+
+class _Inner:
+    """Keeps the hidden states that prompts ask for between layers, while the layers are traced."""
+
+    def __init__(self, inputs: dict):
+        self._wanted = inputs["layer"][inputs["rows"]]
+        self._kept: jax.Array | None = None
+        self._count = 0
+
+    def tap(self, layer: int, x: jax.Array) -> None:
+        """Takes x `[T, D]` after so many layers."""
+        self._count, here = layer + 1, (self._wanted == layer)[:, None]
+        self._kept = x if self._kept is None else jnp.where(here, x, self._kept)
+
+    def states(self, last: jax.Array) -> jax.Array:
+        """`[T, D]`, from `last` where the state after the final norm is asked."""
+        final = (self._wanted < 0) | (self._wanted >= self._count)
+        return jnp.where(final[:, None], last, self._kept)
 
 
 def _log_probabilities(decoder, hidden: jax.Array, inputs: dict, model: Model) -> dict:
@@ -120,8 +144,10 @@ def pack_scores(chunks: Sequence[Chunk], shape: ScoreShape, *, tile: int) -> np.
     buffer, view = score_layout(shape).zeros()
     starts = place_chunks(view, chunks, tile=tile)
     asked = 0
-    for chunk, start in zip(chunks, starts, strict=True):
+    for line, (chunk, start) in enumerate(zip(chunks, starts, strict=True)):
         request, places = chunk.row.request, chunk.scored_places
+        if shape.spec.inner:
+            view["layer"][line] = request.scoring.layer
         first = request.first_scored
         for place in places:
             ids = request.scoring.targets[place - first]

@@ -3,8 +3,8 @@
     {"id": "a", "text": "Where is my parcel?"}
 
 An output row is {"id", "embedding": [D numbers], "prompt_tokens"}. The vector is the hidden state
-after the final norm, of the last token or the mean over all tokens (`scoring.pooling`). Other
-layers are not offered yet.
+after the final norm, or after another layer (`scoring.layer`), of the last token or the mean over
+all tokens (`scoring.pooling`).
 """
 
 from collections.abc import Mapping
@@ -23,14 +23,14 @@ class EmbedMode(ScoringMode):
 
     fields = ("text",)
 
-    def __init__(self, pooling: str):
-        self._pooling = pooling
+    def __init__(self, pooling: str, layer: int = -1):
+        self._pooling, self._layer = pooling, layer
 
     def parse(self, values: Mapping[str, Any]) -> str:
         return need_text(values, "text")
 
     def ask(self, work: str, tokenizer: Tokenizer) -> Asked:
-        question = embed_question(tokenizer, work, self._pooling)
+        question = embed_question(tokenizer, work, self._pooling, layer=self._layer)
         return Asked(
             (question,),
             lambda results: {
@@ -40,12 +40,12 @@ class EmbedMode(ScoringMode):
         )
 
 
-def embed_question(tokenizer: Tokenizer, text: str, pooling: str) -> Question:
+def embed_question(tokenizer: Tokenizer, text: str, pooling: str, *, layer: int) -> Question:
     """Asks for a text's hidden state. Raises RowError (invalid_row) where it has no tokens."""
     ids = encode_text(tokenizer, text)
     if not ids:
         raise RowError("invalid_row", "the text has no tokens: want a longer one")
-    return Question(tuple(ids), Scoring(pool=pooling))
+    return Question(tuple(ids), Scoring(pool=pooling, layer=layer))
 
 
 def unit_vector(result: Scored) -> np.ndarray:

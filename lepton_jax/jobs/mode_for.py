@@ -13,7 +13,7 @@ _MAKERS = {
     "generate": lambda config: GenerateMode(config.sampling),
     "score": lambda config: ScoreMode(),
     "classify": lambda config: ClassifyMode(config.scoring),
-    "embed": lambda config: EmbedMode(config.scoring.pooling),
+    "embed": lambda config: EmbedMode(config.scoring.pooling, config.scoring.layer),
     "rank": lambda config: RankMode(config.scoring),
     "perplexity": lambda config: PerplexityMode(config.scoring.window, config.scoring.stride),
 }

@@ -69,7 +69,10 @@ class RankMode(ScoringMode):
 
     def _by_similarity(self, work: RankWork, tokenizer: Tokenizer) -> Asked:
         texts = [work.query, *work.candidates]
-        questions = [embed_question(tokenizer, text, self._section.pooling) for text in texts]
+        asked = self._section
+        questions = [
+            embed_question(tokenizer, text, asked.pooling, layer=asked.layer) for text in texts
+        ]
 
         def answer(results: list[Scored]) -> dict:
             query, *candidates = (unit_vector(result) for result in results)

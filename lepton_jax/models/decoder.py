@@ -171,7 +171,13 @@ class Decoder(nnx.Module):
             self.rope_factors = param(shape, ("rope_sets", "rope_pairs"), jnp.float32)
 
     def __call__(
-        self, tokens: jax.Array, positions: jax.Array, caches: tuple, attend: Callable
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        caches: tuple,
+        attend: Callable,
+        *,
+        tap: Callable[[int, jax.Array], None] | None = None,
     ) -> tuple[jax.Array, tuple]:
         """Runs every layer over a flat batch of tokens.
 
@@ -182,6 +188,8 @@ class Decoder(nnx.Module):
           attend: `attend(q [T,K,G,H], k [T,K,H], v [T,K,H], cache, *, scale, window, soft_cap)`
             returns (out `[T,K,G,H]`, the layer's new cache); window and soft_cap are 0 where there
             is none.
+          tap: gets (layers so far, hidden states `[T, D]` as they are between layers), the
+            embeddings first, but not those after the last layer.
 
         Returns:
           Hidden states `[T, D]` after the final norm, and the new caches.
@@ -200,6 +208,8 @@ class Decoder(nnx.Module):
         ]
         new_caches = []
         for layer, rope, cache in zip(self.layers, c.layer_ropes, caches, strict=True):
+            if tap is not None:
+                tap(layer.index, x)
             table = None if rope == NO_ROPE else tables[rope]
             x, cache = layer(x, table, cache=cache, attend=attend)
             new_caches.append(cache)
