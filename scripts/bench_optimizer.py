@@ -1,11 +1,13 @@
 """What feedback gains on SmolLM2 in w8a8: five workloads and one that shifts, beside static knobs.
 
-    python scripts/bench_optimizer.py [--repeats=5] [--workloads=short,long]
+    python scripts/bench_optimizer.py [--repeats=5] [--workloads=short,long] [--simulate]
 
 All contenders run on one engine, compiled once for 32 rows and blocks of 32 steps, and take turns:
 the default knobs (blocks of 8), hand-picked ones that stay, and feedback: deterministic, with costs
 measured before as a profile keeps them, and by the clock. Prints the median seconds of each, the
-best of the hand-picked, and gains. What a search chooses beyond knobs: `python -m lepton_jax.tune`.
+best of the hand-picked, and gains. --simulate: one real run of each workload gives costs and
+lengths, and the contenders run on the simulated engine: for machines that others use meanwhile.
+What a search chooses beyond knobs: `python -m lepton_jax.tune`.
 """
 
 import argparse
@@ -15,8 +17,9 @@ import time
 
 from lepton_jax import LeptonEngine, SamplingParams
 from lepton_jax.config import EngineSection, OptimizerSection, RunConfig
-from lepton_jax.optimizer.costs import UNIT, CostMeter
+from lepton_jax.optimizer.costs import UNIT, CostMeter, Costs
 from lepton_jax.optimizer.feedback import Feedback
+from lepton_jax.optimizer.simulated_engine import SimulatedEngine, SimulatedRow, SimulatedSizes
 
 ROWS, BLOCK, LOOK_AHEAD = 32, 32, 4
 ENGINE = EngineSection(rows=ROWS, page_size=16, num_pages=1600, decode_block=BLOCK, max_len=512)
@@ -89,6 +92,7 @@ class Bench:
         self.engine.warm_up(everything)
         self._plain = self.engine.scheduler.knobs
         self._beats, self._runs = self.engine._beats, 0
+        self.lengths: dict[str, list[int]] = {}  # of the last run of each workload
 
     def run(self, name: str, *, knobs: dict | None = None, listener=None) -> float:
         """Seconds of a workload with knobs that stay, or with a listener that turns them."""
@@ -101,12 +105,39 @@ class Bench:
             listener(engine)
         self._runs += 1
         started, added, left = time.perf_counter(), 0, 0
+        self.lengths[name] = lengths = [0] * len(rows)
         while added < len(rows) or left:
             while added < len(rows) and left < LOOK_AHEAD * ROWS:
                 engine.add_request(f"{self._runs}-{added}", *rows[added])
                 added, left = added + 1, left + 1
-            left -= sum(output.finish_reason is not None for output in engine.step())
+            for output in engine.step():
+                lengths[int(output.request_id.partition("-")[2])] += len(output.token_ids)
+                left -= output.finish_reason is not None
         return time.perf_counter() - started
+
+    def simulate(
+        self, name: str, costs: Costs, *, knobs: dict | None = None, listener=None
+    ) -> float:
+        """The same on the simulated engine, with the lengths of the last real run."""
+        sizes = SimulatedSizes(
+            rows=ROWS,
+            page_size=ENGINE.page_size,
+            num_pages=ENGINE.num_pages,
+            prefill_chunk=ENGINE.prefill_chunk,
+            decode_block=BLOCK,
+            max_len=ENGINE.max_len,
+            queue=LOOK_AHEAD * ROWS,
+        )
+        engine = SimulatedEngine(sizes, costs)
+        engine.scheduler.turn(**(DEFAULT if knobs is None else knobs))
+        if listener:
+            listener(engine)
+        return engine.run(
+            [
+                SimulatedRow(tuple(ids), params.max_tokens, length)
+                for (ids, params), length in zip(self.work[name], self.lengths[name], strict=True)
+            ]
+        )
 
 
 class _Meter(CostMeter):
@@ -120,6 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--workloads", default="")
+    parser.add_argument("--simulate", action="store_true")
     asked = parser.parse_args()
     bench, meter = Bench(), _Meter()
     names = asked.workloads.split(",") if asked.workloads else list(bench.work)
@@ -136,9 +168,12 @@ def main() -> None:
         contenders[label] = dict(listener=lambda engine, o=options: Feedback(engine, **o))
     for name in names:
         times = {label: [] for label in contenders}
-        for _ in range(asked.repeats):
+        for _ in range(1 if asked.simulate else asked.repeats):
             for label, options in contenders.items():
-                times[label].append(bench.run(name, **options))
+                if asked.simulate:
+                    times[label].append(bench.simulate(name, costs, **options))
+                else:
+                    times[label].append(bench.run(name, **options))
         medians = {label: statistics.median(runs) for label, runs in times.items()}
         best = min(STATIC, key=medians.get)
         print(f"\n{name}: best of those that stay: {best}")
