@@ -4,6 +4,7 @@ Where a part can't be stored, that is an error with a reason.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,7 @@ CUTS = {
 }
 
 
+@functools.cache
 def leaf_of(name):
     weight = jnp.asarray(WEIGHT)
     return weight if SCHEMES[name] is None else compress_weight(weight, SCHEMES[name])

@@ -1,0 +1,47 @@
+"""SmolLM2 on several devices: transformers' tokens in float32, nine heads and three kv heads padded;
+compressed, what one device gives to a long text.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lepton_jax.api import LeptonEngine
+from lepton_jax.config import EngineSection, MeshSection, ModelSection, RunConfig, SamplingParams
+
+pytestmark = pytest.mark.slow
+
+ROWS = json.loads((Path(__file__).parent / "fixtures/parity/smollm2.json").read_text())["rows"]
+SECTION = EngineSection(rows=4, kv_dtype="float32", max_len=512, prefill_chunk=256)
+
+
+def shared_by(count, path, preset=""):
+    """The engine of a model that `count` devices share, as a driver makes it."""
+    model = ModelSection(path=str(path), dtype="float32")
+    config = RunConfig(model=model, mesh=MeshSection(model=count), engine=SECTION)
+    return LeptonEngine().load_model(config=config, compression=preset)
+
+
+def test_tokens_of_transformers(smollm2_path, caplog):
+    rows = [row for row in ROWS if len(row["prompt"]) < 256][:6]
+    with shared_by(4, smollm2_path) as lepton:
+        assert "3 kv heads padded to 4 for mesh.model=4: 33 % more attention" in caplog.text
+        params = SamplingParams(max_tokens=24, ignore_eos=True)
+        answers = lepton.generate([row["prompt"] for row in rows], params)
+    assert [a.token_ids for a in answers] == [row["tokens"][:24] for row in rows]
+
+
+# Weights of 8 bits meet activations of 15 on a CPU, scaled by what a device has of a row. W8A8
+# rounds half of the activations to 8 bits so: other tokens may come of it, no worse ones.
+@pytest.mark.parametrize(("preset", "slack"), [("int8", 1e-3), ("w8a8", 0.01)])
+def test_loss_of_one_device_on_a_text(smollm2_path, preset, slack):
+    ids = [token for row in ROWS[:4] for token in row["prompt"] + row["tokens"]][:400]
+    losses = []
+    for count in (1, 2):
+        with shared_by(count, smollm2_path, preset) as lepton:
+            (row,) = lepton.score([lepton.tokenizer.decode(ids)])
+            losses.append(-row["logprob"] / len(ids))
+    print(f"{preset}: loss {losses[0]:.4f} on one device, {losses[1]:.4f} on two")
+    assert np.abs(losses[1] - losses[0]) < slack * losses[0]
