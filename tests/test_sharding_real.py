@@ -1,11 +1,10 @@
-"""SmolLM2 on several devices: transformers' tokens in float32, nine heads and three kv heads padded;
+"""SmolLM2 on several devices: transformers' tokens in float32, its three kv heads padded to four;
 compressed, what one device gives to a long text.
 """
 
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from lepton_jax.api import LeptonEngine
@@ -33,15 +32,14 @@ def test_tokens_of_transformers(smollm2_path, caplog):
     assert [a.token_ids for a in answers] == [row["tokens"][:24] for row in rows]
 
 
-# Weights of 8 bits meet activations of 15 on a CPU, scaled by what a device has of a row. W8A8
-# rounds half of the activations to 8 bits so: other tokens may come of it, no worse ones.
-@pytest.mark.parametrize(("preset", "slack"), [("int8", 1e-3), ("w8a8", 0.01)])
-def test_loss_of_one_device_on_a_text(smollm2_path, preset, slack):
+# W8A8 rounds a device's part of a row of activations by its own scale: other tokens may come of it,
+# no worse ones.
+def test_loss_of_one_device_on_a_text(smollm2_path):
     ids = [token for row in ROWS[:4] for token in row["prompt"] + row["tokens"]][:400]
     losses = []
     for count in (1, 2):
-        with shared_by(count, smollm2_path, preset) as lepton:
+        with shared_by(count, smollm2_path, "w8a8") as lepton:
             (row,) = lepton.score([lepton.tokenizer.decode(ids)])
             losses.append(-row["logprob"] / len(ids))
-    print(f"{preset}: loss {losses[0]:.4f} on one device, {losses[1]:.4f} on two")
-    assert np.abs(losses[1] - losses[0]) < slack * losses[0]
+    print(f"loss {losses[0]:.4f} on one device, {losses[1]:.4f} on two")
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
