@@ -36,6 +36,7 @@ def _run(config: RunConfig, hosts: "Hosts") -> int:
     """The job on this host, which may be one of several."""
     # Imported here so that --help and mistakes in flags don't wait for jax.
     from lepton_jax.api import LeptonEngine
+    from lepton_jax.distributed.pool import ReplicasLost
     from lepton_jax.jobs import summary as report
     from lepton_jax.jobs.driver import Job
     from lepton_jax.jobs.files.places import JobError
@@ -60,7 +61,7 @@ def _run(config: RunConfig, hosts: "Hosts") -> int:
             job.resume(lepton.fingerprint)
             costs = profile.costs if profile else None
             lepton.start(workload=job.workload(lepton.tokenizer), costs=costs)
-        with cli.user_errors(JobError):
+        with cli.user_errors(JobError, ReplicasLost):
             trace = trace_for(config.job, lepton.engine.stats) if hosts.first else None
             with cli.interrupts(job.end_following if config.job.follow else None):
                 tally = job.run(lepton.engine, lepton.tokenizer, trace=trace)

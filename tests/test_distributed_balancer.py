@@ -257,3 +257,11 @@ def test_accounts_by_hand():
     assert report["tail_idle"] == (5 + 10) / 40
     assert report["ideal_seconds"] == round(350 / 30, 3)  # all tokens at both rates
     assert report["of_ideal"] == round(350 / 30 / 20, 4)
+
+
+def test_measured_is_never_better_than_the_best():
+    ledger = Ledger()
+    ledger.open("x", slots=2, now=0.0)
+    ledger.beat("x", tokens=0, held=2, ended=0, now=8.0)  # compiling, with all slots taken
+    ledger.beat("x", tokens=90, held=1, ended=2, now=10.0)
+    assert ledger.report(10.0)["of_ideal"] == 1.0

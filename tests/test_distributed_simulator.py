@@ -67,9 +67,12 @@ def test_a_death_costs_its_share_and_no_row():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("replicas", [64, 512])
-def test_many_replicas(replicas):
-    shares = compare(replicas, rows_each=400 if replicas == 64 else 100, slots=16)
+# With few rows each, the longest of a heavier tail would take longer than all the rest.
+@pytest.mark.parametrize(
+    ("replicas", "rows_each", "slots", "spread"), [(64, 400, 16, 1.0), (512, 40, 4, 0.5)]
+)
+def test_many_replicas(replicas, rows_each, slots, spread):
+    shares = compare(replicas, rows_each=rows_each, slots=slots, spread=spread)
     print(f"{replicas} replicas: " + ", ".join(f"{p} {shares[p]:.1%}" for p in POLICIES))
     assert shares["balanced"] > max(shares["round_robin"], shares["static"])
-    assert replicas > 64 or shares["balanced"] >= 0.95
+    assert shares["balanced"] >= (0.95 if replicas == 64 else 0.85)

@@ -80,6 +80,8 @@ class Balancer:
         self._stall_after = stall_after
         self._queued = Queued()
         self._owner: dict[str, str] = {}  # key to replica
+        self._pace: _Pace | None = None
+        self._paced = 0  # deals with it
 
     def __len__(self) -> int:
         """Rows that are queued or on a replica."""
@@ -144,9 +146,10 @@ class Balancer:
         names = [name for name in ready if not self.stalled(name, now)]
         if not len(self._queued) or not names:
             return dealt
-        if not any(r.rows for n, r in self.replicas.items() if not self.stalled(n, now)):
+        working = any(r.rows for n, r in self.replicas.items() if not self.stalled(n, now))
+        if not working:
             self._queued.allow_all()  # nobody else is left to take what some shall not have
-        pace = _Pace(self, now)
+        pace = self._pace_at(now, fresh=not working)
         open_names = {name: pace.room(self.replicas[name]) for name in names}
         while open_names and len(self._queued):
             name = min(open_names, key=lambda n: (pace.wait(self.replicas[n]), n))
@@ -155,7 +158,7 @@ class Balancer:
             row = None
             if len(replica.rows) < open_names[name]:
                 row = self._queued.take(name, most=pace.longest(replica), pace=pace, hungry=hungry)
-                if row is None and not pace.working and not any(dealt.values()):
+                if row is None and not working and not any(dealt.values()):
                     row = self._queued.take(name, most=math.inf, pace=pace, hungry=True)
             if row is None:
                 del open_names[name]
@@ -213,6 +216,15 @@ class Balancer:
         late = bool(replica.rows) and now - replica.moved > patience
         return replica.stuck or late
 
+    def _pace_at(self, now: float, *, fresh: bool) -> "_Pace":
+        """Rates as of now. Where there are many replicas a few beats change little: the last ones
+        do, until a sixteenth of the replicas has come by.
+        """
+        self._paced += 1
+        if fresh or self._pace is None or self._paced > len(self.replicas) // 16:
+            self._pace, self._paced = _Pace(self, now), 0
+        return self._pace
+
     def _late(self, name: str, now: float, pace: "_Pace") -> list[tuple[float, str]]:
         """(time left, key) of rows that a good replica would do sooner from their beginning."""
         replica, stalled = self.replicas[name], self.stalled(name, now)
@@ -242,9 +254,7 @@ class _Pace:
         self._mean = sum(known) / len(known) if known else 1.0
         self._total = sum(r.rate or self._mean for r in live)
         queued = balancer._queued
-        held = sum(len(r.rows) for r in live)
-        self.working = held > 0
-        self._rows = len(queued) + held
+        self._rows = len(queued) + sum(len(r.rows) for r in live)
         self._ahead = len(queued) > sum(map(_ahead, live))
         self.best = max((self.speed(r) for r in live), default=0.0)  # tokens per time of a row
         work = queued.work + sum(r.outstanding for r in live)

@@ -30,10 +30,9 @@ class Account:
 
     @property
     def rate(self) -> float:
-        """Tokens per second while full, or while busy where it never was; 0 without any."""
-        if self.full_seconds and self.full_tokens:
-            return self.full_tokens / self.full_seconds
-        return self.tokens / self.busy if self.busy else 0.0
+        """Tokens per second while full, or while busy where that is more; 0 without any."""
+        full = self.full_tokens / self.full_seconds if self.full_seconds else 0.0
+        return max(full, self.tokens / self.busy if self.busy else 0.0)
 
 
 class Ledger:

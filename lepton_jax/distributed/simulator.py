@@ -245,9 +245,11 @@ def with_stragglers(count: int, *, seed: int, share: float = 0.1, slow: float = 
     return [slow if n in late else draw.uniform(0.95, 1.05) for n in range(count)]
 
 
-def compare(replicas: int, *, rows_each: int, slots: int = 16, seed: int = 0) -> dict[str, float]:
+def compare(
+    replicas: int, *, rows_each: int, slots: int = 16, seed: int = 0, spread: float = 1.0
+) -> dict[str, float]:
     """Share of the ideal T/m that each policy reaches on the same rows and machines."""
-    rows = heavy_tailed(replicas * rows_each, seed=seed)
+    rows = heavy_tailed(replicas * rows_each, seed=seed, spread=spread)
     speeds = with_stragglers(replicas, seed=seed)
     alone = sum(row.tokens for row in rows)  # one machine of speed 1, full to the end
     runs = {p: Simulation(rows, speeds, slots=slots, policy=p) for p in POLICIES}
