@@ -144,6 +144,23 @@ def test_collectives_are_counted_with_their_bytes():
     assert found.collective_bytes["all-reduce"] == KB
 
 
+ELSEWHERE = """
+%summed (p: f32[1000,8]) -> f32[1000,8] {
+  %p = f32[1000,8]{1,0} parameter(0)
+  ROOT %r = f32[1000,8]{1,0} all-reduce(%p), replica_groups={{0,1}}, to_apply=%add
+}, execution_thread="sparsecore"
+"""
+
+
+@pytest.mark.parametrize("call", ["custom-call-start", "call-start"])
+def test_what_another_core_does_is_counted_once(call):
+    flag = "((f32[1000,8]{1,0}), f32[1000,8]{1,0}, u32[]{:S(8)})"
+    begin = f"%s = {flag} {call}(%a), called_computations={{%summed}}"
+    done = f"%d = f32[1000,8]{{1,0}} {call.removesuffix('-start')}-done(%s)"
+    found = traffic(entry(A, begin, done, before=ELSEWHERE))
+    assert (found.read, found.written, found.collectives["all-reduce"]) == (KB, KB, 1)
+
+
 def test_a_text_without_entry_is_refused():
     with pytest.raises(ValueError, match="no ENTRY: its format has changed"):
         Module("HloModule m\n")

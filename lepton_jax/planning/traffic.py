@@ -34,6 +34,7 @@ _FREE = {
     "replica-id",
     "optimization-barrier",
 }
+_CALLS = {"call", "async-start", "call-start", "custom-call-start"}  # what other cores do too
 _FREE_CALLS = {"ConcatBitcast", "AssumeGatherIndicesInBound", "AssumeIndicesInBound"}
 # Within a fusion these are computed for what is asked of them: a slice of a copy reads a slice.
 _SAME = {
@@ -111,7 +112,7 @@ class _Reader:
                 found.add(self._computation(name), times)
         elif opcode == "conditional":
             found.add(max(map(self._computation, step.called), key=lambda t: t.total))
-        elif opcode in ("call", "async-start"):
+        elif opcode in _CALLS and step.called:
             for name in step.called:
                 found.add(self._computation(name))
         elif opcode in ("copy-start", "slice-start"):
