@@ -21,6 +21,7 @@ def main(config: RunConfig) -> int:
     from lepton_jax.jobs import benchmark, starts, workloads
 
     with cli.user_errors(ValueError, OSError):
+        config.require_one_engine("bench")
         names = workloads.select(config.bench.measure)
         if workloads.STARTS in names:
             for record in starts.measure_starts(sys.argv[1:], repeats=config.bench.repeats):

@@ -30,6 +30,7 @@ def main(config: RunConfig) -> int:
     from lepton_jax.jobs.sweep import SweepJob
 
     with cli.user_errors(ValueError, OSError), cli.Bars() as bars:
+        config.require_one_engine("compress")
         if config.sweep.recipes:
             job = SweepJob(config)
             job.run(bars.show)

@@ -573,5 +573,13 @@ class RunConfig:
         """Engines that share the rows."""
         return self.mesh.data * max(1, self.pool.ray)
 
+    def require_one_engine(self, driver: str) -> None:
+        """Raises ValueError where replicas or hosts are asked of a driver that has neither."""
+        if self.replicas > 1 or self.hosts.coordinator:
+            raise ValueError(
+                f"{driver} works with one engine on one host: leave out mesh.data, pool.ray and "
+                "hosts.coordinator"
+            )
+
     def __post_init__(self):
         _check_types(self)

@@ -8,9 +8,11 @@ import pytest
 from lepton_jax import cli
 from lepton_jax.config import (
     EngineSection,
+    HostsSection,
     JobSection,
     MeshSection,
     ModelSection,
+    PoolSection,
     RunConfig,
     SamplingParams,
 )
@@ -113,3 +115,14 @@ def test_overrides_are_filled_up_with_the_defaults():
 def test_overrides_that_fit_no_field_are_named(overrides, says):
     with pytest.raises(ValueError, match=says):
         cli.whole_config(overrides)
+
+
+def test_drivers_of_one_engine_refuse_more():
+    RunConfig().require_one_engine("bench")
+    for several in (
+        RunConfig(mesh=MeshSection(data=2)),
+        RunConfig(pool=PoolSection(ray=2)),
+        RunConfig(hosts=HostsSection("h:1")),
+    ):
+        with pytest.raises(ValueError, match="bench works with one engine on one host"):
+            several.require_one_engine("bench")
