@@ -20,7 +20,7 @@ PACKAGE = CHECKOUT / "lepton_jax"
 
 # Top to ground; names on one line are on one floor. A room may import from lines below its own.
 ROOMS = [
-    "run compress plan bench tune",
+    "run compress plan bench tune evaluation",
     "cli",
     "api",
     "serving",
