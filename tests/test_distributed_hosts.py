@@ -216,3 +216,37 @@ def test_launchers_say_what_they_do():
     said = subprocess.run(dry, capture_output=True, text=True, check=True, env=environment).stdout
     assert "--worker=all" in said and "--zone=zone" in said and "hosts.coordinator=auto" in said
     assert subprocess.run(pod[:1], capture_output=True).returncode == 2
+
+
+WAITING = """
+import sys, time
+from lepton_jax.config import HostsSection, MeshSection, RunConfig
+from lepton_jax.distributed.hosts import join
+section = HostsSection(f"127.0.0.1:{sys.argv[1]}", count=2, index=int(sys.argv[2]), timeout=60)
+with join(RunConfig(hosts=section, mesh=MeshSection(model=2))):
+    print("joined", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+def test_whoever_dies_the_other_names_it(dies):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    environment["JAX_NUM_CPU_DEVICES"] = "1"
+    port = str(free_ports())
+    pair = [
+        subprocess.Popen(
+            [sys.executable, "-c", WAITING, port, index],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in "01"
+    ]
+    assert [host.stdout.readline() for host in pair] == ["joined\n"] * 2
+    pair[dies].send_signal(signal.SIGKILL)
+    _, said = pair[1 - dies].communicate(timeout=30)
+    assert f"error: host {dies} of 2 is gone" in said
+    assert pair[1 - dies].returncode != 0
+    pair[dies].communicate()
