@@ -49,7 +49,7 @@ from lepton_jax.jobs.rows import Prompt
 from lepton_jax.jobs.score import ScoreMode
 from lepton_jax.jobs.scoring import ScoringMode, score_all
 from lepton_jax.jobs.session import Completion, Delta, Session
-from lepton_jax.optimizer.costs import UNIT, Costs
+from lepton_jax.optimizer.costs import Costs, assumed
 from lepton_jax.optimizer.feedback import Feedback
 from lepton_jax.sharding import Placement
 from lepton_jax.sharding.partition import padding_costs
@@ -193,7 +193,7 @@ class LeptonEngine:
         for engine in engines:
             if workload:
                 engine.warm_up(workload, wait=False)
-        self._listen(engines, costs or UNIT)
+        self._listen(engines, costs or assumed(jax.default_backend()))
         self.engine = engines[0] if len(engines) == 1 else local_pool(engines, config)
         return self
 

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from lepton_jax.engine.scored import Scoring
-from lepton_jax.optimizer.costs import UNIT, CostMeter, Costs
+from lepton_jax.optimizer.costs import UNIT, CostMeter, Costs, assumed
 from lepton_jax.optimizer.simulated_engine import SimulatedEngine, SimulatedRow, SimulatedSizes
 from lepton_jax.telemetry import BeatStats
 
@@ -23,6 +23,13 @@ def test_costs_by_hand():
     assert costs.beat_steps(4, 100) == pytest.approx((4 + 5) / 18.4)
     assert costs.scaled(2).prefill_seconds(128) == 134
     assert UNIT.decode_seconds(8, 32) == 9 and UNIT.prefill_seconds(128) == 1
+
+
+def test_what_is_assumed_of_a_platform():
+    """In steps of 32 rows: prompts are dear on a CPU and beats on the others."""
+    cpu, tpu = assumed("cpu"), assumed("tpu")
+    prefills = [c.prefill_seconds(128) / c.step_seconds(32) for c in (cpu, tpu)]
+    assert prefills[0] > 2 * prefills[1] and cpu.beat_steps(32) < tpu.beat_steps(32) / 5
 
 
 def test_two_rows_by_hand():

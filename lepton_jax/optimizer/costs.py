@@ -65,6 +65,15 @@ class Costs:
 # places of the smallest prefill program (`engine/scheduler.py` reckons so too).
 UNIT = Costs(block=1.0, step=1.0, step_row=0.0, program=0.0, program_token=1 / 128)
 
+# On a CPU a prompt's token costs as much as a decoded one, and a beat nearly nothing: about what
+# SmolLM2-135M takes in w8a8 on two idle AVX-512 cores, 2026-11-24. Only the proportions count.
+ON_CPU = Costs(block=0.002, step=0.01, step_row=0.0008, program=0.005, program_token=0.00055)
+
+
+def assumed(platform: str) -> Costs:
+    """Costs where nothing is measured, by jax's name of the platform."""
+    return ON_CPU if platform == "cpu" else UNIT
+
 
 class CostMeter:
     """Fits `Costs` to beats. Timings of a program are kept by its shape and steps."""
