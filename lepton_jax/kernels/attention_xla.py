@@ -98,7 +98,10 @@ def open_view(
 
     tail = None
     if isinstance(cache, QuantizedKV):
-        tail = encode(jnp.zeros((len(lengths), 2, kv_heads, steps, head_dim)), cache)
+        shape = (len(lengths), 2, kv_heads, steps, head_dim)
+        tail = QuantizedKV(
+            jnp.zeros(shape, cache.values.dtype), jnp.zeros(shape[:-1], cache.scale.dtype)
+        )
     return View(side(0), side(1), tail)
 
 
