@@ -71,13 +71,8 @@ def step_lines(plan: Plan) -> list[str]:
         f"of cache, {cost.flops / 1e12:.3f} TFLOP (from shapes)",
     ]
     if plan.decode:
-        ratio = plan.decode.step_bytes / cost.weight_bytes
-        whole = (plan.decode.step_bytes + cost.cache_bytes) / (cost.weight_bytes + cost.cache_bytes)
-        lines += [
-            f"  program moves {plan.decode.step_bytes / 1e9:.2f} GB a step besides the cache: "
-            f"{ratio:.3f} x the weights; with the cache {whole:.3f} x the least (compiled)",
-            f"  collectives a step: {_collectives(plan.decode)} (compiled)",
-        ]
+        lines.append(_moved(plan, plan.decode))
+        lines.append(f"  collectives a step: {_collectives(plan.decode)} (compiled)")
     elif plan.served.shards > 1:
         lines.append(
             f"  collectives a step: {cost.reduced_bytes / 1e6:.2f} MB reduced (from shapes)"
@@ -99,6 +94,21 @@ def step_lines(plan: Plan) -> list[str]:
             f"{plan.prefill.memory.temporaries / _MIB:.0f} MiB"
         )
     return lines
+
+
+def _moved(plan: Plan, decode: Program) -> str:
+    cost = plan.decode_cost
+    if plan.chip.platform != "tpu":  # its programs read the cache themselves, and have one memory
+        return (
+            f"  program moves {decode.step_bytes / 1e9:.2f} GB a step, cache and intermediate "
+            "results among them (compiled)"
+        )
+    ratio = decode.step_bytes / cost.weight_bytes
+    whole = (decode.step_bytes + cost.cache_bytes) / (cost.weight_bytes + cost.cache_bytes)
+    return (
+        f"  program moves {decode.step_bytes / 1e9:.2f} GB a step besides the cache: {ratio:.3f} x "
+        f"the weights; with the cache {whole:.3f} x the least (compiled)"
+    )
 
 
 def text(plan: Plan) -> str:
