@@ -12,10 +12,12 @@ import jsonschema
 import numpy as np
 import pytest
 from engine_reference import tiny
+from jobs_fakes import Killed, job_config, run_job
 
 from lepton_jax.config import EngineSection, SamplingParams
 from lepton_jax.distributed.pool import Pool
 from lepton_jax.engine.loop import Engine
+from lepton_jax.jobs import driver
 from lepton_jax.jobs.rows import RowError
 from lepton_jax.jobs.session import Session
 from lepton_jax.models.build import abstract_model
@@ -35,6 +37,7 @@ def model_with_characters():
 
 MODEL, LEAVES = model_with_characters()
 ROOMY = EngineSection(rows=8, page_size=8, num_pages=400, prefill_chunk=64, max_len=320)
+CUT = EngineSection(rows=2, page_size=8, num_pages=60, prefill_chunk=16, max_len=128)
 TIGHT = EngineSection(rows=8, page_size=4, num_pages=34, prefill_chunk=16, max_len=128)
 PROGRAMS: dict[EngineSection, dict] = {}
 NAMES = ("a", "id", "shop_name", "x y")
@@ -279,3 +282,41 @@ def test_a_program_without_guided_rows_has_no_mask():
     assert engine.runner.spec.guided == -(-VOCAB // 32)
     decode = [s for s in engine.runner.programs.compiled if type(s).__name__ == "DecodeShape"]
     assert decode and all(shape.spec.guided == 0 for shape in decode)
+
+
+class Mortal:
+    """An engine that lives for so many beats."""
+
+    def __init__(self, beats):
+        self._engine, self._beats = make(CUT), beats
+
+    def step(self):
+        self._beats -= 1
+        if not self._beats:
+            raise Killed
+        return self._engine.step()
+
+    def __getattr__(self, name):
+        return getattr(self._engine, name)
+
+
+def test_a_guided_job_that_is_cut_gives_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(driver, "_BLOCK", 2)
+    rng, source = random.Random(9), tmp_path / "in.jsonl"
+    rows = [{"id": n, "prompt": f"row {n}"} for n in range(14)]
+    for row in rows[::3] + rows[1::3]:
+        row["sampling"] = {"json_schema": random_schema(rng)}
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sampling = dict(max_tokens=60, temperature=1.0)
+    config = job_config(source, tmp_path / "whole.jsonl", sampling=sampling)
+    whole, tally = run_job(config, make(CUT), tokenizer=TOKENIZER)
+    assert tally.errors == 0
+    config, cuts = job_config(source, tmp_path / "cut.jsonl", sampling=sampling), 0
+    while True:
+        try:
+            cut, _ = run_job(config, Mortal(10 + 6 * cuts), tokenizer=TOKENIZER)
+            break
+        except Killed:
+            cuts += 1
+    assert cuts > 1
+    assert cut.read_bytes() == whole.read_bytes()

@@ -46,6 +46,8 @@ class GenerateMode:
     fields = (*PROMPT_FIELDS, "sampling")
 
     def __init__(self, sampling: SamplingParams):
+        """Raises ValueError where what it prescribes can't be followed."""
+        grammar_of(sampling)
         self._sampling = sampling
 
     def parse(self, values: Mapping[str, Any]) -> PromptWork:

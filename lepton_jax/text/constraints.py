@@ -17,6 +17,7 @@ from types import ModuleType
 import numpy as np
 
 from lepton_jax.config import SamplingParams
+from lepton_jax.text.schema_keywords import unknown_keyword
 from lepton_jax.text.tokenizer import Tokenizer
 
 # JSON as json.dumps writes it: free white space would let a model fill its answer with it.
@@ -45,6 +46,9 @@ class Grammar:
             return None
         matcher = _llguidance().LLMatcher
         name = params.guided
+        unknown = unknown_keyword(params.json_schema)
+        if unknown:
+            raise ConstraintError(f"sampling.{unknown}")
         try:
             if name == "choices":
                 texts = " | ".join(json.dumps(text) for text in params.choices)
