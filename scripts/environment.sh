@@ -65,14 +65,15 @@ install_package() {
     echo "$key" | tee "$venv/.installed-package" >"$stamp"
 }
 
-# run_pytest VENV [ARGUMENT...]: the fast tests, then the slow ones. Arguments that select tests may
-# leave one of the two without any, but not both.
+# run_pytest VENV [ARGUMENT...]: the fast tests, then the slow ones, in two processes that take turns at
+# the files. Arguments that select tests may leave one of the two without any, but not both.
 run_pytest() {
     local python=$1/bin/python marks status ran=no
     shift
     for marks in "not slow" slow; do
         status=0
-        (cd "$checkout" && JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} "$python" -m pytest -m "$marks" "$@") ||
+        (cd "$checkout" && JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} "$python" -m pytest -n 2 --dist loadfile \
+            -m "$marks" "$@") ||
             status=$?
         case $status in
             0) ran=yes ;;
