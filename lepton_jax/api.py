@@ -27,6 +27,7 @@ from lepton_jax.compression.presets import compressor
 from lepton_jax.compression.recipe import Recipe
 from lepton_jax.config import (
     CompressionSection,
+    EngineSection,
     ModelSection,
     PoolSection,
     RunConfig,
@@ -56,6 +57,8 @@ from lepton_jax.sharding.partition import padding_costs
 from lepton_jax.text import tokenizer as tokenizers
 
 log = logging.getLogger(__name__)
+
+_PROBE = "Tokenizers differ: naïve 12345 + 678;\n\tdef f(x): return x  # 日本 \U0001f642"
 
 
 class LeptonEngine:
@@ -191,6 +194,7 @@ class LeptonEngine:
             for devices in device_groups(config.mesh.data, config.mesh.model)
         ]
         for engine in engines:
+            self._draft(engine, section)
             if workload:
                 engine.warm_up(workload, wait=False)
         self._listen(engines, costs or assumed(jax.default_backend()))
@@ -219,6 +223,29 @@ class LeptonEngine:
             )
             for engine in engines
         )
+
+    def _draft(self, engine: Engine, section: EngineSection) -> None:
+        """Gives an engine its draft model, where the config asks for one."""
+        if section.speculation != "draft":
+            return
+        asked = self._config.model
+        if section.draft_model:
+            asked = dataclasses.replace(asked, path=section.draft_model)
+        options, rules = (
+            checkpoints.dtypes_here(asked.dtype),
+            Recipe.of(preset=section.draft_preset),
+        )
+        specs = checkpoints.describe(asked.path, **options).specs
+        compress = compressor(rules.rules, specs) if rules.rules else None
+        loaded = checkpoints.load(asked.path, **options, compress=compress)
+        if section.draft_model:
+            other = tokenizers.load(asked.tokenizer or loaded.tokenizer_source)
+            if other.encode(_PROBE) != self.tokenizer.encode(_PROBE):
+                raise ValueError(
+                    f"engine.draft_model={asked.path!r} cuts text into other tokens than the model:"
+                    " want a model of the same tokenizer"
+                )
+        engine.draft_with(loaded.model, loaded.leaves, cost=section.draft_cost)
 
     def stop(self) -> None:
         """Gives device memory back: the cache and the weights."""

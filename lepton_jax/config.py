@@ -20,7 +20,7 @@ _check_types, _is_number = config_fields.check_types, config_fields.is_number
 
 FORMATS = ("jsonl", "csv", "parquet", "openai_batch")
 MODES = ("generate", "score", "classify", "embed", "rank", "perplexity")
-SPECULATION = ("off", "lookup")
+SPECULATION = ("off", "lookup", "draft")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_DTYPES = (*DTYPES, "int8", "float8_e4m3fn")
 FEEDBACKS = ("off", "deterministic", "on")
@@ -122,8 +122,11 @@ class EngineSection:
     )
     prefix_cache: bool = _doc(True, "reuse the cache of prompts that begin alike")
     speculation: str = _doc(
-        "off", "off, or lookup: propose what followed earlier in the row's text, verify together"
+        "off",
+        "off; lookup: propose what followed earlier in the row's text; draft: what a model says",
     )
+    draft_model: str = _doc("", "path of the draft model, of the same tokenizer; empty: model.path")
+    draft_preset: str = _doc("none", "compression preset of the draft model")
     draft_tokens: int = _doc(7, "most tokens proposed for a row and step")
     draft_cost: float = _doc(
         0.0, "of one more token in a step, beside a step of one; 0: measured, or 0.1 with job.exact"

@@ -4,7 +4,7 @@ import types
 
 import pytest
 
-from lepton_jax.engine.draft_length import DraftRule, Shadow
+from lepton_jax.engine.draft_length import DraftModelRule, DraftRule, Shadow
 from lepton_jax.engine.request import StepOutput
 from lepton_jax.telemetry import BeatStats
 
@@ -70,8 +70,15 @@ def test_a_new_row_is_taken_for_one_like_the_others():
     assert made.choose([OTHER], 7) == 0
 
 
-def beat(draft: int, seconds: float, steps: int = 8) -> BeatStats:
-    return BeatStats(row_places=1, draft=draft, steps=steps, decode_seconds=seconds * steps)
+def beat(draft: int, seconds: float, steps: int = 8, tokens: int = 0) -> BeatStats:
+    return BeatStats(
+        row_places=1,
+        draft=draft,
+        steps=steps,
+        decode_seconds=seconds * steps,
+        rounds=steps,
+        decode_tokens=tokens or steps,
+    )
 
 
 def test_measured_steps_decide_where_no_cost_is_given():
@@ -119,3 +126,35 @@ def test_without_programs_nothing_is_kept(drafts):
     assert made.choose([ROW], 7) == 0
     made.drop("a")
     assert not made._prompts and not made._shadows
+
+
+def test_a_draft_model_is_judged_by_what_was_accepted():
+    made = DraftModelRule([3, 7], [1], cost=0.05, share=0.1)
+    assert made.choose([ROW], 7) > 0  # hoped: 0.8 of each; 2.95 tokens for 1.15 + 0.4 steps
+    for _ in range(60):
+        made.take(beat(3, 1.0, tokens=8))  # nothing accepted
+    assert made.tokens_a_step("a", 7) < 1.01 and made.choose([ROW], 7) == 0
+    for _ in range(60):
+        made.take(beat(3, 1.0, tokens=8 * 4))
+    assert made.tokens_a_step("a", 7) > 7.5 and made.choose([ROW], 7) == 7
+    made.forget()
+    assert made.tokens_a_step("a", 3) == pytest.approx(1 + 0.8 + 0.64 + 0.512)
+
+
+def test_acceptance_is_told_from_any_draft_length():
+    made = DraftModelRule([3, 7], [1], cost=0.05, share=0.1)
+    for _ in range(100):
+        made.take(beat(3, 1.0, tokens=8 + 7))  # 7/8 a round: 1/2 + 1/4 + 1/8
+    assert made.tokens_a_step("a", 7) == pytest.approx(2 - 2**-7, abs=0.01)
+
+
+def test_a_large_draft_model_never_pays_and_is_tried_again_ever_more_rarely():
+    made = DraftModelRule([3, 7], [1], cost=0.05, share=1.0)
+    tried = []
+    for block in range(2000):
+        draft = made.choose([ROW], 7)
+        if draft:
+            tried.append(block)
+        made.take(beat(draft, 1.0, tokens=8 * 3 if draft else 8))
+    assert tried == [64, 193, 450, 963, 1988]
+    assert made.choose([ROW], 2) == 0

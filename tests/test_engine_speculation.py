@@ -37,9 +37,9 @@ def answers():
         del REQUESTS[name]
 
 
-def speculating(section: EngineSection, model=MODEL, leaves=LEAVES) -> Engine:
+def speculating(section: EngineSection, model=MODEL, leaves=LEAVES, **options) -> Engine:
     """An engine that speculates wherever it can."""
-    engine = Engine(model, leaves, section=section, eos_ids=EOS)
+    engine = Engine(model, leaves, section=section, eos_ids=EOS, **options)
     engine.scheduler.draft_policy = longest_draft
     return engine
 

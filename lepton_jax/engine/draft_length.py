@@ -1,9 +1,10 @@
-"""How many tokens to propose in the next block: the default rule of `Scheduler.draft_policy`.
+"""How many tokens to propose in the next block: the default rules of `Scheduler.draft_policy`.
 
 What lookup would have gained is known without running it: `Shadow` plays its rounds over the tokens
 that come out anyway, so speculation is switched on where a row begins to copy and off where it
-stops, and nothing is spent on trying. What a step costs is measured, or assumed by one number where
-a job must be the same each time. Pure Python, no jax. Read next: `scheduler.py`, `lookup.py`.
+stops, and nothing is spent on trying. What a draft model gains must be tried, the more rarely the
+longer it doesn't pay. What a step costs is measured, or assumed by one number where a job must be
+the same each time. Pure Python, no jax. Read next: `scheduler.py`, `lookup.py`.
 """
 
 from collections import defaultdict, deque
@@ -20,6 +21,9 @@ _KEPT_BY_ALL = 0.998
 _PRIOR = 4.0  # tokens that a new row is taken to have had, like those of the others
 _MARGIN = 1.05  # a change must promise so much more
 _SAMPLES = 8  # of a program's seconds that are remembered
+_HOPED = 0.8  # acceptance of a draft model before it has proposed anything
+_ROUNDS = 64  # of a row, after which older ones count little
+_PATIENCE, _LONGEST_PATIENCE = 64, 1024  # plain blocks until a draft model is tried again
 _TRUSTED = 2  # samples: the first one may hold a compilation
 
 
@@ -154,13 +158,17 @@ class DraftRule:
         samples = self._seconds[rows, draft]
         if len(samples) >= _TRUSTED:
             return min(samples)
-        assumed = _assumed(rows, draft, self._cost or ASSUMED_COST)
+        assumed = self._assumed(rows, draft)
         plain = self._seconds[rows, 0]
         if self._cost:
             return assumed
         if len(plain) < _TRUSTED:
             return float("inf") if draft else 1.0
-        return min(plain) * assumed / _assumed(rows, 0, ASSUMED_COST)
+        return min(plain) * assumed / self._assumed(rows, 0)
+
+    def _assumed(self, rows: int, draft: int) -> float:
+        """What a step costs beside one of one row, if each token costs alike."""
+        return 1 + (self._cost or ASSUMED_COST) * (rows * (1 + draft) - 1)
 
     def _read(self, output: StepOutput) -> None:
         shadow = self._shadows.get(output.request_id)
@@ -175,5 +183,64 @@ class DraftRule:
                 self._all_rounds[draft] = rounds + (draft in ended)
 
 
-def _assumed(rows: int, draft: int, cost: float) -> float:
-    return 1 + cost * (rows * (1 + draft) - 1)
+class DraftModelRule(DraftRule):
+    """The rule for proposals of a draft model: its acceptance is one number for all rows.
+
+    A proposal behind accepted ones is taken to be accepted as often as they were, so that what one
+    draft length shows tells of the others.
+    """
+
+    def __init__(
+        self, drafts: Sequence[int], row_sizes: Sequence[int], *, cost: float = 0.0, share: float
+    ):
+        """As `DraftRule`; `share` is the draft model's bytes as a share of the model's."""
+        self._share = share
+        super().__init__(drafts, row_sizes, cost=cost)
+
+    def forget(self) -> None:
+        super().forget()
+        self._acceptance = _HOPED
+        self._plain, self._patience = 0, _PATIENCE
+
+    def take(self, beat: BeatStats) -> None:
+        super().take(beat)
+        if beat.draft and beat.rounds:
+            seen = _acceptance(beat.decode_tokens / beat.rounds - 1, beat.draft)
+            weight = min(1.0, beat.rounds / _ROUNDS)
+            self._acceptance += weight * (seen - self._acceptance)
+        elif beat.steps:
+            self._plain += 1
+
+    def choose(self, running: Sequence[Row], most: int) -> int:
+        """As in `DraftRule`; after many plain blocks one tries the shortest draft again."""
+        chosen = super().choose(running, most)
+        if chosen:
+            self._plain, self._patience = 0, _PATIENCE
+        elif self._plain >= self._patience and self._drafts and self._drafts[0] <= most:
+            self._plain, self._patience = 0, min(2 * self._patience, _LONGEST_PATIENCE)
+            return self._drafts[0]
+        return chosen
+
+    def tokens_a_step(self, request_id: str, draft: int) -> float:
+        return 1.0 + _accepted(self._acceptance, draft)
+
+    def _read(self, output: StepOutput) -> None:
+        """Outputs say nothing of what was proposed."""
+
+    def _assumed(self, rows: int, draft: int) -> float:
+        drafting = (1 + draft) * self._share * super()._assumed(rows, 0) if draft else 0.0
+        return super()._assumed(rows, draft) + drafting
+
+
+def _accepted(acceptance: float, draft: int) -> float:
+    """Mean number of accepted tokens of a draft whose tokens are accepted so often each."""
+    return sum(acceptance**place for place in range(1, 1 + draft))
+
+
+def _acceptance(accepted: float, draft: int) -> float:
+    """The inverse of `_accepted`, by bisection."""
+    low, high = 0.0, 1.0
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _accepted(middle, draft) < accepted else (low, middle)
+    return low

@@ -16,7 +16,7 @@ import psutil
 
 from lepton_jax.config import EngineSection, SamplingParams
 from lepton_jax.engine.beats import Beats, Listener
-from lepton_jax.engine.draft_length import DraftRule
+from lepton_jax.engine.draft_length import DraftModelRule, DraftRule
 from lepton_jax.engine.protocol import Limits, Sync
 from lepton_jax.engine.request import Guide, Request, StepOutput
 from lepton_jax.engine.row_params import SampleSpec
@@ -92,11 +92,35 @@ class Engine:
         self.scheduler = _scheduler(sizes, backend.Q_TILE, section.prefix_cache)
         self._in_flight: InFlight | None = None
         self._beats = Beats(self.scheduler)
-        self._drafts = self._speculate(sizes.draft, section.draft_cost)
+        self._kv_dtype = kv_dtype
+        self._wants_draft = section.speculation == "draft"
+        rule = DraftRule(self.runner.drafts, self.runner.rungs.decode, cost=section.draft_cost)
+        self._drafts = self._speculate(rule, sizes.draft if section.speculation == "lookup" else 0)
 
-    def _speculate(self, most: int, cost: float) -> DraftRule:
-        """Drafts of up to `most` tokens, by the rule that is returned."""
-        rule = DraftRule(self.runner.drafts, self.runner.rungs.decode, cost=cost)
+    def draft_with(self, model: Model, leaves: tuple, *, cost: float = 0.0) -> None:
+        """Lets a model propose, for `section.speculation` "draft"; before the warm-up.
+
+        Its cache gets as many pages. `cost` as `section.draft_cost`. Raises ValueError where the
+        model has another vocabulary.
+        """
+        runner = self.runner
+        mine, theirs = runner.model.config.vocab_size, model.config.vocab_size
+        if mine != theirs:
+            raise ValueError(
+                f"the draft model has a vocabulary of {theirs} tokens, the model one of {mine}: "
+                "want the same tokenizer, such as the model compressed"
+            )
+        model = model.on(runner.placement.axis)
+        leaves = runner.placement.put_all(model.specs, leaves)
+        context = model.with_context(self.max_len)
+        runner.draft_with(context, leaves, kv_dtype=self._kv_dtype)
+        share = _nbytes(leaves) / _nbytes(runner.leaves)
+        rule = DraftModelRule(runner.drafts, runner.rungs.decode, cost=cost, share=share)
+        self._drafts = self._speculate(rule, runner.sizes.draft)
+        self._wants_draft = False
+
+    def _speculate(self, rule: DraftRule, most: int) -> DraftRule:
+        """Drafts of up to `most` tokens, by this rule."""
         self.scheduler.speculate(most)
         self.scheduler.draft_policy = rule.choose
         if most:
@@ -134,6 +158,8 @@ class Engine:
 
         `guide`: makes what prescribes the answer, where `params` ask for that.
         """
+        if self._wants_draft:
+            raise RuntimeError("engine.speculation=draft: call draft_with(model, leaves) first")
         self.limits.check_request(prompt_ids, params)
         seed, made = _seed(request_id, params), guide() if guide else None
         request = Request(request_id, tuple(prompt_ids), params, seed=seed, guide=made)
@@ -255,6 +281,10 @@ def _kv_dtype(name: str, model: Model, leaves: tuple):
     return jnp.dtype(jnp.bfloat16 if compressed else model.specs["embed"].dtype)
 
 
+def _nbytes(leaves: tuple) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(leaves))
+
+
 def _plan_sizes(
     section: EngineSection, model: Model, *, backend, kv_dtype, workload, budget: int
 ) -> Sizes:
@@ -275,7 +305,8 @@ def _plan_sizes(
     kv_heads = model.axis.share(config.num_kv_heads)
     layer = backend.cache_layer(1, page, kv_heads, config.head_dim, dtype=kv_dtype)
     page_bytes = config.num_layers * sum(spec.nbytes for spec in jax.tree.leaves(layer))
-    affordable = budget // page_bytes
+    caches = 2 if section.speculation == "draft" else 1  # a draft model's is no larger
+    affordable = budget // caches // page_bytes
     least = 1 + -(-max_len // page)
     if not section.num_pages and affordable < least:
         raise ValueError(

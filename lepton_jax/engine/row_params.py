@@ -40,9 +40,9 @@ class SampleSpec:
     min-p), `penalties`, `bias` (places for biased ids in a row), `stop_ids` (places for stop and
     end-of-sequence ids in a row), `min_tokens`, `logprobs` (-1: none; n: of the token itself and of
     at least n alternatives). `bias`, `stop_ids` and `logprobs` are 0 or powers of two. `text`:
-    tokens of each row that the device remembers for lookup (`speculation.py`); 0: none. `guided`:
-    words of a mask of the ids that a row may get (a bit each; `of` knows no vocabulary and gives 1
-    where the row has a mask); 0: none. Decode blocks have no such rows.
+    tokens of each row that the device remembers for speculation; 0: none. `drafted`: a second model
+    proposes. `guided`: words of a mask of the ids that a row may get (a bit each; `of` knows no
+    vocabulary and gives 1 where the row has a mask); 0: none. Decode blocks have no such rows.
     """
 
     stochastic: bool = False
@@ -53,6 +53,7 @@ class SampleSpec:
     min_tokens: bool = False
     logprobs: int = -1
     text: int = 0
+    drafted: bool = False
     guided: int = 0
 
     @classmethod

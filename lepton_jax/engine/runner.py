@@ -114,7 +114,7 @@ class Runner:
         self.spec = SampleSpec(text=sizes.max_len if sizes.draft else 0)
         self.score_spec = ScoreSpec()
         self.timings = Timings()
-        self._leaves, self.backend = tuple(leaves), backend
+        self.leaves, self.backend = tuple(leaves), backend
         self._cache_layer = backend.cache_layer(
             sizes.num_pages,
             sizes.page_size,
@@ -124,7 +124,10 @@ class Runner:
         )
         self._eos_ids = eos_ids
         self.programs = Programs(lambda shape: self.lower(shape).compile(), strict=strict)
+        self._draft: Model | None = None
+        self._draft_leaves, self._draft_layer = (), None
         self._caches: tuple | None = None
+        self._drafting: tuple = ()  # the draft model's caches
         self._state: steps.RowState | None = None
         self._scratch: tuple = ()
         self._scratch_of = (0, 0, 0)  # rows, view and tail that it is for
@@ -138,11 +141,20 @@ class Runner:
         )
         self.drafts = draft_sizes(sizes.draft)
 
+    def draft_with(self, model: Model, leaves: tuple, *, kv_dtype: Any) -> None:
+        """Lets a second model propose; before any program is made."""
+        c, s = model.config, self.sizes
+        heads = model.axis.share(c.num_kv_heads)
+        pages = s.num_pages, s.page_size
+        self._draft, self._draft_leaves = model, tuple(leaves)
+        self._draft_layer = self.backend.cache_layer(*pages, heads, c.head_dim, dtype=kv_dtype)
+        self.spec = dataclasses.replace(self.spec, drafted=True)
+
     @property
     def kv_bytes(self) -> int:
-        """Bytes of all layers' caches on each device."""
-        layer = sum(spec.nbytes for spec in jax.tree.leaves(self._cache_layer))
-        return self.model.config.num_layers * layer
+        """Bytes of all layers' caches on each device, the draft model's too."""
+        caches = self._abstract_caches() + self._abstract_drafting()
+        return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(caches))
 
     def require(self, spec: SampleSpec | ScoreSpec) -> None:
         """Makes the programs from now on serve rows of this spec too."""
@@ -198,14 +210,14 @@ class Runner:
             program = self.programs.get(shape)
             if plan.scoring:
                 packed = scoring.pack_scores(plan.chunks, shape, tile=tile)
-                self._caches, flight.scores = program(self._leaves, self._caches, packed)
+                self._caches, flight.scores = program(self.leaves, self._caches, packed)
                 flight.scores.copy_to_host_async()
                 flight.score_shape = shape
             else:
                 packed = self._pack_prefill(plan, shape)
                 flight.prefill_shape = shape
                 self._caches, self._state, flight.ran = program(
-                    self._leaves, self._caches, self._state, packed
+                    self.leaves, self._caches, self._state, packed
                 )
             real = sum(len(chunk.tokens) for chunk in plan.chunks)
             self.timings.prefill_tokens += real
@@ -223,13 +235,22 @@ class Runner:
                 views = steps.view_shapes(self.backend, self._abstract_caches(), shape)
                 self._scratch = self.placement.zeros(views, CUT_SPEC)
                 self._scratch_of = (shape.rows, shape.view, shape.tail)
-            memory = self._caches, self._scratch
-            (self._caches, self._scratch), self._state, flight.result = program(
-                self._leaves, memory, self._state, packed
-            )
+            flight.result = self._run_block(program, packed, speculative=shape.draft > 0)
             flight.result.copy_to_host_async()
             flight.decode_shape = shape
         return flight
+
+    def _run_block(self, program, packed: np.ndarray, *, speculative: bool) -> jax.Array:
+        if speculative:
+            leaves = self.leaves + self._draft_leaves
+            memory = self._caches, self._scratch, self._drafting
+            memory, self._state, result = program(leaves, memory, self._state, packed)
+            self._caches, self._scratch, self._drafting = memory
+        else:
+            memory = self._caches, self._scratch
+            memory, self._state, result = program(self.leaves, memory, self._state, packed)
+            self._caches, self._scratch = memory
+        return result
 
     def read(
         self, flight: InFlight
@@ -323,16 +344,17 @@ class Runner:
             return self._lower_score(shape)
         prefill = isinstance(shape, PrefillShape)
         layout = (packing.prefill_layout if prefill else packing.decode_layout)(shape)
-        step = functools.partial(
-            steps.prefill if prefill else _block(shape),
-            model=self.model,
-            backend=self.backend,
-            shape=shape,
-        )
-        memory = self._abstract_caches()
-        if not prefill:
+        fixed = dict(model=self.model, backend=self.backend, shape=shape)
+        memory, leaves, place = self._abstract_caches(), self.leaves, self.placement
+        if prefill:
+            step = functools.partial(steps.prefill, **fixed)
+        else:
+            step = functools.partial(steps.decode_block, **fixed)
             memory = memory, steps.view_shapes(self.backend, memory, shape)
-        leaves, place = self._abstract_leaves(), self.placement
+        if not prefill and shape.draft:
+            step = functools.partial(speculation.speculative_block, **fixed, draft=self._draft)
+            memory, leaves = (*memory, self._abstract_drafting()), leaves + self._draft_leaves
+        leaves = _abstract(leaves)
         arguments = memory, self._abstract_state(shape.spec), _ints(layout.size)
         kinds = CUT_SPEC, steps.STATE_SPECS, WHOLE_SPEC
         # Scratch is written only: kept as an argument, it is where the views are made.
@@ -343,21 +365,21 @@ class Runner:
 
     def _lower_score(self, shape: ScoreShape):
         step = functools.partial(scoring.score, model=self.model, backend=self.backend, shape=shape)
-        leaves, place = self._abstract_leaves(), self.placement
+        leaves, place = _abstract(self.leaves), self.placement
         arguments = self._abstract_caches(), _ints(scoring.score_layout(shape).size)
         kinds = CUT_SPEC, WHOLE_SPEC
         program = place.program(step, (specs_of(leaves), *kinds), kinds, donate=(1,))
         return program.lower(leaves, *place.abstract(arguments, kinds))
 
-    def _abstract_leaves(self) -> tuple:
-        """Of all devices; what follows is of one device's share."""
-        return jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), self._leaves
-        )
-
     def _abstract_caches(self) -> tuple:
         layer = jax.tree.map(lambda spec: spec.abstract(), self._cache_layer)
         return (layer,) * self.model.config.num_layers
+
+    def _abstract_drafting(self) -> tuple:
+        if self._draft is None:
+            return ()
+        layer = jax.tree.map(lambda spec: spec.abstract(), self._draft_layer)
+        return (layer,) * self._draft.config.num_layers
 
     def _abstract_state(self, spec: SampleSpec) -> steps.RowState:
         return jax.eval_shape(lambda: self._fresh_state(spec))
@@ -370,6 +392,7 @@ class Runner:
         """Caches once; state again whenever the spec has grown, keeping what it held."""
         if self._caches is None:
             self._caches = self.placement.zeros(self._abstract_caches(), CUT_SPEC)
+            self._drafting = self.placement.zeros(self._abstract_drafting(), CUT_SPEC)
         wanted = self.placement.abstract(self._abstract_state(self.spec), steps.STATE_SPECS)
         if jax.tree.map(jnp.shape, self._state) == jax.tree.map(jnp.shape, wanted):
             return
@@ -432,8 +455,11 @@ def draft_sizes(most: int) -> list[int]:
     return [size for size in (half, most) if size > 0]
 
 
-def _block(shape: DecodeShape):
-    return speculation.speculative_block if shape.draft else steps.decode_block
+def _abstract(leaves: tuple) -> tuple:
+    """Of all devices; the other arguments are of one device's share."""
+    return jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), leaves
+    )
 
 
 def _ints(size: int) -> jax.ShapeDtypeStruct:

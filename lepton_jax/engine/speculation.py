@@ -6,7 +6,8 @@ output position, and accepts a proposal where it is the very token that was samp
 outputs are those of plain decoding, greedy or sampled, up to the rounding of larger products; for a
 proposal made without randomness this is the rejection sampling of Leviathan et al. (2023), with the
 same draws. Penalties see the proposals before their place, which are accepted where it counts.
-Proposals come from `lookup.py`; how long they are is decided in `draft_length.py`.
+Proposals come from `lookup.py` or `draft_model.py`; how long they are is decided in
+`draft_length.py`.
 """
 
 import dataclasses
@@ -17,12 +18,12 @@ import jax
 import jax.numpy as jnp
 
 from lepton_jax.engine import packing
+from lepton_jax.engine.draft_model import Drafter, side_by_side
 from lepton_jax.engine.lookup import lookup
 from lepton_jax.engine.packing import DecodeShape, float_bits
-from lepton_jax.engine.row_params import unpack
+from lepton_jax.engine.row_params import SampleSpec, unpack
 from lepton_jax.engine.sampling import History, Sampled, sample
 from lepton_jax.engine.steps import RUNNING, RowState, attend_pages, open_views
-from lepton_jax.kernels.attention import PagedBatch
 from lepton_jax.models.build import Model
 from lepton_jax.models.decoder import Decoder
 from lepton_jax.sharding import Axis
@@ -30,20 +31,29 @@ from lepton_jax.sharding import Axis
 
 def speculative_block(
     leaves: tuple,
-    memory: tuple[tuple, tuple],
+    memory: tuple[tuple, tuple, tuple],
     state: RowState,
     packed: jax.Array,
     *,
     model: Model,
     backend: ModuleType,
     shape: DecodeShape,
-) -> tuple[tuple[tuple, tuple], RowState, jax.Array]:
-    """As `steps.decode_block`, with up to `1 + shape.draft` tokens for each row and step."""
-    caches, scratch = memory
+    draft: Model | None = None,
+) -> tuple[tuple[tuple, tuple, tuple], RowState, jax.Array]:
+    """As `steps.decode_block`, with up to `1 + shape.draft` tokens for each row and step.
+
+    With a `draft` model `leaves` has its leaves behind the model's, and the last part of `memory`
+    is its caches; otherwise proposals are looked up.
+    """
+    caches, scratch, drafting = memory
     inputs = packing.decode_layout(shape).split(packed)
-    entry = state.at(inputs["slots"])
-    block = _Block(model.bind(leaves), backend, shape, inputs, entry)
-    end = jax.lax.while_loop(block.unfinished, block.step, block.begin(caches))
+    entry, own = state.at(inputs["slots"]), len(model.specs)
+    drafter = None
+    if draft is not None:
+        drafter = _drafter(draft.bind(leaves[own:]), backend, inputs, shape.spec)
+        drafting = drafter.catch_up(drafting, entry)
+    block = _Block(model.bind(leaves[:own]), backend, shape, inputs, entry, drafter)
+    end = jax.lax.while_loop(block.unfinished, block.step, block.begin(caches, drafting))
     caches = block.close(caches, end)
     pieces = dict(
         steps=end.index[None],
@@ -52,15 +62,29 @@ def speculative_block(
         **end.record,
     )
     result = packing.result_layout(shape).join(pieces)
-    memory = caches, end.working if shape.view else scratch
-    return memory, state.put(inputs["slots"], end.lines), result
+    lines = end.lines
+    if drafter is not None:  # of a row that did not run nothing is known to be drafted
+        running = entry.finish == RUNNING
+        drafted = jnp.where(running, lines.lengths, lines.drafted)
+        lines = dataclasses.replace(lines, drafted=drafted)
+    memory = caches, end.working if shape.view else scratch, end.drafting
+    return memory, state.put(inputs["slots"], lines), result
+
+
+def _drafter(
+    decoder: Decoder, backend: ModuleType, inputs: dict[str, jax.Array], spec: SampleSpec
+) -> Drafter:
+    params = unpack(inputs["params"], spec)
+    plain = dataclasses.replace(spec, penalties=False, logprobs=-1)
+    return Drafter(decoder, backend, table=inputs["page_table"], params=params, spec=plain)
 
 
 class _Step(NamedTuple):
     """What a block's loop carries.
 
     `places` i32[B, S]: the position of the token at each place of the views, -1 where there is none
-    or it was rejected; `[B, 0]` without views. `record`: the result's pieces so far.
+    or it was rejected; `[B, 0]` without views. `record`: the result's pieces so far. `drafting`:
+    the draft model's caches, () without one.
     """
 
     index: jax.Array
@@ -68,6 +92,7 @@ class _Step(NamedTuple):
     working: tuple
     places: jax.Array
     record: dict[str, jax.Array]
+    drafting: tuple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,15 +104,17 @@ class _Block:
     shape: DecodeShape
     inputs: dict[str, jax.Array]
     entry: RowState
+    drafter: Drafter | None
 
-    def begin(self, caches: tuple) -> _Step:
+    def begin(self, caches: tuple, drafting: tuple) -> _Step:
         shape, lengths = self.shape, self.entry.lengths
         places = jnp.zeros((shape.rows, 0), jnp.int32)
         if shape.view:
             table = self.inputs["page_table"]
             caches = open_views(self.backend, caches, table, lengths=lengths, shape=shape)
             places = _first_places(lengths, shape)
-        return _Step(jnp.int32(0), self.entry, caches, places, _record(self.entry, shape))
+        record = _record(self.entry, shape)
+        return _Step(jnp.int32(0), self.entry, caches, places, record, drafting)
 
     def unfinished(self, carry: _Step) -> jax.Array:
         running = jnp.any(carry.lines.finish == RUNNING)
@@ -98,10 +125,10 @@ class _Block:
         lines, shape, limit = carry.lines, self.shape, self.inputs["limit"]
         width, axis = 1 + shape.draft, self.decoder.axis
         ahead = jnp.arange(width)
-        proposed = lookup(lines.texts, lines.lengths, shape.draft)
         running, index = lines.finish == RUNNING, lines.produced[:, None] + ahead
         valid = running[:, None] & (index < limit[:, None])
         positions = jnp.where(valid, lines.lengths[:, None] + ahead, -1)
+        proposed, drafting = self._propose(carry, valid)
         tokens = jnp.concatenate([lines.tokens[:, None], proposed], 1)
         hidden, carry = self._forward(carry, jnp.maximum(tokens, 0), positions)
         params = unpack(self.inputs["params"], shape.spec)
@@ -123,6 +150,7 @@ class _Block:
             lines=_advance(lines, new, kept, limit=limit, axis=axis),
             places=self._place(carry, jnp.where(kept, positions, -1)),
             record=_count(record, proposed, accepted, valid=valid),
+            drafting=drafting,
         )
 
     def close(self, caches: tuple, end: _Step) -> tuple:
@@ -140,6 +168,13 @@ class _Block:
             for cache, view in zip(caches, end.working, strict=True)
         )
 
+    def _propose(self, carry: _Step, valid: jax.Array) -> tuple[jax.Array, tuple]:
+        """Proposals i32[B, draft], -1: none, and the draft model's caches."""
+        lines = carry.lines
+        if self.drafter is not None:
+            return self.drafter.propose(carry.drafting, lines, valid)
+        return lookup(lines.texts, lines.lengths, self.shape.draft), carry.drafting
+
     def _forward(
         self, carry: _Step, tokens: jax.Array, positions: jax.Array
     ) -> tuple[jax.Array, _Step]:
@@ -149,7 +184,9 @@ class _Block:
             span = carry.places, positions, self._next_place(carry)
             attend = _attend_view(self.backend, span)
         else:
-            batch = _verify_batch(carry.lines, positions, self.inputs["page_table"])
+            running, lengths = carry.lines.finish == RUNNING, carry.lines.lengths
+            starts = jnp.where(running, lengths, 0)
+            batch = side_by_side(starts, positions, self.inputs["page_table"])
             attend = attend_pages(self.backend, batch, decode=False)
         hidden, working = self.decoder(
             tokens.reshape(-1), positions.reshape(-1), carry.working, attend
@@ -173,25 +210,6 @@ def _attend_view(backend: ModuleType, span: tuple[jax.Array, jax.Array, jax.Arra
         return backend.verify_view(q, k, v, view, span=span, **options)
 
     return attend
-
-
-def _verify_batch(lines: RowState, positions: jax.Array, table: jax.Array) -> PagedBatch:
-    """Positions `[B, 1 + draft]` as a batch over pages.
-
-    Each row counts as long as if all its tokens were there, because a kernel takes a row's queries
-    for its last tokens; what it reads too much is behind every query that matters.
-    """
-    rows, width = positions.shape
-    lengths = jnp.where(lines.finish == RUNNING, lines.lengths, 0)
-    lines_of = jnp.arange(rows, dtype=jnp.int32)
-    return PagedBatch(
-        positions=positions.reshape(-1),
-        rows=jnp.repeat(lines_of, width),
-        page_table=jnp.pad(table, ((0, 0), (0, width))),  # the null page behind the last one
-        kv_lens=lengths + width,
-        cu_q_lens=jnp.arange(rows + 1, dtype=jnp.int32) * width,
-        num_seqs=jnp.full((1,), rows, jnp.int32),
-    )
 
 
 def _histories(history: History | None, proposed: jax.Array, axis: Axis) -> History | None:

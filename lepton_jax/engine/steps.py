@@ -40,7 +40,8 @@ class RowState:
       asks.
       history: what penalties look at; None where no row asks.
       texts: int32 `[slots, text]`, the row's tokens from its first, of which `lengths + 1` are
-      known; None where nothing is looked up.
+      known; None without speculation.
+      drafted: int32, tokens that the draft model has cached; None where there is none.
     """
 
     tokens: jax.Array
@@ -52,6 +53,7 @@ class RowState:
     top_logprobs: jax.Array | None = None
     history: History | None = None
     texts: jax.Array | None = None
+    drafted: jax.Array | None = None
 
     @classmethod
     def zeros(cls, slots: int, vocab: int, spec: SampleSpec) -> "RowState":
@@ -69,6 +71,8 @@ class RowState:
             state = dataclasses.replace(state, history=History.zeros(slots, vocab))
         if spec.text:
             state = dataclasses.replace(state, texts=jnp.zeros((slots, spec.text), jnp.int32))
+        if spec.drafted:
+            state = dataclasses.replace(state, drafted=jnp.zeros(slots, jnp.int32))
         return state
 
     def filled_from(self, older: "RowState") -> "RowState":
@@ -127,7 +131,7 @@ class RowState:
 
 
 # What of the state each device has of its own where several share a model: its share of V.
-STATE_SPECS = RowState(*[WHOLE_SPEC] * 7, history=CUT_SPEC, texts=WHOLE_SPEC)
+STATE_SPECS = RowState(*[WHOLE_SPEC] * 7, history=CUT_SPEC, texts=WHOLE_SPEC, drafted=WHOLE_SPEC)
 
 
 def prefill(
@@ -161,6 +165,8 @@ def prefill(
     lines = state.at(slots)
     if shape.spec.text:
         lines = dataclasses.replace(lines, texts=inputs["texts"])
+    if shape.spec.drafted:
+        lines = dataclasses.replace(lines, drafted=jnp.zeros_like(slots))
     new = sample(
         logits,
         unpack(inputs["params"], shape.spec),
