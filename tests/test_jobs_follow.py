@@ -96,12 +96,17 @@ def test_only_a_local_file_of_json_lines_can_be_followed(tmp_path):
 
 def test_the_first_interrupt_ends_the_following_and_the_next_one_the_program():
     calls = []
-    with cli.interrupts(lambda: calls.append("end")):
-        os.kill(os.getpid(), signal.SIGINT)
-        assert calls == ["end"]
-        with pytest.raises(KeyboardInterrupt):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
+    try:
+        with cli.interrupts(lambda: calls.append("end")):
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1)
+            assert calls == ["end"]
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(1)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert calls == ["end"]
 
 
