@@ -1,6 +1,7 @@
 """Programs compiled ahead, in time, late and not at all, by a compiler that the tests hold."""
 
 import threading
+import time
 
 import pytest
 
@@ -78,3 +79,16 @@ def test_closing_drops_what_has_not_begun():
     compiler.release.set()
     assert programs.get("slow") == "program slow"  # begun, or compiled again: it can still be had
     assert "never" not in compiler.calls
+
+
+def test_seconds_count_what_is_still_being_compiled():
+    compiler = Compiler("slow")
+    programs = Programs(compiler)
+    programs.warm_up(["slow"], wait=False)
+    while not compiler.calls:
+        time.sleep(0.001)
+    first = programs.seconds
+    assert 0 < first < programs.seconds
+    compiler.release.set()
+    assert programs.get("slow") == "program slow"
+    assert programs.seconds > first

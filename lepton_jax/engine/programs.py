@@ -28,18 +28,24 @@ class Programs:
 
     Attributes:
       compiled: the programs that are ready.
-      seconds: during which at least one was being compiled, or fetched from the compilation cache.
       late: how many the warm-up had not asked for.
     """
 
     def __init__(self, compile_shape: Callable[[Any], Any], *, strict: bool = False):
         self.compiled: dict[Any, Any] = {}
-        self.seconds, self.late = 0.0, 0
+        self.late = 0
         self._compile_shape, self._strict = compile_shape, strict
         self._queued: dict[Any, Future] = {}
         self._pool: ThreadPoolExecutor | None = None
         self._warm = False
         self._clock, self._busy, self._since = threading.Lock(), 0, 0.0
+        self._seconds = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Until now, during which one was being compiled or fetched from the compilation cache."""
+        with self._clock:
+            return self._seconds + (time.perf_counter() - self._since if self._busy else 0.0)
 
     def warm_up(self, shapes: Sequence[Any], *, wait: bool) -> None:
         """Queues these shapes in their order. `wait`: returns when all are compiled."""
@@ -86,6 +92,6 @@ class Programs:
         finally:
             with self._clock:
                 self._busy -= 1
-                self.seconds += 0.0 if self._busy else time.perf_counter() - self._since
+                self._seconds += 0.0 if self._busy else time.perf_counter() - self._since
         host_memory.release()
         return program
