@@ -98,7 +98,7 @@ def test_what_one_device_gives(alone, count):
     np.testing.assert_allclose(got.logprobs, alone[1].logprobs, atol=1e-5)
     np.testing.assert_array_equal(got.greedy, alone[1].greedy)
     np.testing.assert_allclose(got.pooled, alone[1].pooled, atol=1e-5)
-    for leaf in jax.tree.leaves((engine.runner._leaves, engine.runner._caches)):
+    for leaf in jax.tree.leaves((engine.runner.leaves, engine.runner._caches)):
         assert leaf.sharding.device_set == set(devices)
 
 
