@@ -122,14 +122,14 @@ class Runs:
         self.folder = folder
         (folder / "model").mkdir()
         model_folder(folder / "model")
-        rows = [{"id": n, "prompt": f"row {n}"} for n in range(60)]
+        rows = [{"id": n, "prompt": f"row {n}"} for n in range(28)]
         (folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         engine = {"rows": 2, "page_size": 16, "max_len": 80, "prefill_chunk": 32}
         self.config = config_file(
             folder / "config.py",
             model={"path": str(folder / "model")},
             engine=engine,
-            sampling={"max_tokens": 60, "ignore_eos": True},
+            sampling={"max_tokens": 40, "ignore_eos": True},
             job={"input": str(folder / "in.jsonl")},
         )
 
