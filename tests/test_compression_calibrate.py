@@ -18,7 +18,6 @@ from lepton_jax.compression.quantize import quantize
 from lepton_jax.compression.recipe import parse_rule
 from lepton_jax.compression.scheme import Scheme
 from lepton_jax.compression.statistics import act_range, measure, merge, zeros
-from lepton_jax.models.build import abstract_model
 from lepton_jax.models.decoder import rms_norm
 from lepton_jax.tensors import NMTensor, QTensor
 
@@ -27,19 +26,7 @@ PRODUCTS = r"layers\.\d+\.(qkv|out|gate_up|down|experts_gate_up|experts_down)"
 
 @pytest.fixture(scope="module")
 def tiny():
-    """(model, leaves by path, tokens [3, T]) of a case."""
-    cache = {}
-
-    def load(case):
-        if case not in cache:
-            loaded = tiny_models.load(case)
-            model = abstract_model(loaded.config, jnp.float32, jnp.float32)
-            ordered = tiny_models.in_order(model, loaded.leaves)
-            tokens = np.stack([loaded.ids, loaded.ids[::-1], np.roll(loaded.ids, 5)])
-            cache[case] = model, dict(zip(model.specs, ordered, strict=True)), tokens
-        return cache[case]
-
-    return load
+    return tiny_models.with_tokens
 
 
 def hidden_states(model, leaves, ids):

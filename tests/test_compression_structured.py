@@ -14,24 +14,11 @@ from lepton_jax.compression.layer_programs import LayerPrograms, embedded
 from lepton_jax.compression.structure import Structure, planned_model
 from lepton_jax.compression.structured import prune_structure
 from lepton_jax.config import CompressionSection
-from lepton_jax.models.build import abstract_model
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    """(model, leaves by path, tokens [3, T]) of a case."""
-    cache = {}
-
-    def load(case):
-        if case not in cache:
-            loaded = tiny_models.load(case)
-            model = abstract_model(loaded.config, jnp.float32, jnp.float32)
-            ordered = tiny_models.in_order(model, loaded.leaves)
-            tokens = np.stack([loaded.ids, loaded.ids[::-1], np.roll(loaded.ids, 5)])
-            cache[case] = model, dict(zip(model.specs, ordered, strict=True)), tokens
-        return cache[case]
-
-    return load
+    return tiny_models.with_tokens
 
 
 def logits(model, leaves, ids):

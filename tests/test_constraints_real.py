@@ -43,7 +43,9 @@ def test_json(engine):
     for seed in range(2):
         drawn = {"temperature": 0.8 * seed, "seed": seed}
         answer = ask(engine, "Marie bakes bread. She is 41.", json_schema=CARD, **drawn)
-        jsonschema.validate(json.loads(answer.text), CARD)
+        card = json.loads(answer.text)
+        jsonschema.validate(card, CARD)
+        assert set(CARD["required"]) <= set(card)
 
 
 def test_choices(engine):

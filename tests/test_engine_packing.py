@@ -16,8 +16,8 @@ from lepton_jax.engine import packing, runner
 from lepton_jax.engine.packing import DecodeShape, Layout, PrefillShape
 from lepton_jax.engine.request import Chunk, Entry, Plan, Request, Row
 from lepton_jax.engine.row_params import SampleSpec, unpack
-from lepton_jax.engine.rungs import ladder
-from lepton_jax.engine.runner import Runner, Sizes
+from lepton_jax.engine.rungs import Sizes, ladder
+from lepton_jax.engine.runner import Runner
 
 TILE = 4
 SPEC = SampleSpec(stochastic=True, stop_ids=2)

@@ -16,7 +16,8 @@ from tpu_topology import argument_bytes, compiled_text, copies_of, kernel_calls,
 from lepton_jax.compression.presets import compress_specs, preset_rules
 from lepton_jax.engine.packing import DecodeShape
 from lepton_jax.engine.row_params import SampleSpec
-from lepton_jax.engine.runner import Runner, Sizes
+from lepton_jax.engine.rungs import Sizes
+from lepton_jax.engine.runner import Runner
 from lepton_jax.kernels import attention_tpu
 from lepton_jax.models.build import abstract_model
 from lepton_jax.models.registry import config_from_hf

@@ -7,6 +7,7 @@ numpy, float32. The package's own loader is tested elsewhere; here the maps are.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 from typing import Any
@@ -88,3 +89,13 @@ def forward(model: Model, leaves: tuple, ids: jax.Array) -> jax.Array:
     decoder, caches = model.bind(leaves), (None,) * model.config.num_layers
     hidden, _ = decoder(ids, jnp.arange(ids.shape[0]), caches, causal_attend)
     return decoder.logits(hidden)
+
+
+@functools.cache
+def with_tokens(case):
+    """(model in float32, its leaves by path, tokens `[3, T]`) of a case; not to be changed."""
+    loaded = load(case)
+    model = abstract_model(loaded.config, jnp.float32, jnp.float32)
+    ordered = in_order(model, loaded.leaves)
+    tokens = np.stack([loaded.ids, loaded.ids[::-1], np.roll(loaded.ids, 5)])
+    return model, dict(zip(model.specs, ordered, strict=True)), tokens

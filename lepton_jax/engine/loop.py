@@ -20,7 +20,8 @@ from lepton_jax.engine.draft_length import DraftModelRule, DraftRule
 from lepton_jax.engine.protocol import Limits, Sync
 from lepton_jax.engine.request import Guide, Request, StepOutput
 from lepton_jax.engine.row_params import SampleSpec
-from lepton_jax.engine.runner import InFlight, Runner, Sizes
+from lepton_jax.engine.rungs import Sizes
+from lepton_jax.engine.runner import InFlight, Runner
 from lepton_jax.engine.scheduler import Scheduler
 from lepton_jax.engine.scored import ScoreSpec, Scoring
 from lepton_jax.kernels.attention import backend_for
@@ -89,7 +90,7 @@ class Engine:
             strict=strict,
             placement=placement,
         )
-        self.scheduler = _scheduler(sizes, backend.Q_TILE, section.prefix_cache)
+        self.scheduler = Scheduler.of(sizes, backend.Q_TILE, section.prefix_cache)
         self._in_flight: InFlight | None = None
         self._beats = Beats(self.scheduler)
         self._kv_dtype = kv_dtype
@@ -241,19 +242,6 @@ class Engine:
     def close(self) -> None:
         """Stops compiling what was not needed so far. Running requests are not waited for."""
         self.runner.programs.close()
-
-
-def _scheduler(sizes: Sizes, q_tile: int, prefix_cache: bool) -> Scheduler:
-    return Scheduler(
-        rows=sizes.rows,
-        page_size=sizes.page_size,
-        num_pages=sizes.num_pages,
-        prefill_chunk=sizes.prefill_chunk,
-        decode_block=sizes.decode_block,
-        max_len=sizes.max_len,
-        q_tile=q_tile,
-        prefix_cache=prefix_cache,
-    )
 
 
 def _limits(model: Model, sizes: Sizes) -> Limits:

@@ -1,10 +1,29 @@
-"""Which sizes programs are compiled for: few, so that starts are quick, and none much too large."""
+"""The sizes of an engine, and which sizes its programs are compiled for: few, so that starts are
+quick, and none much too large.
+"""
 
 import dataclasses
 
 SMALLEST_PREFILL = 128
 GUIDED_PREFILLS = (8, 32)
 SMALLEST_VIEW, VIEW_STEP = 256, 64  # tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What is fixed for the life of a runner, in rows, tokens and pages."""
+
+    rows: int
+    page_size: int
+    num_pages: int
+    prefill_chunk: int
+    decode_block: int
+    max_len: int
+    draft: int = 0
+
+    @property
+    def pages_per_row(self) -> int:
+        return -(-self.max_len // self.page_size)
 
 
 def ladder(top: int, factor: int, bottom: int) -> list[int]:

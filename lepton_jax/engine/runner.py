@@ -22,7 +22,7 @@ from lepton_jax.engine.packing import DecodeShape, PrefillShape
 from lepton_jax.engine.programs import Programs
 from lepton_jax.engine.request import BlockResult, Chunk, Plan, Speculated
 from lepton_jax.engine.row_params import SampleSpec, pack
-from lepton_jax.engine.rungs import Rungs, fit
+from lepton_jax.engine.rungs import Rungs, Sizes, fit
 from lepton_jax.engine.scored import ScoreResult, ScoreSpec
 from lepton_jax.engine.scoring import ScoreShape
 from lepton_jax.models.build import Model
@@ -30,23 +30,6 @@ from lepton_jax.sharding import Placement
 from lepton_jax.sharding.placement import CUT_SPEC, WHOLE_SPEC, specs_of
 
 _MOST_VIEW_BYTES = 256 << 20  # a block's copy of its rows' cache is at most this large
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """What is fixed for the life of a runner, in rows, tokens and pages."""
-
-    rows: int
-    page_size: int
-    num_pages: int
-    prefill_chunk: int
-    decode_block: int
-    max_len: int
-    draft: int = 0
-
-    @property
-    def pages_per_row(self) -> int:
-        return -(-self.max_len // self.page_size)
 
 
 @dataclasses.dataclass

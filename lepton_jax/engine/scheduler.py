@@ -30,6 +30,7 @@ from lepton_jax.engine.request import (
     Row,
     StepOutput,
 )
+from lepton_jax.engine.rungs import Sizes
 from lepton_jax.engine.scored import Scored, ScoreResult
 
 _BEAT_COST = (
@@ -146,6 +147,20 @@ class Scheduler:
         self._starved = False  # a waiting row found too few pages in this beat
         self._admitting = False  # enough slots were free, and rows have been admitted since
         self._passed = 0  # rows admitted before the one at the head of the queue
+
+    @classmethod
+    def of(cls, sizes: Sizes, q_tile: int, prefix_cache: bool) -> "Scheduler":
+        """For an engine of these sizes."""
+        return cls(
+            rows=sizes.rows,
+            page_size=sizes.page_size,
+            num_pages=sizes.num_pages,
+            prefill_chunk=sizes.prefill_chunk,
+            decode_block=sizes.decode_block,
+            max_len=sizes.max_len,
+            q_tile=q_tile,
+            prefix_cache=prefix_cache,
+        )
 
     @property
     def knobs(self) -> Knobs:

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from lepton_jax.compression.presets import compress_specs
 from lepton_jax.compression.recipe import Recipe
 from lepton_jax.config import RunConfig
-from lepton_jax.engine.runner import Sizes
 from lepton_jax.engine.scored import Scoring
 from lepton_jax.kernels.attention import backend_for
 from lepton_jax.models.build import Model
@@ -95,15 +94,7 @@ class Predictor:
         return Outlook(engine.run(rows), self._memory(config, sizes))
 
     def _memory(self, config: RunConfig, sizes: SimulatedSizes) -> int:
-        real = Sizes(
-            rows=sizes.rows,
-            page_size=sizes.page_size,
-            num_pages=sizes.num_pages,
-            prefill_chunk=sizes.prefill_chunk,
-            decode_block=sizes.decode_block,
-            max_len=sizes.max_len,
-        )
-        return memory_of(self._serve(config), real).total
+        return memory_of(self._serve(config), sizes).total
 
     def _sizes(self, config: RunConfig) -> SimulatedSizes:
         """As the engine plans them for this sample."""

@@ -17,7 +17,7 @@ from lepton_jax.engine.beats import Beats, Listener
 from lepton_jax.engine.packing import DecodeShape
 from lepton_jax.engine.request import BlockResult, Plan, Request
 from lepton_jax.engine.row_params import SampleSpec
-from lepton_jax.engine.rungs import Rungs, fit
+from lepton_jax.engine.rungs import Rungs, Sizes, fit
 from lepton_jax.engine.runner import InFlight
 from lepton_jax.engine.scheduler import Scheduler
 from lepton_jax.engine.scored import ScoreResult, Scoring
@@ -41,18 +41,12 @@ class SimulatedRow:
 
 
 @dataclasses.dataclass(frozen=True)
-class SimulatedSizes:
-    """Sizes of an engine, as of `EngineSection`, with the backend's tile and whether it has views.
+class SimulatedSizes(Sizes):
+    """Sizes of an engine, with the backend's tile and whether it has views.
 
     `queue`: most rows that are added before others end, as a job's look-ahead; 0: all at once.
     """
 
-    rows: int
-    page_size: int
-    num_pages: int
-    prefill_chunk: int
-    decode_block: int
-    max_len: int
     prefix_cache: bool = True
     tile: int = 1
     has_views: bool = True
@@ -80,16 +74,7 @@ class SimulatedEngine:
         self.seconds, self.tokens, self.beats = 0.0, 0, 0
         self._sizes, self._noise, self._random = sizes, noise, random.Random(seed)
         self._costs = costs if callable(costs) else lambda _: costs
-        self.scheduler = Scheduler(
-            rows=sizes.rows,
-            page_size=sizes.page_size,
-            num_pages=sizes.num_pages,
-            prefill_chunk=sizes.prefill_chunk,
-            decode_block=sizes.decode_block,
-            max_len=sizes.max_len,
-            q_tile=sizes.tile,
-            prefix_cache=sizes.prefix_cache,
-        )
+        self.scheduler = Scheduler.of(sizes, sizes.tile, sizes.prefix_cache)
         self.runner = self  # a Feedback reads `engine.runner.rungs`
         self.rungs = Rungs.of(
             prefill_chunk=sizes.prefill_chunk,

@@ -49,6 +49,11 @@ def target_of(config: RunConfig) -> Target:
 
     Raises ValueError where there is none such, or fewer devices than `mesh.model`.
     """
+    if config.pool.ray or config.hosts.coordinator:
+        raise ValueError(
+            "a plan is of devices, whatever processes use them: leave out pool.ray and "
+            "hosts.coordinator; mesh.data says how many replicas"
+        )
     topology = config.plan.topology
     if topology:
         kind, size = split_name(topology)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lepton_jax.config import EngineSection
-from lepton_jax.engine.runner import Sizes
+from lepton_jax.engine.rungs import Sizes
 from lepton_jax.planning.served import Served
 
 _VIEW_BYTES = 256 << 20  # of a CPU's or GPU's copy of its rows' cache (engine/runner.py), at most

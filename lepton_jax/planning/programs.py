@@ -17,7 +17,8 @@ import jax
 
 from lepton_jax.engine.packing import DecodeShape, PrefillShape
 from lepton_jax.engine.row_params import SampleSpec
-from lepton_jax.engine.runner import Runner, Sizes
+from lepton_jax.engine.rungs import Sizes
+from lepton_jax.engine.runner import Runner
 from lepton_jax.planning.memory import Memory, cache_bytes
 from lepton_jax.planning.served import Served
 from lepton_jax.planning.topology import compile_absent
