@@ -134,17 +134,15 @@ class LeptonEngine:
         recipe = Recipe.from_config(asked)
         recipe.require_no_calibration(section.path)
         if config.pool.ray:
+            if config.optimizer.log:
+                raise ValueError(
+                    "optimizer.log is of an engine in this process, and with pool.ray there is "
+                    "none: leave one of them out"
+                )
             return self._load_actors(dataclasses.replace(self._config, pool=PoolSection()))
         devices = device_groups(self._config.mesh.data, self._config.mesh.model)[0]
         compile_cache.enable()
-        options = checkpoints.dtypes_here(section.dtype)
-        compress = None
-        if recipe.rules:
-            specs = checkpoints.describe(section.path, **options).specs
-            compress = compressor(recipe.rules, specs)
-        self.loaded = checkpoints.load(
-            section.path, **options, compress=compress, progress=progress, devices=devices
-        )
+        self.loaded = _read(section, recipe, progress=progress, devices=devices)
         model = self.loaded.model
         for cost in padding_costs(model.specs, Placement(devices).axis, model.units):
             log.warning("%s", cost)
@@ -173,7 +171,8 @@ class LeptonEngine:
         loaded, config = self._need_model(), self._config
         if self._actors is not None:
             slots = config.engine.rows * config.mesh.data
-            self.engine = pool_of(self._actors.start(workload, slots=slots, strict=strict), config)
+            replicas = self._actors.start(workload, slots=slots, strict=strict, costs=costs)
+            self.engine = pool_of(replicas, config)
             return self
         if self.engine is not None:
             self.engine.close()
@@ -193,8 +192,10 @@ class LeptonEngine:
             )
             for devices in device_groups(config.mesh.data, config.mesh.model)
         ]
+        draft = self._read_draft(section) if section.speculation == "draft" else None
         for engine in engines:
-            self._draft(engine, section)
+            if draft:
+                engine.draft_with(draft.model, draft.leaves, cost=section.draft_cost)
             if workload:
                 engine.warm_up(workload, wait=False)
         self._listen(engines, costs or assumed(jax.default_backend()))
@@ -224,20 +225,12 @@ class LeptonEngine:
             for engine in engines
         )
 
-    def _draft(self, engine: Engine, section: EngineSection) -> None:
-        """Gives an engine its draft model, where the config asks for one."""
-        if section.speculation != "draft":
-            return
+    def _read_draft(self, section: EngineSection) -> checkpoints.Loaded:
+        """The draft model. Raises ValueError where it has another tokenizer."""
         asked = self._config.model
         if section.draft_model:
             asked = dataclasses.replace(asked, path=section.draft_model)
-        options, rules = (
-            checkpoints.dtypes_here(asked.dtype),
-            Recipe.of(preset=section.draft_preset),
-        )
-        specs = checkpoints.describe(asked.path, **options).specs
-        compress = compressor(rules.rules, specs) if rules.rules else None
-        loaded = checkpoints.load(asked.path, **options, compress=compress)
+        loaded = _read(asked, Recipe.of(preset=section.draft_preset))
         if section.draft_model:
             other = tokenizers.load(asked.tokenizer or loaded.tokenizer_source)
             if other.encode(_PROBE) != self.tokenizer.encode(_PROBE):
@@ -245,7 +238,7 @@ class LeptonEngine:
                     f"engine.draft_model={asked.path!r} cuts text into other tokens than the model:"
                     " want a model of the same tokenizer"
                 )
-        engine.draft_with(loaded.model, loaded.leaves, cost=section.draft_cost)
+        return loaded
 
     def stop(self) -> None:
         """Gives device memory back: the cache and the weights."""
@@ -402,6 +395,15 @@ class LeptonEngine:
 def _load(config: RunConfig) -> LeptonEngine:
     """What an actor does first."""
     return LeptonEngine().load_model(config=config)
+
+
+def _read(section: ModelSection, recipe: Recipe, **options) -> checkpoints.Loaded:
+    """A model, each weight compressed as it arrives. `options` of `checkpoints.load`."""
+    dtypes, compress = checkpoints.dtypes_here(section.dtype), None
+    if recipe.rules:
+        specs = checkpoints.describe(section.path, **dtypes).specs
+        compress = compressor(recipe.rules, specs)
+    return checkpoints.load(section.path, **dtypes, compress=compress, **options)
 
 
 def _score_fields(item: str | tuple[str, str] | Mapping) -> dict:

@@ -47,6 +47,8 @@ def _run(config: RunConfig, hosts: "Hosts") -> int:
     from lepton_jax.optimizer.decisions import explained
 
     with cli.user_errors(ValueError, OSError):
+        if _EXPLAIN.value and config.pool.ray:
+            raise ValueError("--explain tells of engines in this process: leave out pool.ray")
         config, profile, said = with_profile(config, cli.given_fields())
         if said:
             print(said, flush=True)

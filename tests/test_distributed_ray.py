@@ -13,6 +13,7 @@ from lepton_jax.config import (
     EngineSection,
     JobSection,
     ModelSection,
+    OptimizerSection,
     PoolSection,
     RunConfig,
     SamplingParams,
@@ -27,6 +28,14 @@ def actor_processes():
     """Those below this process that run our actors."""
     below = psutil.Process().children(recursive=True)
     return [p for p in below if p.cmdline() and p.cmdline()[0].startswith("ray::_Actor")]
+
+
+def test_a_log_of_decisions_that_nobody_here_takes_is_refused(tmp_path):
+    config = RunConfig(
+        pool=PoolSection(ray=2), optimizer=OptimizerSection(log=str(tmp_path / "log.jsonl"))
+    )
+    with LeptonEngine() as lepton, pytest.raises(ValueError, match="optimizer.log is of an engine"):
+        lepton.load_model(config=config)
 
 
 @pytest.mark.slow

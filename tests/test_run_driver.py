@@ -99,6 +99,7 @@ def test_answers_a_summary_and_the_exit_codes(files):
         (["--config=config.py", "--config.job.output="], "job.output is empty"),
         (["--config=config.py", "--config.optimizer.feedback=on"], "set job.exact=false"),
         (["--config=config.py", "--config.optimizer.feedback=no"], "one of off, deterministic, on"),
+        (["--config=config.py", "--config.pool.ray=2", "--explain"], "leave out pool.ray"),
         (["--config=broken.py"], "get_config fails: ZeroDivisionError"),
     ],
 )

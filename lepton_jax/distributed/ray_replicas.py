@@ -24,7 +24,7 @@ class Starter(Protocol):
     fingerprint: str
     loaded: Any  # with `bytes`
 
-    def start(self, *, workload: Sequence[Any], strict: bool) -> Any: ...
+    def start(self, *, workload: Sequence[Any], strict: bool, costs: Any) -> Any: ...
 
 
 class _Actor:
@@ -44,8 +44,8 @@ class _Actor:
         """Fingerprint and bytes of the loaded model."""
         return self._starter.fingerprint, self._starter.loaded.bytes
 
-    def start(self, workload: Sequence[Any], strict: bool) -> Limits:
-        self._starter.start(workload=workload, strict=strict)
+    def start(self, workload: Sequence[Any], strict: bool, costs: Any) -> Limits:
+        self._starter.start(workload=workload, strict=strict, costs=costs)
         return self._starter.engine.limits
 
     def beat(self, commands: Sequence[Command]) -> Beat:
@@ -108,10 +108,12 @@ class RayActors:
                 "copy the same files to all machines"
             )
 
-    def start(self, workload: Sequence[Any], *, slots: int, strict: bool) -> list[RayReplica]:
-        """Plans memory and begins to compile in all actors."""
+    def start(
+        self, workload: Sequence[Any], *, slots: int, strict: bool, costs: Any
+    ) -> list[RayReplica]:
+        """Plans memory and begins to compile in all actors; arguments as of `Starter.start`."""
         shared = self._ray.put(list(workload))
-        limits = self._get([a.start.remote(shared, strict) for a in self._actors], "start")
+        limits = self._get([a.start.remote(shared, strict, costs) for a in self._actors], "start")
         pairs = enumerate(zip(self._actors, limits, strict=True))
         return [RayReplica(f"{n}", a, slots=slots, limits=limit) for n, (a, limit) in pairs]
 
