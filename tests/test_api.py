@@ -1,8 +1,10 @@
 """LeptonEngine on the real demo model, as a notebook would use it."""
 
 import pytest
+from compress_makers import model_folder
 
 from lepton_jax import LeptonEngine, SamplingParams
+from lepton_jax.config import EngineSection, RunConfig
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -68,3 +70,20 @@ def test_asking_before_loading_says_what_to_do():
 def test_unknown_presets_are_named_before_anything_is_read():
     with pytest.raises(ValueError, match="'int3' is unknown: allowed are none, int8, w8a8"):
         LeptonEngine().load_model("/nowhere", compression="int3")
+
+
+def test_a_draft_of_the_model_itself_changes_no_answer(tmp_path):
+    folder = model_folder(tmp_path / "model")
+    params = SamplingParams(max_tokens=30, ignore_eos=True)
+    answers = {}
+    for speculation in ("off", "draft"):
+        section = EngineSection(
+            rows=2, max_len=64, prefill_chunk=32, speculation=speculation, draft_preset="int8"
+        )
+        with LeptonEngine() as lepton:
+            lepton.load_model(folder, config=RunConfig(engine=section)).start()
+            found = lepton.generate(["one two", "three"], params)
+            answers[speculation] = [answer.token_ids for answer in found]
+            proposed = lepton.engine.stats()["proposed_tokens"]
+            assert (proposed > 0) == (speculation == "draft")
+    assert answers["draft"] == answers["off"]
