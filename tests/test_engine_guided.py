@@ -274,6 +274,17 @@ class Elsewhere:
     limits = make().limits
 
 
+def test_a_warm_up_compiles_all_that_guided_rows_need():
+    long = "abcdefghijklmnopqrstuvwxyz" * 2
+    params = SamplingParams(regex=f"[xy]{long}[xy]", max_tokens=60)  # forced in the midst
+    workload = [(3, params)] * 8
+    engine = Engine(MODEL, LEAVES, section=ROOMY, eos_ids=(2,), workload=workload, strict=True)
+    engine.warm_up(workload)
+    found = answers([(ids(n, 3), params) for n in range(8)], engine=engine)
+    assert all(answer.text[1:-1] == long for answer in found)
+    assert engine.stats()["late_compiles"] == 0 and engine.runner.timings.decode_steps == 0
+
+
 def test_a_program_without_guided_rows_has_no_mask():
     engine = make()
     answers([(ids(1), SamplingParams(max_tokens=3))], engine=engine)

@@ -130,6 +130,8 @@ def test_alerts_are_stored_one_by_one(tmp_path, caplog):
     assert "alert: row 1: bad 0.900" in caplog.text
     with pytest.raises(JobError, match="local job.output"):
         Alerts("gs://bucket/out.jsonl")
+    alerts.clear()
+    assert not (tmp_path / "out.jsonl.alerts.jsonl").exists()
     (tmp_path / "full").mkdir()
     blocked = Alerts(str(tmp_path / "full" / "x" / "out.jsonl"))
     with pytest.raises(JobError, match="can't be written"):

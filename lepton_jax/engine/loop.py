@@ -212,7 +212,9 @@ class Engine:
     def _prefilled(self, workload: Workload) -> int:
         """Tokens that the prefills of a workload compute at most, padding to tiles included."""
         tile, again = self.runner.backend.Q_TILE, self._may_preempt(workload)
-        counts = [count + again * asked.max_tokens for count, asked in workload]
+        counts = [  # of preempted rows and of guided ones outputs are prefilled too
+            count + asked.max_tokens * (again or bool(asked.guided)) for count, asked in workload
+        ]
         return sum(-(-count // tile) * tile for count in counts)
 
     def _may_preempt(self, workload: Workload) -> bool:

@@ -69,6 +69,11 @@ class ScoreSpec:
         return ScoreSpec(targets, self.pool or other.pool, self.inner or other.inner)
 
     @property
+    def guided(self) -> str:
+        """As of `SamplingParams`: nothing prescribes what a prompt to score is."""
+        return ""
+
+    @property
     def max_tokens(self) -> int:
         """In a workload it stands where SamplingParams do: nothing is generated."""
         return 0

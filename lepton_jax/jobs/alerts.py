@@ -43,6 +43,10 @@ class Alerts:
         self.path = f"{output}.alerts.jsonl"
         self.count = 0
 
+    def clear(self) -> None:
+        """Drops those of an earlier run."""
+        Path(self.path).unlink(missing_ok=True)
+
     def add(self, line: dict[str, Any]) -> None:
         """Says and stores an output row. Raises JobError where it can't be stored."""
         self.count += 1

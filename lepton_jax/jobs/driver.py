@@ -221,6 +221,8 @@ class Job:
         )
         try:
             self.output.open(self.tally.resumed)
+            if self._alerts and not self.tally.resumed:
+                self._alerts.clear()
             with _Bar(self._total, self.tally) as bar:
                 for row, result in beats.results(self._open_rows(), bar):
                     if self._is_done(row):
