@@ -7,6 +7,7 @@ import json
 import random
 import re
 
+import jax
 import jax.numpy as jnp
 import jsonschema
 import numpy as np
@@ -272,6 +273,18 @@ class Elsewhere:
 
     here, name, slots = False, "far", 2
     limits = make().limits
+
+
+def test_two_devices_give_the_answers_of_one():
+    schema = {"type": "array", "items": {"enum": ["ab", "ba", 7]}, "minItems": 3, "maxItems": 5}
+    asked = [
+        (ids(n), SamplingParams(json_schema=schema, temperature=n % 2, seed=n)) for n in range(4)
+    ]
+    engine = Engine(MODEL, LEAVES, section=ROOMY, eos_ids=(2,), devices=jax.devices()[:2])
+    found = answers(asked, engine=engine)
+    assert [answer.token_ids for answer in found] == [a.token_ids for a in answers(asked)]
+    for answer in found:
+        jsonschema.validate(json.loads(answer.text), schema)
 
 
 def test_a_warm_up_compiles_all_that_guided_rows_need():
