@@ -23,7 +23,7 @@ import numpy as np
 from lepton_jax import compile_cache
 from lepton_jax.checkpoints import load as checkpoints
 from lepton_jax.compression import receipt as receipts
-from lepton_jax.compression.presets import compressor
+from lepton_jax.compression.load import load_compressed
 from lepton_jax.compression.recipe import Recipe
 from lepton_jax.config import (
     CompressionSection,
@@ -142,7 +142,7 @@ class LeptonEngine:
             return self._load_actors(dataclasses.replace(self._config, pool=PoolSection()))
         devices = device_groups(self._config.mesh.data, self._config.mesh.model)[0]
         compile_cache.enable()
-        self.loaded = _read(section, recipe, progress=progress, devices=devices)
+        self.loaded = load_compressed(section, recipe, progress=progress, devices=devices)
         model = self.loaded.model
         for cost in padding_costs(model.specs, Placement(devices).axis, model.units):
             log.warning("%s", cost)
@@ -230,7 +230,7 @@ class LeptonEngine:
         asked = self._config.model
         if section.draft_model:
             asked = dataclasses.replace(asked, path=section.draft_model)
-        loaded = _read(asked, Recipe.of(preset=section.draft_preset))
+        loaded = load_compressed(asked, Recipe.of(preset=section.draft_preset))
         if section.draft_model:
             other = tokenizers.load(asked.tokenizer or loaded.tokenizer_source)
             if other.encode(_PROBE) != self.tokenizer.encode(_PROBE):
@@ -395,15 +395,6 @@ class LeptonEngine:
 def _load(config: RunConfig) -> LeptonEngine:
     """What an actor does first."""
     return LeptonEngine().load_model(config=config)
-
-
-def _read(section: ModelSection, recipe: Recipe, **options) -> checkpoints.Loaded:
-    """A model, each weight compressed as it arrives. `options` of `checkpoints.load`."""
-    dtypes, compress = checkpoints.dtypes_here(section.dtype), None
-    if recipe.rules:
-        specs = checkpoints.describe(section.path, **dtypes).specs
-        compress = compressor(recipe.rules, specs)
-    return checkpoints.load(section.path, **dtypes, compress=compress, **options)
 
 
 def _score_fields(item: str | tuple[str, str] | Mapping) -> dict:

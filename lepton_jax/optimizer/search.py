@@ -12,9 +12,8 @@ from collections.abc import Callable, Collection, Sequence
 import jax
 import psutil
 
-from lepton_jax.checkpoints import load as checkpoints
 from lepton_jax.checkpoints.loaded import Loaded
-from lepton_jax.compression.presets import compressor
+from lepton_jax.compression.load import load_compressed
 from lepton_jax.compression.recipe import Recipe
 from lepton_jax.config import RunConfig
 from lepton_jax.optimizer.accuracy import Accuracy
@@ -242,22 +241,12 @@ class Search:
         model, section = self._config.model, self._config.compression
         same = preset == section.preset
         recipe = Recipe.from_config(section) if same else Recipe.of(preset=preset)
-        recipe.require_no_calibration(model.path)
-        options, compress = checkpoints.dtypes_here(model.dtype), None
-        if recipe.rules:
-            specs = checkpoints.describe(model.path, **options).specs
-            compress = compressor(recipe.rules, specs)
 
         def progress(done: int, total: int, path: str) -> None:
             self._progress(f"load {preset}", done, total, path)
 
-        loaded = checkpoints.load(
-            model.path,
-            **options,
-            compress=compress,
-            progress=progress,
-            devices=devices_for(self._config.mesh.model),
-        )
+        devices = devices_for(self._config.mesh.model)
+        loaded = load_compressed(model, recipe, progress=progress, devices=devices)
         self._loaded = preset, loaded
         return loaded
 
