@@ -6,6 +6,7 @@ import dataclasses
 import json
 import random
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -249,6 +250,18 @@ def test_what_cannot_be_held_is_refused_by_name(fields, message):
         Grammar.of(SamplingParams(**fields))
     with pytest.raises(RowError, match=message):
         answers([(ids(1), SamplingParams(**fields))])
+
+
+def test_a_tokenizer_without_an_end_is_the_rows_problem():
+    class Endless(Characters):
+        eos_ids = ()
+
+    asked = []
+    engine = types.SimpleNamespace(add_request=lambda *a, **named: asked.append(a), abort=print)
+    session = Session(engine, Endless())
+    with pytest.raises(RowError, match="has no end-of-text id"):
+        session.add("a", ids(1), SamplingParams(choices=("a", "b")))
+    assert not asked and len(session) == 0
 
 
 def test_an_answer_has_one_form():
