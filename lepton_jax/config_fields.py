@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+MOST = 2**31 - 1  # counts travel to the device as int32
+
 
 def doc(default: Any, text: str) -> Any:
     """A field with its default and what it is."""

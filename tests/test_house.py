@@ -39,6 +39,7 @@ ROOMS = [
     "html",
     "telemetry",
     "config compat compile_cache host_memory",
+    "config_jobs",
     "config_fields",
 ]
 FLOORS = {room: floor for floor, line in enumerate(reversed(ROOMS)) for room in line.split()}
