@@ -26,6 +26,7 @@ from lepton_jax.compression import receipt as receipts
 from lepton_jax.compression.load import load_compressed
 from lepton_jax.compression.recipe import Recipe
 from lepton_jax.config import (
+    CascadeSection,
     CompressionSection,
     EngineSection,
     ModelSection,
@@ -38,17 +39,21 @@ from lepton_jax.config import (
 from lepton_jax.distributed.local import device_groups, local_pool, pool_of
 from lepton_jax.distributed.pool import Pool
 from lepton_jax.distributed.ray_replicas import RayActors
+from lepton_jax.engine.cascade import CascadeEngine
 from lepton_jax.engine.draft_length import ASSUMED_COST
 from lepton_jax.engine.loop import Engine
 from lepton_jax.engine.protocol import Sync
+from lepton_jax.jobs.cascade import CascadeMode, check_cascade
 from lepton_jax.jobs.classify import ClassifyMode
 from lepton_jax.jobs.compress import CompressJob
 from lepton_jax.jobs.embed import EmbedMode
+from lepton_jax.jobs.modes import Mode
 from lepton_jax.jobs.perplexity import PerplexityMode
+from lepton_jax.jobs.promise import Promise
 from lepton_jax.jobs.rank import RankMode
 from lepton_jax.jobs.rows import Prompt
 from lepton_jax.jobs.score import ScoreMode
-from lepton_jax.jobs.scoring import ScoringMode, score_all
+from lepton_jax.jobs.scoring import ChoosingMode, score_all
 from lepton_jax.jobs.session import Completion, Delta, Session
 from lepton_jax.optimizer.costs import Costs, assumed
 from lepton_jax.optimizer.feedback import Feedback
@@ -68,7 +73,10 @@ class LeptonEngine:
       tokenizer: after `load_model`.
       loaded: after `load_model`, the weights and what is known of them.
       receipt: after `load_model`, what compression cost, where the model has a receipt.
-      engine: after `start`, the engine of token ids below, or a pool of replicas of it.
+      engine: after `start`, the engine of token ids below, or a pool of replicas of it, or with
+        `cascade.agreement` both models' engines.
+      promise: after `score`, `predict` or `rank` with `cascade.agreement`, how it was kept
+        (`promise.account()`).
       feedback: after `start`, what sets the engine's knobs while it runs, and why; of several
         replicas in this process that of the first.
     """
@@ -77,7 +85,9 @@ class LeptonEngine:
         """`sync`: of the other hosts that run the same program (`distributed/hosts.py`)."""
         self._sync = sync
         self.tokenizer: tokenizers.Tokenizer | None = None
-        self.engine: Engine | Pool | None = None
+        self.engine: Engine | Pool | CascadeEngine | None = None
+        self.promise: Promise | None = None
+        self._dense: LeptonEngine | None = None
         self._actors: RayActors | None = None
         self.loaded: checkpoints.Loaded | None = None
         self.receipt: receipts.Receipt | None = None
@@ -98,7 +108,9 @@ class LeptonEngine:
 
     @property
     def fingerprint(self) -> str:
-        return self._need_model().fingerprint
+        """Of all that answers depend on in the weights."""
+        mine = self._need_model().fingerprint
+        return f"{mine}+{self._dense.fingerprint}" if self._dense else mine
 
     def load_model(
         self,
@@ -133,6 +145,8 @@ class LeptonEngine:
         self._config = dataclasses.replace(config, model=section, compression=asked)
         recipe = Recipe.from_config(asked)
         recipe.require_no_calibration(section.path)
+        if config.cascade.agreement:
+            check_cascade(self._config)
         if config.pool.ray:
             if config.optimizer.log:
                 raise ValueError(
@@ -148,6 +162,11 @@ class LeptonEngine:
             log.warning("%s", cost)
         self.receipt = receipts.of_loaded(section.path, self.loaded.fingerprint)
         self.tokenizer = tokenizers.load(section.tokenizer or self.loaded.tokenizer_source)
+        if config.cascade.agreement:
+            dense = _dense_config(self._config)
+            self._dense = LeptonEngine(self._sync).load_model(config=dense, progress=progress)
+            if config.cascade.model:
+                self._check_tokenizer(self._dense.tokenizer, "cascade.model", dense.model.path)
         return self
 
     def start(
@@ -177,6 +196,8 @@ class LeptonEngine:
         if self.engine is not None:
             self.engine.close()
         section = config.engine
+        if self._dense:
+            section = _half_of_the_cache(section)
         if config.job.exact and not section.draft_cost:
             section = dataclasses.replace(section, draft_cost=ASSUMED_COST)
         engines = [
@@ -200,6 +221,9 @@ class LeptonEngine:
                 engine.warm_up(workload, wait=False)
         self._listen(engines, costs or assumed(jax.default_backend()))
         self.engine = engines[0] if len(engines) == 1 else local_pool(engines, config)
+        if self._dense:
+            self._dense.start(workload=workload, strict=strict, costs=costs)
+            self.engine = CascadeEngine(self.engine, self._dense.engine)
         return self
 
     def _listen(self, engines: Sequence[Engine], costs: Costs) -> None:
@@ -233,12 +257,16 @@ class LeptonEngine:
         loaded = load_compressed(asked, Recipe.of(preset=section.draft_preset))
         if section.draft_model:
             other = tokenizers.load(asked.tokenizer or loaded.tokenizer_source)
-            if other.encode(_PROBE) != self.tokenizer.encode(_PROBE):
-                raise ValueError(
-                    f"engine.draft_model={asked.path!r} cuts text into other tokens than the model:"
-                    " want a model of the same tokenizer"
-                )
+            self._check_tokenizer(other, "engine.draft_model", asked.path)
         return loaded
+
+    def _check_tokenizer(self, other: tokenizers.Tokenizer, field: str, path: str) -> None:
+        """Raises ValueError where the model that a field names has another tokenizer."""
+        if other.encode(_PROBE) != self.tokenizer.encode(_PROBE):
+            raise ValueError(
+                f"{field}={path!r} cuts text into other tokens than the model: want a model of the "
+                "same tokenizer"
+            )
 
     def stop(self) -> None:
         """Gives device memory back: the cache and the weights."""
@@ -246,7 +274,9 @@ class LeptonEngine:
             self._actors.close()
         elif self.engine is not None:
             self.engine.close()
-        self._actors = None
+        if self._dense is not None:
+            self._dense.stop()
+        self._actors = self._dense = self.promise = None
         self.engine = self.loaded = self.tokenizer = self.receipt = self.feedback = None
 
     def generate(
@@ -283,7 +313,7 @@ class LeptonEngine:
         Args:
           items: texts, (context, continuation), or mappings such as {"context", "choices"}.
         """
-        mode = ScoreMode()
+        mode = self._chooses(lambda: ScoreMode(choices_only=bool(self._dense)))
         return self._score_all(mode, [mode.parse(_score_fields(item)) for item in items])
 
     def predict(self, texts: Sequence[str], labels: Sequence[str] = (), **fields) -> np.ndarray:
@@ -295,8 +325,8 @@ class LeptonEngine:
           fields: of `config.ScoringSection` where they shall differ from the config's: template,
             chat, system, calibrate, normalize.
         """
-        mode = ClassifyMode(self._scoring(labels=tuple(labels), **fields))
-        mode.calibrate(*self._started())
+        section = self._scoring(labels=tuple(labels), **fields)
+        mode = self._chooses(lambda: ClassifyMode(section))
         rows = self._score_all(mode, [mode.parse({"text": text}) for text in texts])
         return np.array([list(row["probabilities"].values()) for row in rows])
 
@@ -324,7 +354,8 @@ class LeptonEngine:
           candidates: two or more texts.
           fields: of `config.ScoringSection`: rank_by, template, normalize, pooling.
         """
-        mode = RankMode(self._scoring(**fields))
+        section = self._scoring(**fields)
+        mode = self._chooses(lambda: RankMode(section))
         work = mode.parse({"query": query, "candidates": list(candidates)})
         (row,) = self._score_all(mode, [work])
         return [(int(index), float(row["scores"][index])) for index in row["ranking"]]
@@ -365,7 +396,15 @@ class LeptonEngine:
         given = {name: value for name, value in fields.items() if value or value is False}
         return from_mapping(ScoringSection, vars(self._config.scoring) | given, where="scoring")
 
-    def _score_all(self, mode: ScoringMode, works: Sequence) -> list[dict]:
+    def _chooses(self, make: Callable[[], ChoosingMode]) -> ChoosingMode | CascadeMode:
+        """A mode, in a cascade that of both models."""
+        if not self._dense:
+            return make()
+        mode = CascadeMode.of(make, self._config)
+        self.promise = mode.promise
+        return mode
+
+    def _score_all(self, mode: Mode, works: Sequence) -> list[dict]:
         keys = [f"row-{next(self._numbers)}" for _ in works]
         return score_all(mode, dict(zip(keys, works, strict=True)), *self._started())
 
@@ -395,6 +434,23 @@ class LeptonEngine:
 def _load(config: RunConfig) -> LeptonEngine:
     """What an actor does first."""
     return LeptonEngine().load_model(config=config)
+
+
+def _half_of_the_cache(section: EngineSection) -> EngineSection:
+    """Of an engine whose device holds another."""
+    return dataclasses.replace(section, cache_share=section.cache_share / 2)
+
+
+def _dense_config(config: RunConfig) -> RunConfig:
+    """Of the model that a cascade falls back on: it is not compressed, and it only scores."""
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, path=config.cascade.model or config.model.path),
+        compression=CompressionSection(),
+        cascade=CascadeSection(),
+        engine=dataclasses.replace(_half_of_the_cache(config.engine), speculation="off"),
+        optimizer=dataclasses.replace(config.optimizer, log=""),
+    )
 
 
 def _score_fields(item: str | tuple[str, str] | Mapping) -> dict:

@@ -15,6 +15,7 @@ from lepton_jax import config_fields
 from lepton_jax.config_fields import from_mapping as from_mapping
 from lepton_jax.config_fields import refuse_unknown as refuse_unknown
 from lepton_jax.config_jobs import MODES as MODES
+from lepton_jax.config_jobs import CascadeSection as CascadeSection
 from lepton_jax.config_jobs import JobSection as JobSection
 from lepton_jax.config_jobs import ScoringSection as ScoringSection
 
@@ -111,6 +112,9 @@ class EngineSection:
     rows: int = _doc(32, "requests decoded at once")
     page_size: int = _doc(64, "tokens in a page of the key-value cache")
     num_pages: int = _doc(0, "pages of the cache; 0: from the memory and the workload")
+    cache_share: float = _doc(
+        1.0, "share of the memory for caches that this engine takes, where others are on its device"
+    )
     prefill_chunk: int = _doc(512, "most prompt tokens computed in one program")
     decode_block: int = _doc(8, "most steps decoded on the device before the host looks")
     max_len: int = _doc(
@@ -139,6 +143,7 @@ class EngineSection:
             _check(self, name, 1 <= getattr(self, name) <= _MOST, "1 or more")
         for name in ("num_pages", "max_len"):
             _check(self, name, 0 <= getattr(self, name) <= _MOST, "0 (the engine chooses) or more")
+        _check(self, "cache_share", 0 < self.cache_share <= 1, "more than 0, at most 1")
         _check(self, "kv_dtype", self.kv_dtype in KV_DTYPES, f"one of {', '.join(KV_DTYPES)}")
         _check(self, "draft_cost", 0 <= self.draft_cost < math.inf, "0 (measured) or more")
         good = self.speculation in SPECULATION
@@ -480,6 +485,7 @@ class RunConfig:
     sampling: SamplingParams = dataclasses.field(default_factory=SamplingParams)
     job: JobSection = dataclasses.field(default_factory=JobSection)
     scoring: ScoringSection = dataclasses.field(default_factory=ScoringSection)
+    cascade: CascadeSection = dataclasses.field(default_factory=CascadeSection)
     bench: BenchSection = dataclasses.field(default_factory=BenchSection)
     calibration: CalibrationSection = dataclasses.field(default_factory=CalibrationSection)
     recovery: RecoverySection = dataclasses.field(default_factory=RecoverySection)
@@ -489,13 +495,21 @@ class RunConfig:
     plan: PlanSection = dataclasses.field(default_factory=PlanSection)
     output: str = _doc("", "new directory that compress writes")
 
+    def require_one_model(self, driver: str) -> None:
+        """Raises ValueError where a cascade is asked of a driver that has none."""
+        if self.cascade.agreement:
+            raise ValueError(f"{driver} works with one model: leave out cascade.agreement")
+
     @property
     def replicas(self) -> int:
         """Engines that share the rows."""
         return self.mesh.data * max(1, self.pool.ray)
 
     def require_one_engine(self, driver: str) -> None:
-        """Raises ValueError where replicas or hosts are asked of a driver that has neither."""
+        """Raises ValueError where replicas, hosts or a cascade are asked of a driver that has none
+        of them.
+        """
+        self.require_one_model(driver)
         if self.replicas > 1 or self.hosts.coordinator:
             raise ValueError(
                 f"{driver} works with one engine on one host: leave out mesh.data, pool.ray and "

@@ -1,7 +1,7 @@
-"""What a job is configured by: its files and mode, and scoring.
+"""What a job is configured by: its files and mode, scoring, and the cascade of two models.
 
-The frozen sections `job` and `scoring` of a run; `config.py` has the others and is where all are
-imported from.
+The frozen sections `job`, `scoring` and `cascade` of a run; `config.py` has the others and is where
+all are imported from.
 """
 
 import dataclasses
@@ -97,3 +97,31 @@ class ScoringSection:
         _check(self, "rank_by", self.rank_by in by, " or ".join(by))
         for name in ("window", "stride"):
             _check(self, name, 1 <= getattr(self, name) <= _MOST, "1 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class CascadeSection:
+    """Of the modes score, classify and rank: the compressed model answers where it is sure."""
+
+    agreement: float = _doc(
+        0.0,
+        "share of rows, such as 0.99, whose choice is to be the uncompressed model's: the "
+        "compressed one answers where it is sure, the other elsewhere; 0: off",
+    )
+    model: str = _doc(
+        "", "path of the uncompressed model, of the same tokenizer; empty: model.path, uncompressed"
+    )
+    calibration: int = _doc(
+        0,
+        "first rows, which both answer, so that it is known where the compressed one is sure; 0: "
+        "twice the fewest that can show the agreement",
+    )
+    audit: float = _doc(
+        0.05, "share of the rows where it is sure that both answer, to see if the agreement is kept"
+    )
+
+    def __post_init__(self):
+        _check_types(self)
+        _check(self, "agreement", 0 <= self.agreement < 1, "0 (off), or a share below 1")
+        _check(self, "calibration", 0 <= self.calibration <= _MOST, "0 (enough) or more")
+        _check(self, "audit", 0 < self.audit <= 1, "more than 0, at most 1")

@@ -35,6 +35,7 @@ def main(config: RunConfig) -> int:
         section = dataclasses.replace(config.plan, topology=_TOPOLOGY.value)
         config = dataclasses.replace(config, plan=section)
     with cli.user_errors(ValueError, OSError):
+        config.require_one_model("plan")
         if _SEARCH.value:
             found = search.search(config)
             print(_json(search.as_json(found)) if _JSON.value else search.as_text(found))

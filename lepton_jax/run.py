@@ -52,7 +52,8 @@ def _run(config: RunConfig, hosts: "Hosts") -> int:
         config, profile, said = with_profile(config, cli.given_fields())
         if said:
             print(said, flush=True)
-        job = Job(config, mode_for(config), hosts=hosts)
+        mode = mode_for(config)
+        job = Job(config, mode, hosts=hosts)
     with job, LeptonEngine(sync=hosts if hosts.count > 1 else None) as lepton:
         with cli.user_errors(ValueError, OSError):
             with cli.Bars() as bars:
@@ -67,13 +68,16 @@ def _run(config: RunConfig, hosts: "Hosts") -> int:
             trace = trace_for(config.job, lepton.engine.stats) if hosts.first else None
             with cli.interrupts(job.end_following if config.job.follow else None):
                 tally = job.run(lepton.engine, lepton.tokenizer, trace=trace)
-        preset = config.compression.preset
+        # Two models' work is counted against the peaks of the dense one.
+        cascade = mode.account() if config.cascade.agreement else None
+        preset = "none" if cascade else config.compression.preset
         cost = report.ModelCost.of(lepton.loaded.model, lepton.loaded.bytes, preset=preset)
         stats = lepton.engine.stats()
         decisions = lepton.feedback.decisions if lepton.feedback else []
     if not hosts.first:
         return 0
-    summary = report.summarize(tally, stats, cost=cost, output=job.output.path)
+    output = job.output.path
+    summary = report.summarize(tally, stats, cost=cost, output=output, cascade=cascade)
     report.write_summary(summary, job.output.summary)
     if config.job.report:
         write_report(report_page(summary, trace), job.output.report)

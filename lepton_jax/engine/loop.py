@@ -70,7 +70,7 @@ class Engine:
         leaves, model = placement.put_all(model.specs, leaves), model.on(placement.axis)
         backend = backend_for(placement.devices[0].platform)
         kv_dtype = _kv_dtype(section.kv_dtype, model, leaves)
-        budget = _cache_budget(placement.first)
+        budget = int(section.cache_share * _cache_budget(placement.first))
         self._sync = sync
         if sync:
             budget = sync.share(budget)

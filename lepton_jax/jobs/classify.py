@@ -23,13 +23,21 @@ from lepton_jax.engine.scored import Scored
 from lepton_jax.jobs.alerts import parse_alert
 from lepton_jax.jobs.pairs import Likelihood, Questions, chat_pair, split_pair
 from lepton_jax.jobs.rows import RowError
-from lepton_jax.jobs.scoring import Asked, Engine, ScoringMode, ScoringSession, need_text, score_all
+from lepton_jax.jobs.scoring import (
+    Asked,
+    ChoosingMode,
+    Engine,
+    ScoringSession,
+    answer_all,
+    margin,
+    need_text,
+)
 from lepton_jax.text.tokenizer import Tokenizer
 
 CONTENT_FREE = ("N/A", "[MASK]", "")  # as in the paper; their probabilities are averaged
 
 
-class ClassifyMode(ScoringMode):
+class ClassifyMode(ChoosingMode):
     """Rows as above; labels and template are the config's."""
 
     fields = ("text",)
@@ -71,18 +79,25 @@ class ClassifyMode(ScoringMode):
 
         return Asked(asked.questions, answer)
 
-    def open(self, engine: Engine, tokenizer: Tokenizer) -> ScoringSession:
-        """Measures the content-free texts first, where the section asks for calibration."""
-        self.calibrate(engine, tokenizer)
-        return super().open(engine, tokenizer)
+    def choose(self, answer: Mapping[str, Any]) -> tuple[int, float]:
+        """The margin is one of log-probabilities."""
+        chances = np.array(list(answer["probabilities"].values()))
+        with np.errstate(divide="ignore"):
+            return int(np.argmax(chances)), margin(np.log(chances))
 
-    def calibrate(self, engine: Engine, tokenizer: Tokenizer) -> None:
+    def open(self, engine: Engine, tokenizer: Tokenizer, *, exact: bool = False) -> ScoringSession:
+        """Measures the content-free texts first, where the section asks for calibration."""
+        self._calibrate(engine, tokenizer)
+        return super().open(engine, tokenizer, exact=exact)
+
+    def _calibrate(self, engine: Engine, tokenizer: Tokenizer) -> None:
         """Sets what each label loses; nothing where the section doesn't ask for it."""
         self._bias = np.zeros(len(self._section.labels))
         if not self._section.calibrate:
             return
         works = {f"content-free-{number}": text for number, text in enumerate(CONTENT_FREE)}
-        rows = score_all(self, works, engine, tokenizer)
+        session = super().open(engine, tokenizer, exact=True)
+        rows = answer_all(session, works, observe=self.observe)
         chances = [list(row["probabilities"].values()) for row in rows]
         self._bias = np.log(np.mean(chances, axis=0))
 

@@ -158,6 +158,7 @@ class Job:
         self._total = self._source.rows
         in_order = self._config.job.order == "input"
         rows = self._rows() if in_order else None
+        block: list[dict] = []  # rows that are computed again come to the mode when they are
         for place, done in self.output.done_rows():
             row = next(rows, None) if rows else None
             if in_order and (row is None or row.id != self._framing.row_id(done)):
@@ -168,6 +169,11 @@ class Job:
             self._mark(place)
             self.tally.count(done, self._framing)
             self.tally.resumed += 1
+            block.append(done)
+            if not self._config.job.exact or len(block) == self._block:
+                for observed in block:
+                    self._mode.observe(observed)
+                block.clear()
         if self._hosts.count > 1:
             self.tally.resumed = self._hosts.share(self.tally.resumed)
             for place in range(self.tally.resumed):  # rows are in the order of the input
@@ -225,6 +231,7 @@ class Job:
                 self._alerts.clear()
             with _Bar(self._total, self.tally) as bar:
                 for row, result in beats.results(self._open_rows(), bar):
+                    self._mode.observe(result)
                     if self._is_done(row):
                         continue  # of a block that is computed again
                     line = self._framing.frame(row, result)
@@ -288,6 +295,8 @@ class Job:
         optimizer = config.optimizer
         profile = "" if optimizer.profile in ("auto", "off") else digest(optimizer.profile)[0]
         sections["optimizer"] = {"feedback": optimizer.feedback, "profile": profile}
+        if config.cascade.agreement:
+            sections["cascade"] = vars(config.cascade)
         flat = {f"{s}.{name}": v for s, values in sections.items() for name, v in values.items()}
         return {"input": self._source.digests(), "model": fingerprint} | flat
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lepton_jax.config import SamplingParams, from_mapping, refuse_unknown
-from lepton_jax.jobs.modes import Progress
+from lepton_jax.jobs.modes import IndependentRows, Progress
 from lepton_jax.jobs.rows import Prompt, RowError, shown
 from lepton_jax.jobs.session import (
     Choice,
@@ -40,7 +40,7 @@ class PromptWork:
     sampling: SamplingParams
 
 
-class GenerateMode:
+class GenerateMode(IndependentRows):
     """Rows with a prompt each; `sampling` is what a row's own leaves open."""
 
     fields = (*PROMPT_FIELDS, "sampling")

@@ -1,6 +1,7 @@
-"""Which mode a config asks for, by `job.mode`. Read next: `modes.py`."""
+"""Which mode a config asks for: that of `job.mode`, for a cascade twice. Read next: `modes.py`."""
 
 from lepton_jax.config import RunConfig
+from lepton_jax.jobs.cascade import CascadeMode, check_cascade
 from lepton_jax.jobs.classify import ClassifyMode
 from lepton_jax.jobs.embed import EmbedMode
 from lepton_jax.jobs.generate import GenerateMode
@@ -11,14 +12,25 @@ from lepton_jax.jobs.score import ScoreMode
 
 _MAKERS = {
     "generate": lambda config: GenerateMode(config.sampling),
-    "score": lambda config: ScoreMode(),
+    "score": lambda config: ScoreMode(choices_only=bool(config.cascade.agreement)),
     "classify": lambda config: ClassifyMode(config.scoring),
     "embed": lambda config: EmbedMode(config.scoring.pooling, config.scoring.layer),
     "rank": lambda config: RankMode(config.scoring),
     "perplexity": lambda config: PerplexityMode(config.scoring.window, config.scoring.stride),
 }
+_CHOOSING = ("score", "classify", "rank")
 
 
 def mode_for(config: RunConfig) -> Mode:
     """The mode of a run. Raises ValueError where its settings don't fit together."""
-    return _MAKERS[config.job.mode](config)
+    name = config.job.mode
+    make = _MAKERS[name]
+    if not config.cascade.agreement:
+        return make(config)
+    if name not in _CHOOSING:
+        raise ValueError(
+            f"cascade.agreement is about what models choose, and job.mode={name!r} isn't: want "
+            f"{', '.join(_CHOOSING)}, or cascade.agreement=0"
+        )
+    check_cascade(config)
+    return CascadeMode.of(lambda: make(config), config)

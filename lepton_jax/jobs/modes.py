@@ -57,6 +57,13 @@ class ModeSession(Protocol):
         """Drops what is not done."""
 
 
+class IndependentRows:
+    """Of modes whose rows don't depend on each other."""
+
+    def observe(self, row: Mapping[str, Any]) -> None:
+        """Nothing is learnt from a row of the output."""
+
+
 class Mode(Protocol):
     """What a job does with its rows; `fields` are a row's allowed names besides "id"."""
 
@@ -78,3 +85,9 @@ class Mode(Protocol):
 
     def open(self, engine: Engine, tokenizer: Tokenizer) -> ModeSession:
         """A session for rows of this mode."""
+
+    def observe(self, row: Mapping[str, Any]) -> None:
+        """The next row of the output as `Progress.row` had it, when it is written; before that
+        those of an interrupted run that come before the ones to compute. What a mode learns from
+        them, a resumed job learns again.
+        """

@@ -18,7 +18,7 @@ from typing import Any
 from lepton_jax.config import SamplingParams, refuse_unknown
 from lepton_jax.jobs.files.places import JobError
 from lepton_jax.jobs.framing import Counts
-from lepton_jax.jobs.modes import Mode, ModeSession, Progress
+from lepton_jax.jobs.modes import IndependentRows, Mode, ModeSession, Progress
 from lepton_jax.jobs.rows import BadRow, Row, RowError, RowId, shown
 from lepton_jax.jobs.session import Engine
 from lepton_jax.text.tokenizer import Tokenizer
@@ -48,7 +48,7 @@ class BatchWork:
     inner: Any
 
 
-class BatchMode:
+class BatchMode(IndependentRows):
     """Requests as rows of another mode, `name` in the config."""
 
     fields = ("method", "url", "body")

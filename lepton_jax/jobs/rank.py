@@ -20,7 +20,7 @@ from lepton_jax.config import ScoringSection
 from lepton_jax.engine.scored import Scored
 from lepton_jax.jobs.embed import embed_question, unit_vector
 from lepton_jax.jobs.pairs import Questions, split_pair
-from lepton_jax.jobs.scoring import Asked, ScoringMode, need_text, need_texts
+from lepton_jax.jobs.scoring import Asked, ChoosingMode, margin, need_text, need_texts
 from lepton_jax.text.tokenizer import Tokenizer
 
 
@@ -32,7 +32,7 @@ class RankWork:
     candidates: tuple[str, ...]
 
 
-class RankMode(ScoringMode):
+class RankMode(ChoosingMode):
     """Rows as above."""
 
     fields = ("query", "candidates")
@@ -53,6 +53,10 @@ class RankMode(ScoringMode):
     def ask(self, work: RankWork, tokenizer: Tokenizer) -> Asked:
         by = {"likelihood": self._by_likelihood, "similarity": self._by_similarity}
         return by[self._section.rank_by](work, tokenizer)
+
+    def choose(self, answer: Mapping[str, Any]) -> tuple[int, float]:
+        """The margin is one of scores."""
+        return int(answer["ranking"][0]), margin(answer["scores"])
 
     def _by_likelihood(self, work: RankWork, tokenizer: Tokenizer) -> Asked:
         context = self._before.replace("{query}", work.query)

@@ -18,16 +18,19 @@ import numpy as np
 from lepton_jax.engine.scored import Scored
 from lepton_jax.jobs.pairs import Questions, split_pair, text_pair
 from lepton_jax.jobs.rows import RowError
-from lepton_jax.jobs.scoring import Asked, ScoringMode, need_text, need_texts
+from lepton_jax.jobs.scoring import Asked, ChoosingMode, margin, need_text, need_texts
 from lepton_jax.text.tokenizer import Tokenizer
 
 _FORMS = ({"text"}, {"context", "continuation"}, {"context", "choices"})
 
 
-class ScoreMode(ScoringMode):
-    """Rows as above."""
+class ScoreMode(ChoosingMode):
+    """Rows as above, or with `choices_only` of the last kind."""
 
     fields = ("text", "context", "continuation", "choices")
+
+    def __init__(self, *, choices_only: bool = False):
+        self._choices_only = choices_only
 
     def parse(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The fields, checked. Raises RowError (invalid_row)."""
@@ -35,9 +38,16 @@ class ScoreMode(ScoringMode):
             found = " and ".join(sorted(values)) or "nothing"
             wanted = "text, or context and continuation, or context and choices"
             raise RowError("invalid_row", f"the row has {found}: want {wanted}")
+        if self._choices_only and "choices" not in values:
+            message = "cascade.agreement is about choices, and the row has none: give some"
+            raise RowError("invalid_row", message)
         readers = {name: need_text for name in ("text", "continuation")}
         readers |= {"choices": need_texts, "context": _need_context}
         return {name: readers[name](values, name) for name in values}
+
+    def choose(self, answer: Mapping[str, Any]) -> tuple[int, float]:
+        """The choice is "best", the margin one of log-probabilities."""
+        return answer["best"], margin([choice["logprob"] for choice in answer["choices"]])
 
     def ask(self, work: dict[str, Any], tokenizer: Tokenizer) -> Asked:
         context = work.get("context", "")

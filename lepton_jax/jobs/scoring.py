@@ -17,7 +17,7 @@ import numpy as np
 from lepton_jax.engine.protocol import TokenEngine as Engine
 from lepton_jax.engine.request import StepOutput
 from lepton_jax.engine.scored import Scored, ScoreSpec, Scoring
-from lepton_jax.jobs.modes import Progress
+from lepton_jax.jobs.modes import IndependentRows, ModeSession, Progress
 from lepton_jax.jobs.rows import RowError, shown
 from lepton_jax.text.tokenizer import Tokenizer
 
@@ -45,7 +45,7 @@ class Asked:
     answer: Callable[[list[Scored]], dict]
 
 
-class ScoringMode(abc.ABC):
+class ScoringMode(IndependentRows, abc.ABC):
     """A `Mode`, less `fields` and `parse`. Its answers have numpy arrays and whole precision."""
 
     @abc.abstractmethod
@@ -57,9 +57,21 @@ class ScoringMode(abc.ABC):
         questions = self.ask(work, tokenizer).questions
         return [(len(question.ids), ScoreSpec.of(question.scoring)) for question in questions]
 
-    def open(self, engine: Engine, tokenizer: Tokenizer) -> "ScoringSession":
-        """A session whose rows are fit for a file."""
-        return ScoringSession(self, engine, tokenizer)
+    def open(
+        self, engine: Engine, tokenizer: Tokenizer, *, exact: bool = False
+    ) -> "ScoringSession":
+        """A session whose rows are fit for a file, or `exact`."""
+        return ScoringSession(self, engine, tokenizer, exact=exact)
+
+
+class ChoosingMode(ScoringMode):
+    """Its answers are choices among some alternatives."""
+
+    @abc.abstractmethod
+    def choose(self, answer: Mapping[str, Any]) -> tuple[int, float]:
+        """The index of an answer's best alternative, and its margin over the second in the measure
+        by which they are chosen; 0 where they are equal.
+        """
 
 
 class ScoringSession:
@@ -143,10 +155,22 @@ class _OpenRow:
 
 
 def score_all(
-    mode: ScoringMode, works: Mapping[str, Any], engine: Engine, tokenizer: Tokenizer
+    mode: Any, works: Mapping[str, Any], engine: Engine, tokenizer: Tokenizer
 ) -> list[dict]:
-    """Exact answers to all works (by keys of their own), in their order. Raises RowError."""
-    session = ScoringSession(mode, engine, tokenizer, exact=True)
+    """Exact answers to all works (by keys of their own), in their order. Raises RowError.
+
+    `mode`: a `ScoringMode`, or what opens a session as it does.
+    """
+    session = mode.open(engine, tokenizer, exact=True)
+    return answer_all(session, works, observe=mode.observe)
+
+
+def answer_all(
+    session: ModeSession, works: Mapping[str, Any], *, observe: Callable[[dict], None]
+) -> list[dict]:
+    """A session's answers to all works, in their order; `observe` is told each as it comes, and the
+    session is closed. Raises RowError.
+    """
     answers: dict[str, dict] = {}
     try:
         for key, work in works.items():
@@ -157,9 +181,16 @@ def score_all(
                     answers[progress.key] = progress.row
                     if "error" in progress.row:
                         raise RowError(*progress.row["error"].values())
+                    observe(progress.row)
     finally:
         session.close()
     return [answers[key] for key in works]
+
+
+def margin(scores: Sequence[float]) -> float:
+    """Of the best over the second."""
+    second, best = np.sort(np.asarray(scores, np.float64))[-2:]
+    return float(best - second) if best > second else 0.0
 
 
 def plain(value: Any) -> Any:

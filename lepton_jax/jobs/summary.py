@@ -53,7 +53,12 @@ class ModelCost:
 
 
 def summarize(
-    tally: Tally, stats: Mapping[str, float], *, cost: ModelCost, output: str
+    tally: Tally,
+    stats: Mapping[str, float],
+    *,
+    cost: ModelCost,
+    output: str,
+    cascade: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The summary of a finished job, in JSON types.
 
@@ -62,6 +67,7 @@ def summarize(
       stats: `Engine.stats()` at its end.
       cost: of the model.
       output: the file that was written.
+      cascade: of a job of two models, `CascadeMode.account()`.
     """
     engine, cache = StepStats.of(stats), compile_cache.counts()
     device = jax.local_devices()[0]
@@ -95,6 +101,7 @@ def summarize(
         "device_peak_memory_bytes": memory.get("peak_bytes_in_use"),
         "roofline": _roofline(engine, device.device_kind, cost),
         "pool": stats.get("pool"),
+        "cascade": cascade,
     }
 
 
@@ -129,6 +136,7 @@ def summary_text(summary: Mapping[str, Any]) -> str:
         ("rows", rows),
         *((f"  {kind}", f"{count}") for kind, count in s["error_types"].items()),
         *_answer_lines(s),
+        *_cascade_lines(s["cascade"]),
         ("tokens", f"{s['prompt_tokens']:,} of prompts, {s['generated_tokens']:,} generated"),
         ("time", f"{s['seconds']:.1f} s"),
         ("prefill", _rate(s["prefill_tokens_per_second"])),
@@ -154,6 +162,24 @@ def _answer_lines(s: Mapping[str, Any]) -> list[tuple[str, str]]:
         lines.append(("correct", text))
     if s["alerts"]:
         lines.append(("alerts", f"{s['alerts']}, in {s['output']}.alerts.jsonl"))
+    return lines
+
+
+def _cascade_lines(cascade: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """Who answered, whether the promise was kept, and what it saved."""
+    if not cascade or not cascade["agreement"]:
+        return []
+    agreement, rows = cascade["agreement"], cascade["rows"]
+    text = f"{agreement['mean']:.2%} as the dense model chooses ({agreement['low']:.2%} to "
+    text += f"{agreement['high']:.2%}); {cascade['promised']:.2%} promised"
+    by_dense = f"{rows['unsure']} unsure, {rows['audit']} audits, {rows['calibration']} calibration"
+    lines = [
+        ("agreement", text),
+        ("answered by", f"the compressed model {rows['sure']}, the dense one {by_dense}"),
+    ]
+    if cascade["of_dense_time"]:
+        share = f"about {cascade['of_dense_time']:.2f} of what the dense model would take alone"
+        lines.append(("time beside", share))
     return lines
 
 

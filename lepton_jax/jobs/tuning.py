@@ -66,7 +66,8 @@ def sample_requests(config: RunConfig, tokenizer: Tokenizer) -> list[SampledRequ
     error rows are left out. Raises ValueError (JobError) where the input can't be read.
     """
     job = dataclasses.replace(config.job, follow=0.0)  # what is there now is enough
-    asked = with_fields(config, {"scoring.calibrate": False})  # that would need answers
+    one_model = {"scoring.calibrate": False, "cascade.agreement": 0.0}  # else answers are needed
+    asked = with_fields(config, one_model)
     source, mode, recorder = Source(job), mode_for(asked), _Recorder()
     batch = source.format == "openai_batch"
     mode = BatchMode(mode, config.job.mode) if batch else mode
