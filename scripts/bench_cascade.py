@@ -1,21 +1,24 @@
 r"""What a cascade promises and what it costs, beside its two models alone, on a real model.
 
-    python scripts/bench_cascade.py --rows=6000
+    python scripts/bench_cascade.py --rows=2000
 
 Messages of customers are made of the recipe's (configs/recipes/intents.py): an opening, a message
-and an ending, all different, in an order drawn by --seed. Three jobs classify them: the dense
-model, the compressed one, and the cascade of both, each in files as `lepton_jax.run` does, after
-its programs are compiled. A line a job: seconds, their ratio to the dense model's, and the share
-of rows with the dense model's label, for the cascade also of the rows after the calibration, each
-with its exact 95 % interval; and what the cascade itself says of these.
+and an ending, all different, in an order drawn by --seed. Two jobs classify them, the dense model's
+and the cascade's, in files as `lepton_jax.run` does, after their programs are compiled. A line a
+job: seconds, and for the cascade their ratio to the dense model's, the share of rows with the dense
+model's label, of all and of those after the calibration, with exact 95 % intervals, and what the
+cascade itself says of these. The last line replays what both models said in --orders other orders:
+how often the promise was kept on the rows after the calibration, and how many rows were escalated.
 """
 
 import argparse
 import dataclasses
 import itertools
 import json
+import logging
 import random
 import runpy
+import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -34,7 +37,7 @@ from lepton_jax.config import (
 )
 from lepton_jax.jobs.driver import Job
 from lepton_jax.jobs.mode_for import mode_for
-from lepton_jax.jobs.promise import clopper_pearson
+from lepton_jax.jobs.promise import Promise, Verdict, clopper_pearson
 
 RECIPES = Path(__file__).resolve().parent.parent / "configs" / "recipes"
 OPENINGS = (
@@ -60,14 +63,17 @@ def messages(count: int, seed: int) -> list[str]:
     return found[:count]
 
 
+def promise_of(args: argparse.Namespace) -> CascadeSection:
+    return CascadeSection(agreement=args.agreement, calibration=args.calibration)
+
+
 def config_of(args: argparse.Namespace, kind: str, source: Path) -> RunConfig:
     recipe = runpy.run_path(str(RECIPES / "intents.py"))["get_config"]()
-    promise = CascadeSection(agreement=args.agreement, calibration=args.calibration)
     return RunConfig(
         model=ModelSection(args.model, dtype=args.dtype),
         engine=EngineSection(page_size=16),
         compression=CompressionSection(preset="none" if kind == "dense" else args.preset),
-        cascade=promise if kind == "cascade" else CascadeSection(),
+        cascade=promise_of(args) if kind == "cascade" else CascadeSection(),
         scoring=ScoringSection(**recipe["scoring"]),
         job=JobSection("classify", str(source), str(source.with_name(f"{kind}.jsonl"))),
     )
@@ -114,6 +120,37 @@ def shares(rows: list[dict], dense: list[dict]) -> dict:
     return {"rows": len(rows), "differing": differing, "mean": mean, "low": low, "high": high}
 
 
+def replays(args: argparse.Namespace, rows: list[dict], dense: list[dict]) -> dict:
+    """The promise in other orders of the same rows, by what both models said of each."""
+    said = [
+        (row["cascade"]["margin"], best["label"] == row["label"] if same is None else same)
+        for row, best in zip(rows, dense, strict=True)
+        for same in [row["cascade"]["same"]]
+    ]
+    agreements, escalated = [], []
+    logging.disable(logging.WARNING)
+    for seed in range(args.orders):
+        order = random.Random(seed).sample(range(len(said)), len(said))
+        promise = Promise(promise_of(args))
+        after = agreed = 0
+        for place in order:
+            margin, same = said[place]
+            why = promise.why_dense(str(place), margin)
+            after += why != "calibration"
+            agreed += why != "calibration" and (same or bool(why))
+            model = "dense" if why else "compressed"
+            promise.observe(Verdict(model, why or "sure", margin, same if why else None))
+        agreements.append(agreed / after)
+        escalated.append(promise.account()["escalated"])
+    agreements.sort()
+    return {
+        "orders": args.orders,
+        "kept": sum(share >= args.agreement for share in agreements),
+        "agreement": [round(agreements[n], 5) for n in (0, args.orders // 2, -1)],
+        "escalated": round(statistics.mean(escalated), 4),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -121,9 +158,10 @@ def main() -> None:
     parser.add_argument("--model", default="demo:smollm2")
     parser.add_argument("--dtype", default="float32", help="of the dense model")
     parser.add_argument("--preset", default="w8a8", help="of the compressed one")
-    parser.add_argument("--rows", type=int, default=5000)
+    parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--agreement", type=float, default=0.99)
     parser.add_argument("--calibration", type=int, default=0)
+    parser.add_argument("--orders", type=int, default=500, help="replays")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -132,21 +170,20 @@ def main() -> None:
         source.write_text(
             "".join(json.dumps({"id": n, "text": t}) + "\n" for n, t in enumerate(texts))
         )
-        dense, whole = [], 0.0
-        for kind in ("dense", "compressed", "cascade"):
-            rows, seconds, account = run(args, kind, source)
-            dense, whole = dense or rows, whole or seconds
-            record = {
-                "kind": kind,
-                "seconds": round(seconds, 2),
-                "of_dense": round(seconds / whole, 3),
-            }
-            record["agreement"] = shares(rows, dense)
-            if account:
-                after = [n for n, row in enumerate(rows) if row["cascade"]["why"] != "calibration"]
-                record["held_out"] = shares([rows[n] for n in after], [dense[n] for n in after])
-                record["says"] = account
-            print(json.dumps(record), flush=True)
+        dense, alone, _ = run(args, "dense", source)
+        print(json.dumps({"kind": "dense", "seconds": round(alone, 2)}), flush=True)
+        rows, seconds, account = run(args, "cascade", source)
+    after = [n for n, row in enumerate(rows) if row["cascade"]["why"] != "calibration"]
+    record = {
+        "kind": "cascade",
+        "seconds": round(seconds, 2),
+        "of_dense": round(seconds / alone, 3),
+        "agreement": shares(rows, dense),
+        "held_out": shares([rows[n] for n in after], [dense[n] for n in after]),
+        "says": account,
+    }
+    print(json.dumps(record), flush=True)
+    print(json.dumps({"kind": "replays"} | replays(args, rows, dense)), flush=True)
 
 
 if __name__ == "__main__":
