@@ -8,8 +8,10 @@ import psutil
 import pytest
 
 from lepton_jax import compile_cache
+from lepton_jax.config import CascadeSection
 from lepton_jax.jobs.driver import Tally
 from lepton_jax.jobs.framing import PlainFraming
+from lepton_jax.jobs.promise import Promise, Verdict
 from lepton_jax.jobs.summary import (
     ModelCost,
     preview_text,
@@ -54,6 +56,21 @@ def test_what_speculation_gave():
     text = summary_text(summary)
     assert "100 of 400 proposed tokens accepted (25%), 1.50 tokens a step" in text
     assert "speculation" not in summary_text(summarize(Tally(), STATS, cost=COST, output="out"))
+
+
+def test_what_became_of_a_cascade():
+    promise = Promise(CascadeSection(agreement=0.9, calibration=50))
+    for _ in range(50):
+        promise.observe(Verdict("dense", "calibration", 1.0, True))
+    account = promise.account() | {"of_dense_time": 0.5}
+    summary = summarize(Tally(), STATS, cost=COST, output="out", cascade=account)
+    text = summary_text(summary)
+    assert "100.00% as the dense model chooses (100.00% to 100.00%); 90.00% promised" in text
+    assert "the compressed model 0, the dense one 0 unsure, 0 audits, 50 calibration" in text
+    assert "about 0.50 of what the dense model would take alone" in text
+    early = summarize(Tally(), STATS, cost=COST, output="out", cascade=account | {"thresholds": []})
+    assert "before its calibration of 50 rows: the dense model answered all" in summary_text(early)
+    assert "agreement" not in summary_text(summarize(Tally(), STATS, cost=COST, output="out"))
 
 
 def test_shares_of_the_peaks():

@@ -114,6 +114,7 @@ class Promise:
         agreement = {name: round(1 - stand * share, 6) for name, share in shares.items()}
         return {
             "promised": round(1 - self._risk, 6),
+            "calibration": self._rows,
             "agreement": agreement if rows else None,
             "rows": counts,
             "differing_audits": differing,

@@ -177,7 +177,10 @@ def _cascade_lines(cascade: Mapping[str, Any] | None) -> list[tuple[str, str]]:
         ("agreement", text),
         ("answered by", f"the compressed model {rows['sure']}, the dense one {by_dense}"),
     ]
-    if cascade["of_dense_time"]:
+    if not cascade["thresholds"]:
+        wanted = f"its calibration of {cascade['calibration']} rows"
+        lines.append(("cascade", f"the input ended before {wanted}: the dense model answered all"))
+    elif cascade["of_dense_time"]:
         share = f"about {cascade['of_dense_time']:.2f} of what the dense model would take alone"
         lines.append(("time beside", share))
     return lines
