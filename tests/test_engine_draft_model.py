@@ -7,8 +7,8 @@ import pytest
 from engine_reference import Reference, tiny
 from test_engine_loop import EOS, LEAVES, MAX_LEN, MODEL, TIGHT, ids, params, serve
 
+from lepton_jax.engine.knobs import Knobs, longest_draft
 from lepton_jax.engine.loop import Engine
-from lepton_jax.engine.scheduler import Knobs, longest_draft
 from lepton_jax.models.build import abstract_model
 
 DRAFT = dataclasses.replace(TIGHT, speculation="draft", draft_tokens=3, num_pages=0)

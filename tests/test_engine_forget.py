@@ -6,7 +6,6 @@ from engine_reference import tiny
 
 from lepton_jax.config import EngineSection, SamplingParams
 from lepton_jax.engine.loop import Engine
-from lepton_jax.engine.pages import PagePool
 
 MODEL, LEAVES = tiny("llama", layers=2)
 SECTION = EngineSection(
@@ -56,15 +55,20 @@ def test_an_engine_at_work_forgets_nothing():
         engine.forget()
 
 
-def test_a_pool_gives_its_pages_in_the_first_order_again():
-    pool = PagePool(6, 2)
-    first = pool.allocate(3)
-    (key,) = pool.keys([1, 2])
-    pool.register(first[1], key)
-    pool.release(first[1:])
-    with pytest.raises(ValueError, match="in use"):
-        pool.forget()
-    pool.release(first[:1])
-    pool.forget()
-    assert pool.match([key]) == []
-    assert pool.available == 5 and pool.allocate(3) == first
+@pytest.mark.parametrize("beat", ["dispatch", "read"])
+def test_an_interrupted_beat_leaves_nothing_behind(beat):
+    """As Ctrl-C in a notebook: what was planned is not computed, so nobody may share its pages."""
+    engine = Engine(MODEL, LEAVES, section=SECTION)
+    new = serve(engine, WANTED)
+    engine.forget()
+    whole = getattr(engine.runner, beat)
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    setattr(engine.runner, beat, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        serve(engine, {f"broken {name}": prompt for name, prompt in WANTED.items()})
+    setattr(engine.runner, beat, whole)
+    assert not engine.has_work
+    assert serve(engine, WANTED) == new

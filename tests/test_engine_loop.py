@@ -14,12 +14,12 @@ from engine_reference import Expected, Reference, tiny
 
 from lepton_jax.compression.presets import compressor, preset_rules
 from lepton_jax.config import EngineSection, SamplingParams
+from lepton_jax.engine.knobs import Knobs
 from lepton_jax.engine.loop import Engine
 from lepton_jax.engine.packing import PrefillShape
 from lepton_jax.engine.programs import LateCompileError
 from lepton_jax.engine.request import StepOutput
 from lepton_jax.engine.row_params import SampleSpec
-from lepton_jax.engine.scheduler import Knobs
 from lepton_jax.models.build import Model
 
 MAX_LEN = 112

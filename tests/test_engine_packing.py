@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lepton_jax.config import SamplingParams
-from lepton_jax.engine import packing, runner
+from lepton_jax.engine import packing
 from lepton_jax.engine.packing import DecodeShape, Layout, PrefillShape
 from lepton_jax.engine.request import Chunk, Entry, Plan, Request, Row
 from lepton_jax.engine.row_params import SampleSpec, unpack
 from lepton_jax.engine.rungs import Sizes, ladder
 from lepton_jax.engine.runner import Runner
 
-TILE = 4
+TILE, EOS = 4, (2,)
 SPEC = SampleSpec(stochastic=True, stop_ids=2)
 
 
@@ -34,7 +34,7 @@ def make(**sizes) -> Runner:
         sizes=Sizes(**{**fields, **sizes}),
         backend=backend,
         kv_dtype=jnp.float32,
-        eos_ids=(2,),
+        eos_ids=EOS,
     )
 
 
@@ -83,7 +83,8 @@ def test_a_prefill_by_hand():
         Chunk(resumed, slot=0, pages=(3, 4), start=3, tokens=(23,), final=False),
     )
     shape = PrefillShape(tokens=16, rows=3, pages=6, spec=SPEC)
-    got = packing.prefill_layout(shape).split(make()._pack_prefill(Plan(chunks), shape))
+    buffer = packing.pack_prefill(Plan(chunks), shape, tile=TILE, slots=3, eos_ids=EOS)
+    got = packing.prefill_layout(shape).split(buffer)
     assert got["tokens"].tolist() == [10, 11, 12, 13, 14, 0, 0, 0, 23, *[0] * 7]
     assert got["positions"].tolist() == [0, 1, 2, 3, 4, -1, -1, -1, 3, *[-1] * 7]
     assert got["rows"].tolist()[:12] == [0] * 8 + [1] * 4
@@ -110,7 +111,7 @@ def test_a_block_by_hand():
         for r, slot, pages in zip(rows, (1, 0), ((5,), (6, 9)), strict=True)
     )
     shape = DecodeShape(rows=3, steps=5, pages=2, spec=SPEC)
-    buffer = make()._pack_decode(Plan(rows=entries, steps=4), shape)
+    buffer = packing.pack_decode(Plan(rows=entries, steps=4), shape, slots=3, eos_ids=EOS)
     got = packing.decode_layout(shape).split(buffer)
     assert got["steps"].tolist() == [4]
     assert got["slots"].tolist() == [1, 0, 3]
@@ -123,14 +124,16 @@ def test_a_block_by_hand():
 
 
 def test_a_result_has_floats_again_and_only_the_live_rows():
-    layout = packing.result_layout(DecodeShape(2, 1, 3, SampleSpec(logprobs=1)))
-    _, views = layout.zeros()
-    views["count"][:], views["finish"][:] = [1, 0], [2, 1]
+    shape = DecodeShape(2, 1, 3, SampleSpec(logprobs=1))
+    buffer, views = packing.result_layout(shape).zeros()
+    views["steps"][:], views["count"][:], views["finish"][:] = 1, [1, 0], [2, 1]
     views["tokens"][0] = [8, 9]
     views["logprob"][0] = np.array([-0.5, -0.25], np.float32).view(np.int32)
     views["top_ids"][0, :, 0] = [8, 3]
     views["top_logprobs"][0, :, 0] = np.array([-0.5, -0.125], np.float32).view(np.int32)
-    got = runner._block_result(views, 1)
+    entry = Entry(row([1], []), slot=0, pages=(1,), cached=1)
+    got, steps = packing.read_block(buffer, shape, Plan(rows=(entry,), steps=1))
+    assert steps == 1 and got.speculated is None
     assert got.tokens.tolist() == [[8, 9]]
     assert got.count.tolist() == [1] and got.finish.tolist() == [2]
     assert got.logprob.tolist() == [[-0.5, -0.25]]

@@ -13,7 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from lepton_jax.engine.scheduler import Knobs
+from lepton_jax.engine.knobs import Knobs
 
 SHARED = [1, 2, 3, 1, 2, 3, 1, 2, 3]
 NEW_REQUESTS = st.lists(

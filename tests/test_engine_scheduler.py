@@ -9,8 +9,9 @@ import pytest
 from fake_device import FakeEngine, expected_tokens, request
 
 import lepton_jax.engine.scheduler as scheduler_module
+from lepton_jax.engine.knobs import Knobs, best_steps
 from lepton_jax.engine.request import BlockResult, Plan
-from lepton_jax.engine.scheduler import Knobs, Scheduler, best_steps
+from lepton_jax.engine.scheduler import Scheduler
 
 NEVER = dict(stop_token_ids=())  # such a row runs to its limit
 

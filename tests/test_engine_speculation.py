@@ -13,9 +13,9 @@ from engine_reference import Reference, tiny
 from test_engine_loop import EOS, LEAVES, MAX_LEN, MODEL, REQUESTS, TIGHT, check, ids, params, serve
 
 from lepton_jax.config import EngineSection, SamplingParams
+from lepton_jax.engine.knobs import longest_draft
 from lepton_jax.engine.lookup import lookup
 from lepton_jax.engine.loop import Engine
-from lepton_jax.engine.scheduler import longest_draft
 
 LOOKUP = dataclasses.replace(TIGHT, speculation="lookup", draft_tokens=3, num_pages=33)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import lepton_jax.optimizer as optimizer_room
-from lepton_jax.engine.scheduler import Knobs
+from lepton_jax.engine.knobs import Knobs
 from lepton_jax.optimizer.controller import Controller, Machine
 from lepton_jax.optimizer.costs import Costs
 from lepton_jax.optimizer.decisions import Decision, explained
@@ -187,7 +187,7 @@ def test_forgetting_begins_again():
     engine.step()
     first, turned = list(feedback.decisions), engine.scheduler.knobs
     assert turned.decode_block < 8
-    engine.scheduler.forget()
+    engine.scheduler.reset()
     feedback.forget()
     new = Feedback(SimulatedEngine(SIZES, TPU), timed=False)._controller
     mine, theirs = dict(vars(feedback._controller)), dict(vars(new))

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 _PROMPT_WEIGHT = 0.25  # tokens of work for one of a prompt: prefill is at least so much faster
 _LONGEST_WAIT = 1.0  # seconds for a beat before stalled replicas are looked for
 _RECALL_EVERY = 1.0  # seconds
-_MEANS = ("prefill_seconds", "decode_seconds", "wait_seconds", "compile_seconds")
+_MEANS = ("prefill_seconds", "decode_seconds", "gap_seconds", "compile_seconds")
 
 
 class ReplicasLost(RuntimeError):

@@ -11,8 +11,6 @@ import hashlib
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
-import psutil
 
 from lepton_jax.config import EngineSection, SamplingParams
 from lepton_jax.engine.beats import Beats, Listener
@@ -24,6 +22,7 @@ from lepton_jax.engine.rungs import Sizes
 from lepton_jax.engine.runner import InFlight, Runner
 from lepton_jax.engine.scheduler import Scheduler
 from lepton_jax.engine.scored import ScoreSpec, Scoring
+from lepton_jax.engine.sizing import cache_budget, kv_dtype_of, plan_sizes
 from lepton_jax.kernels.attention import backend_for
 from lepton_jax.models.build import Model
 from lepton_jax.sharding import Placement
@@ -31,10 +30,7 @@ from lepton_jax.tensors import CompressedTensor
 
 Workload = Sequence[tuple[int, SamplingParams | ScoreSpec]]  # (prompt tokens, what is asked)
 
-_DEFAULT_MAX_LEN = 4096
 _NO_OUTPUT = SamplingParams(max_tokens=1)  # of requests to score: nothing is sampled
-_DEVICE_SHARE = 0.9  # of a device's memory, less what the weights took, goes to the cache
-_HOST_SHARE = 1 / 64  # of the machine's memory where the device is the host itself
 
 
 class Engine:
@@ -69,16 +65,20 @@ class Engine:
             placement = Placement(devices, model.units)
         leaves, model = placement.put_all(model.specs, leaves), model.on(placement.axis)
         backend = backend_for(placement.devices[0].platform)
-        kv_dtype = _kv_dtype(section.kv_dtype, model, leaves)
-        budget = int(section.cache_share * _cache_budget(placement.first))
-        self._sync = sync
+        compressed = any(isinstance(leaf, CompressedTensor) for leaf in leaves)
+        kv_dtype = kv_dtype_of(section, model.specs["embed"].dtype, compressed=compressed)
+        self._sync, budget = sync, int(section.cache_share * cache_budget(placement.first))
         if sync:
             budget = sync.share(budget)
-        sizes = _plan_sizes(
-            section, model, backend=backend, kv_dtype=kv_dtype, workload=workload, budget=budget
+        sizes = plan_sizes(
+            section,
+            model,
+            backend=backend,
+            kv_dtype=kv_dtype,
+            totals=[count + asked.max_tokens for count, asked in workload],
+            budget=budget,
         )
-        self.eos_ids = tuple(eos_ids)
-        self.max_len = sizes.max_len
+        self.eos_ids, self.max_len = tuple(eos_ids), sizes.max_len
         self.limits = _limits(model, sizes)
         self.runner = Runner(
             model.with_context(sizes.max_len),
@@ -92,8 +92,7 @@ class Engine:
         )
         self.scheduler = Scheduler.of(sizes, backend.Q_TILE, section.prefix_cache)
         self._in_flight: InFlight | None = None
-        self._beats = Beats(self.scheduler)
-        self._kv_dtype = kv_dtype
+        self._beats, self._kv_dtype = Beats(self.scheduler), kv_dtype
         self._wants_draft = section.speculation == "draft"
         rule = DraftRule(self.runner.drafts, self.runner.rungs.decode, cost=section.draft_cost)
         self._drafts = self._speculate(rule, sizes.draft if section.speculation == "lookup" else 0)
@@ -129,7 +128,18 @@ class Engine:
         return rule
 
     def step(self) -> list[StepOutput]:
-        """One beat. Returns what the beat before produced."""
+        """One beat. Returns what the beat before produced.
+
+        A beat that fails or is interrupted takes the open requests and the cache of prompts with
+        it, because nobody knows how much of it the device has done.
+        """
+        try:
+            return self._beat()
+        except BaseException:
+            self._reset()
+            raise
+
+    def _beat(self) -> list[StepOutput]:
         plan = self.scheduler.schedule()  # 1 schedule
         if self._sync:
             self._sync.agree(plan)
@@ -141,6 +151,12 @@ class Engine:
         self._drafts.read(outputs)
         self._beats.tell(done, outputs)
         return outputs
+
+    def _reset(self) -> None:
+        self._in_flight = None
+        self.scheduler.reset()
+        self.runner.reset()
+        self._drafts.forget()
 
     @property
     def has_work(self) -> bool:
@@ -188,7 +204,7 @@ class Engine:
             raise ValueError("requests are open: forget only when all are answered or aborted")
         while self._in_flight is not None:
             self.step()
-        self.scheduler.forget()
+        self.scheduler.reset()
         self._beats.forget()
 
     def warm_up(self, workload: Workload, *, wait: bool = True) -> None:
@@ -263,61 +279,5 @@ def _seed(request_id: str, params: SamplingParams) -> int:
     return int.from_bytes(hashlib.blake2b(request_id.encode(), digest_size=8).digest(), "little")
 
 
-def _kv_dtype(name: str, model: Model, leaves: tuple):
-    """The cache's dtype; "auto" is that of the weights, or bfloat16 where they are compressed."""
-    if name != "auto":
-        return jnp.dtype(name)
-    compressed = any(isinstance(leaf, CompressedTensor) for leaf in leaves)
-    return jnp.dtype(jnp.bfloat16 if compressed else model.specs["embed"].dtype)
-
-
 def _nbytes(leaves: tuple) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(leaves))
-
-
-def _plan_sizes(
-    section: EngineSection, model: Model, *, backend, kv_dtype, workload, budget: int
-) -> Sizes:
-    """Fills in what the config leaves to the engine: max_len and num_pages."""
-    config = model.config
-    max_len = section.max_len or min(config.max_position, _DEFAULT_MAX_LEN)
-    if max_len > config.max_position:
-        raise ValueError(
-            f"engine.max_len={max_len} is more than the model's {config.max_position} positions: "
-            "lower it"
-        )
-    longest = sorted((min(max_len, count + p.max_tokens) for count, p in workload), reverse=True)
-    if longest and not section.max_len:
-        max_len = longest[0]
-    page = section.page_size
-    totals = longest[: section.rows] or [max_len] * section.rows
-    wanted = 1 + sum(-(-total // page) for total in totals) + section.rows
-    kv_heads = model.axis.share(config.num_kv_heads)
-    layer = backend.cache_layer(1, page, kv_heads, config.head_dim, dtype=kv_dtype)
-    page_bytes = config.num_layers * sum(spec.nbytes for spec in jax.tree.leaves(layer))
-    caches = 2 if section.speculation == "draft" else 1  # a draft model's is no larger
-    affordable = budget // caches // page_bytes
-    least = 1 + -(-max_len // page)
-    if not section.num_pages and affordable < least:
-        raise ValueError(
-            f"one request of engine.max_len={max_len} tokens needs "
-            f"{least * page_bytes >> 20} MiB of cache, but {budget >> 20} MiB are free "
-            "for it: lower engine.max_len or set engine.num_pages"
-        )
-    return Sizes(
-        rows=section.rows,
-        page_size=page,
-        num_pages=section.num_pages or min(wanted, affordable),
-        prefill_chunk=section.prefill_chunk,
-        decode_block=section.decode_block,
-        max_len=max_len,
-        draft=section.draft_tokens if section.speculation != "off" else 0,
-    )
-
-
-def _cache_budget(device: jax.Device) -> int:
-    """Bytes that the cache may take on a device."""
-    memory = device.memory_stats()
-    if memory and "bytes_limit" in memory:
-        return int(_DEVICE_SHARE * memory["bytes_limit"] - memory.get("bytes_in_use", 0))
-    return int(_HOST_SHARE * psutil.virtual_memory().total)

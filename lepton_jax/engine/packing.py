@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lepton_jax.engine.request import Chunk
-from lepton_jax.engine.row_params import SampleSpec, width
+from lepton_jax.engine.request import BlockResult, Chunk, Plan, Row, Speculated
+from lepton_jax.engine.row_params import SampleSpec, pack, width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,3 +172,96 @@ def result_layout(shape: DecodeShape) -> Layout:
 def float_bits(x: jax.Array) -> jax.Array:
     """float32 as int32 of the same bits."""
     return jax.lax.bitcast_convert_type(x, jnp.int32)
+
+
+def pack_prefill(
+    plan: Plan, shape: PrefillShape, *, tile: int, slots: int, eos_ids: Sequence[int]
+) -> np.ndarray:
+    """The buffer of a prefill that runs a plan's chunks.
+
+    Args:
+      plan: whose chunks are of requests to continue.
+      shape: of the program.
+      tile: the backend's Q_TILE.
+      slots: of the engine; `eos_ids` the model's.
+    """
+    buffer, view = prefill_layout(shape).zeros()
+    starts = place_chunks(view, plan.chunks, tile=tile)
+    view["slots"][:] = slots
+    for line, (chunk, start) in enumerate(zip(plan.chunks, starts, strict=True)):
+        row = chunk.row
+        view["slots"][line] = chunk.slot
+        view["last"][line] = start + len(chunk.tokens) - 1
+        view["final"][line] = chunk.final
+        view["first"][line] = 2 if chunk.counted else chunk.start == 0
+        if shape.spec.guided:
+            view["allowed"][line] = _allowed(chunk, shape.spec.guided)
+        view["outputs_from"][line] = len(row.request.prompt_ids)
+        view["produced"][line] = len(row.outputs)
+        view["limit"][line] = row.limit
+        if shape.spec.text and chunk.final:
+            known = row.tokens
+            view["texts"][line, : len(known)] = known
+    _pack_params(view, [chunk.row for chunk in plan.chunks], shape.spec, eos_ids)
+    return buffer
+
+
+def pack_decode(
+    plan: Plan, shape: DecodeShape, *, slots: int, eos_ids: Sequence[int]
+) -> np.ndarray:
+    """The buffer of a block that runs a plan's rows; arguments as of `pack_prefill`."""
+    buffer, view = decode_layout(shape).zeros()
+    view["steps"][:] = plan.steps
+    view["slots"][:] = slots
+    for line, entry in enumerate(plan.rows):
+        view["slots"][line] = entry.slot
+        view["limit"][line] = entry.row.limit
+        view["page_table"][line, : len(entry.pages)] = entry.pages
+    _pack_params(view, [entry.row for entry in plan.rows], shape.spec, eos_ids)
+    return buffer
+
+
+def read_block(buffer: np.ndarray, shape: DecodeShape, plan: Plan) -> tuple[BlockResult, int]:
+    """What a block gave, and the steps that it ran."""
+    pieces = result_layout(shape).split(buffer)
+    steps = int(pieces.pop("steps")[0])
+    return _block_result(pieces, len(plan.rows)), steps
+
+
+def read_sampled(buffer: np.ndarray, shape: PrefillShape, plan: Plan) -> BlockResult:
+    """What a guided prefill sampled, a line for each chunk."""
+    pieces = sampled_layout(shape).split(buffer)
+    pieces["count"] = np.zeros_like(pieces["finish"])
+    return _block_result(pieces, len(plan.chunks))
+
+
+def _allowed(chunk: Chunk, words: int) -> np.ndarray:
+    """The mask int32[words] of the ids that may come after a chunk."""
+    guide = chunk.row.request.guide
+    if guide is None or not chunk.final:
+        return np.full(words, -1, np.int32)
+    mask = np.zeros(words, np.int32)
+    known = guide.mask()[:words]
+    mask[: len(known)] = known  # a model may have more ids than its tokenizer
+    return mask
+
+
+def _pack_params(
+    view: dict[str, np.ndarray], rows: list[Row], spec: SampleSpec, eos_ids: Sequence[int]
+) -> None:
+    idle = view["params"].shape[0] - len(rows)
+    params = [row.request.params for row in rows] + [None] * idle
+    seeds = [row.request.seed for row in rows] + [0] * idle
+    view["params"][:] = pack(params, spec, eos_ids=eos_ids, seeds=seeds)
+
+
+def _block_result(pieces: dict[str, np.ndarray], rows: int) -> BlockResult:
+    """The pieces of a result buffer for its first `rows` lines, floats as floats again."""
+    floats = {"logprob", "top_logprobs"} & pieces.keys()
+    values = {
+        name: (piece.view(np.float32) if name in floats else piece)[:rows]
+        for name, piece in pieces.items()
+    }
+    counts = [field.name for field in dataclasses.fields(Speculated)]
+    speculated = Speculated(*map(values.pop, counts)) if "rounds" in values else None
+    return BlockResult(**values, speculated=speculated)

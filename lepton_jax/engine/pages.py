@@ -97,18 +97,6 @@ class PagePool:
                 else:
                     self._free.append(page)
 
-    def forget(self) -> None:
-        """Makes it as new: no known content, pages given out in their first order.
-
-        Raises ValueError while a page is referenced.
-        """
-        if any(self._references):
-            raise ValueError("pages are in use: forget only while no row is open")
-        self._cached.clear()
-        self._page_of.clear()
-        self._key_of.clear()
-        self._free = list(range(self.num_pages - 1, 0, -1))
-
     def _evict(self) -> int:
         page, _ = self._cached.popitem(last=False)
         del self._page_of[self._key_of.pop(page)]

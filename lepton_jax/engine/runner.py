@@ -20,8 +20,8 @@ import numpy as np
 from lepton_jax.engine import packing, scoring, speculation, steps
 from lepton_jax.engine.packing import DecodeShape, PrefillShape
 from lepton_jax.engine.programs import Programs
-from lepton_jax.engine.request import BlockResult, Chunk, Plan, Speculated
-from lepton_jax.engine.row_params import SampleSpec, pack
+from lepton_jax.engine.request import BlockResult, Plan
+from lepton_jax.engine.row_params import SampleSpec
 from lepton_jax.engine.rungs import Rungs, Sizes, fit
 from lepton_jax.engine.scored import ScoreResult, ScoreSpec
 from lepton_jax.engine.scoring import ScoreShape
@@ -29,7 +29,7 @@ from lepton_jax.models.build import Model
 from lepton_jax.sharding import Placement
 from lepton_jax.sharding.placement import CUT_SPEC, WHOLE_SPEC, specs_of
 
-_MOST_VIEW_BYTES = 256 << 20  # a block's copy of its rows' cache is at most this large
+MOST_VIEW_BYTES = 256 << 20  # a block's copy of its rows' cache is at most this large
 
 
 @dataclasses.dataclass
@@ -65,7 +65,6 @@ class Timings:
 
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
-    wait_seconds: float = 0.0
     gap_seconds: float = 0.0
     prefill_tokens: int = 0
     prefill_padding: int = 0
@@ -105,16 +104,11 @@ class Runner:
             model.config.head_dim,
             dtype=kv_dtype,
         )
-        self._eos_ids = eos_ids
+        self._lines = dict(slots=sizes.rows, eos_ids=eos_ids)  # what packing must know of rows
         self.programs = Programs(lambda shape: self.lower(shape).compile(), strict=strict)
         self._draft: Model | None = None
         self._draft_leaves, self._draft_layer = (), None
-        self._caches: tuple | None = None
-        self._drafting: tuple = ()  # the draft model's caches
-        self._state: steps.RowState | None = None
-        self._scratch: tuple = ()
-        self._scratch_of = (0, 0, 0)  # rows, view and tail that it is for
-        self._last_done = 0.0
+        self.reset()
         self.rungs = Rungs.of(
             prefill_chunk=sizes.prefill_chunk,
             rows=sizes.rows,
@@ -123,6 +117,15 @@ class Runner:
             has_views=hasattr(backend, "open_view"),
         )
         self.drafts = draft_sizes(sizes.draft)
+
+    def reset(self) -> None:
+        """Gives caches and state up; `dispatch` makes new ones."""
+        self._caches: tuple | None = None
+        self._drafting: tuple = ()  # the draft model's caches
+        self._state: steps.RowState | None = None
+        self._scratch: tuple = ()
+        self._scratch_of = (0, 0, 0)  # rows, view and tail that it is for
+        self._last_done = 0.0
 
     def draft_with(self, model: Model, leaves: tuple, *, kv_dtype: Any) -> None:
         """Lets a second model propose; before any program is made."""
@@ -186,54 +189,60 @@ class Runner:
         self._allocate()
         flight = InFlight(plan, time.perf_counter())
         if plan.chunks:
-            tile = self.backend.Q_TILE
-            tiles = sum(-(-len(chunk.tokens) // tile) for chunk in plan.chunks)
-            size = fit(self.rungs.prefill if plan.scoring else self._prefills, tiles * tile)
-            shape = self._score_shape(size) if plan.scoring else self._prefill_shape(size)
-            program = self.programs.get(shape)
-            if plan.scoring:
-                packed = scoring.pack_scores(plan.chunks, shape, tile=tile)
-                self._caches, flight.scores = program(self.leaves, self._caches, packed)
-                flight.scores.copy_to_host_async()
-                flight.score_shape = shape
-            else:
-                packed = self._pack_prefill(plan, shape)
-                flight.prefill_shape = shape
-                self._caches, self._state, flight.ran = program(
-                    self.leaves, self._caches, self._state, packed
-                )
-            real = sum(len(chunk.tokens) for chunk in plan.chunks)
+            real, tile = sum(len(chunk.tokens) for chunk in plan.chunks), self.backend.Q_TILE
+            padded = tile * sum(-(-len(chunk.tokens) // tile) for chunk in plan.chunks)
+            run = self._run_scores if plan.scoring else self._run_prefill
+            flight.prefill_places = run(flight, padded)
             self.timings.prefill_tokens += real
-            self.timings.prefill_padding += shape.tokens - real
-            flight.prefill_places = shape.tokens
+            self.timings.prefill_padding += flight.prefill_places - real
         if plan.rows:
-            rows = fit(self.rungs.decode, len(plan.rows))
-            cached = max(entry.cached for entry in plan.rows)
-            draft = fit(self.drafts, plan.draft) if plan.draft else 0
-            shape = self._decode_shape(rows, cached, draft)
-            program = self.programs.get(shape)
-            packed = self._pack_decode(plan, shape)
-            if self._scratch_of != (shape.rows, shape.view, shape.tail):
-                self._scratch = ()  # the old one goes before the new one comes
-                views = steps.view_shapes(self.backend, self._abstract_caches(), shape)
-                self._scratch = self.placement.zeros(views, CUT_SPEC)
-                self._scratch_of = (shape.rows, shape.view, shape.tail)
-            flight.result = self._run_block(program, packed, speculative=shape.draft > 0)
-            flight.result.copy_to_host_async()
-            flight.decode_shape = shape
+            self._run_block(flight)
         return flight
 
-    def _run_block(self, program, packed: np.ndarray, *, speculative: bool) -> jax.Array:
-        if speculative:
+    def _run_scores(self, flight: InFlight, tokens: int) -> int:
+        """The size of the program that it chose for so many tokens."""
+        shape = self._score_shape(fit(self.rungs.prefill, tokens))
+        packed = scoring.pack_scores(flight.plan.chunks, shape, tile=self.backend.Q_TILE)
+        program = self.programs.get(shape)
+        self._caches, flight.scores = program(self.leaves, self._caches, packed)
+        flight.scores.copy_to_host_async()
+        flight.score_shape = shape
+        return shape.tokens
+
+    def _run_prefill(self, flight: InFlight, tokens: int) -> int:
+        """As `_run_scores`."""
+        shape = self._prefill_shape(fit(self._prefills, tokens))
+        packed = packing.pack_prefill(flight.plan, shape, tile=self.backend.Q_TILE, **self._lines)
+        program = self.programs.get(shape)
+        self._caches, self._state, flight.ran = program(
+            self.leaves, self._caches, self._state, packed
+        )
+        flight.prefill_shape = shape
+        return shape.tokens
+
+    def _run_block(self, flight: InFlight) -> None:
+        plan = flight.plan
+        rows = fit(self.rungs.decode, len(plan.rows))
+        cached = max(entry.cached for entry in plan.rows)
+        draft = fit(self.drafts, plan.draft) if plan.draft else 0
+        flight.decode_shape = shape = self._decode_shape(rows, cached, draft)
+        program = self.programs.get(shape)
+        packed = packing.pack_decode(plan, shape, **self._lines)
+        if self._scratch_of != (shape.rows, shape.view, shape.tail):
+            self._scratch = ()  # the old one goes before the new one comes
+            views = steps.view_shapes(self.backend, self._abstract_caches(), shape)
+            self._scratch = self.placement.zeros(views, CUT_SPEC)
+            self._scratch_of = (shape.rows, shape.view, shape.tail)
+        if shape.draft:
             leaves = self.leaves + self._draft_leaves
             memory = self._caches, self._scratch, self._drafting
-            memory, self._state, result = program(leaves, memory, self._state, packed)
+            memory, self._state, flight.result = program(leaves, memory, self._state, packed)
             self._caches, self._scratch, self._drafting = memory
         else:
             memory = self._caches, self._scratch
-            memory, self._state, result = program(self.leaves, memory, self._state, packed)
+            memory, self._state, flight.result = program(self.leaves, memory, self._state, packed)
             self._caches, self._scratch = memory
-        return result
+        flight.result.copy_to_host_async()
 
     def read(
         self, flight: InFlight
@@ -241,7 +250,7 @@ class Runner:
         """Waits for a plan; the results of its decode block, of its prompts to score and of a
         prefill of guided rows, each None where it had none.
         """
-        waiting, scores, sampled = time.perf_counter(), None, None
+        scores, sampled = None, None
         if self._last_done:
             flight.gap_seconds = max(0.0, flight.dispatched - self._last_done)
         if flight.scores is not None:
@@ -253,37 +262,30 @@ class Runner:
             buffer = np.asarray(flight.ran)
             flight.prefill_seconds = self._lap(flight)
             if flight.prefill_shape.spec.guided:
-                pieces = packing.sampled_layout(flight.prefill_shape).split(buffer)
-                pieces["count"] = np.zeros_like(pieces["finish"])
-                sampled = _block_result(pieces, len(flight.plan.chunks))
+                sampled = packing.read_sampled(buffer, flight.prefill_shape, flight.plan)
         result = None
         if flight.result is not None:
             buffer = np.asarray(flight.result)
             flight.decode_seconds = self._lap(flight)
-            pieces = packing.result_layout(flight.decode_shape).split(buffer)
-            self._count_block(flight, pieces)
-            result = _block_result(pieces, len(flight.plan.rows))
+            result, flight.steps = packing.read_block(buffer, flight.decode_shape, flight.plan)
+            self._count_block(flight, result)
         self.timings.gap_seconds += flight.gap_seconds
         self.timings.prefill_seconds += flight.prefill_seconds
         self.timings.decode_seconds += flight.decode_seconds
-        self.timings.wait_seconds += time.perf_counter() - waiting
         return result, scores, sampled
 
-    def _count_block(self, flight: InFlight, pieces: dict[str, np.ndarray]) -> None:
-        shape, steps_run, tokens = (
-            flight.decode_shape,
-            int(pieces["steps"][0]),
-            int(pieces["count"].sum()),
-        )
-        rounds = int(pieces["rounds"].sum()) if shape.draft else tokens
-        flight.steps, flight.tokens, flight.rounds = steps_run, tokens, rounds
-        self.timings.decode_steps += steps_run
-        self.timings.decode_tokens += tokens
-        self.timings.decode_padding += steps_run * shape.rows - rounds
-        if shape.draft:
-            self.timings.verified_steps += steps_run
-            self.timings.proposed_tokens += int(pieces["proposed"].sum())
-            self.timings.accepted_tokens += tokens - rounds
+    def _count_block(self, flight: InFlight, result: BlockResult) -> None:
+        shape, speculated = flight.decode_shape, result.speculated
+        flight.tokens = flight.rounds = int(result.count.sum())
+        timings = self.timings
+        if speculated:
+            flight.rounds = int(speculated.rounds.sum())
+            timings.verified_steps += flight.steps
+            timings.proposed_tokens += int(speculated.proposed.sum())
+            timings.accepted_tokens += flight.tokens - flight.rounds
+        timings.decode_steps += flight.steps
+        timings.decode_tokens += flight.tokens
+        timings.decode_padding += flight.steps * shape.rows - flight.rounds
 
     def _lap(self, flight: InFlight) -> float:
         """Seconds since the device finished the program before, or since this one was enqueued."""
@@ -319,7 +321,7 @@ class Runner:
         layer, places = self._cache_layer, self.sizes.num_pages * self.sizes.page_size
         layer_bytes = int(np.prod(layer.shape)) * jnp.dtype(layer.dtype).itemsize // places
         token_bytes = self.model.config.num_layers * layer_bytes
-        return view if rows * view * token_bytes <= _MOST_VIEW_BYTES else 0
+        return view if rows * view * token_bytes <= MOST_VIEW_BYTES else 0
 
     def lower(self, shape: PrefillShape | DecodeShape | ScoreShape) -> jax.stages.Lowered:
         """The program of a shape before it is compiled; leaves and devices may be abstract."""
@@ -382,55 +384,6 @@ class Runner:
         fresh = self.placement.copies(self._fresh_state(self.spec), steps.STATE_SPECS)
         self._state = fresh if self._state is None else fresh.filled_from(self._state)
 
-    def _pack_prefill(self, plan: Plan, shape: PrefillShape) -> np.ndarray:
-        buffer, view = packing.prefill_layout(shape).zeros()
-        starts = packing.place_chunks(view, plan.chunks, tile=self.backend.Q_TILE)
-        view["slots"][:] = self.sizes.rows
-        for line, (chunk, start) in enumerate(zip(plan.chunks, starts, strict=True)):
-            row = chunk.row
-            view["slots"][line] = chunk.slot
-            view["last"][line] = start + len(chunk.tokens) - 1
-            view["final"][line] = chunk.final
-            view["first"][line] = 2 if chunk.counted else chunk.start == 0
-            if shape.spec.guided:
-                view["allowed"][line] = _allowed(chunk, shape.spec.guided)
-            view["outputs_from"][line] = len(row.request.prompt_ids)
-            view["produced"][line] = len(row.outputs)
-            view["limit"][line] = row.limit
-            if shape.spec.text and chunk.final:
-                known = row.tokens
-                view["texts"][line, : len(known)] = known
-        self._pack_params(view, [chunk.row for chunk in plan.chunks], shape.spec)
-        return buffer
-
-    def _pack_decode(self, plan: Plan, shape: DecodeShape) -> np.ndarray:
-        buffer, view = packing.decode_layout(shape).zeros()
-        view["steps"][:] = plan.steps
-        view["slots"][:] = self.sizes.rows
-        for line, entry in enumerate(plan.rows):
-            view["slots"][line] = entry.slot
-            view["limit"][line] = entry.row.limit
-            view["page_table"][line, : len(entry.pages)] = entry.pages
-        self._pack_params(view, [entry.row for entry in plan.rows], shape.spec)
-        return buffer
-
-    def _pack_params(self, view: dict, rows: list, spec: SampleSpec) -> None:
-        idle = view["params"].shape[0] - len(rows)
-        params = [row.request.params for row in rows] + [None] * idle
-        seeds = [row.request.seed for row in rows] + [0] * idle
-        view["params"][:] = pack(params, spec, eos_ids=self._eos_ids, seeds=seeds)
-
-
-def _allowed(chunk: Chunk, words: int) -> np.ndarray:
-    """The mask int32[words] of the ids that may come after a chunk."""
-    guide = chunk.row.request.guide
-    if guide is None or not chunk.final:
-        return np.full(words, -1, np.int32)
-    mask = np.zeros(words, np.int32)
-    known = guide.mask()[:words]
-    mask[: len(known)] = known  # a model may have more ids than its tokenizer
-    return mask
-
 
 def draft_sizes(most: int) -> list[int]:
     """Draft lengths that programs are compiled for, ascending: a step's tokens are halved once."""
@@ -447,16 +400,3 @@ def _abstract(leaves: tuple) -> tuple:
 
 def _ints(size: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((size,), jnp.int32)
-
-
-def _block_result(pieces: dict[str, np.ndarray], rows: int) -> BlockResult:
-    """The pieces of a result buffer for its first `rows` lines, floats as floats again."""
-    floats = {
-        name: pieces[name].view(np.float32)[:rows]
-        for name in ("logprob", "top_logprobs")
-        if name in pieces
-    }
-    ints = {name: pieces[name][:rows] for name in pieces if name not in ("steps", *floats)}
-    counts = [field.name for field in dataclasses.fields(Speculated)]
-    speculated = Speculated(*map(ints.pop, counts)) if "rounds" in ints else None
-    return BlockResult(**ints, **floats, speculated=speculated)

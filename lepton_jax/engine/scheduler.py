@@ -18,6 +18,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from lepton_jax.engine.knobs import Knobs, best_steps, longest_draft
 from lepton_jax.engine.pages import PagePool
 from lepton_jax.engine.protocol import check_room
 from lepton_jax.engine.request import (
@@ -33,9 +34,6 @@ from lepton_jax.engine.request import (
 from lepton_jax.engine.rungs import Sizes
 from lepton_jax.engine.scored import Scored, ScoreResult
 
-_BEAT_COST = (
-    1  # steps that a beat's dispatch and prefill program cost: about one read of the weights
-)
 _ORDER_WINDOW = 128  # waiting rows among which `longest_first` looks, and the most that pass one
 
 
@@ -58,51 +56,6 @@ class Load:
     waiting: int
     free_pages: int
     pages: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Knobs:
-    """What may be set between beats, up to the values that the programs were compiled for.
-
-    Attributes:
-      decode_block: most steps of a block.
-      prefill_chunk: most prompt tokens of a beat, padding to tiles included.
-      live_rows: most rows that hold a slot; rows beyond a lowered value stay until they end.
-      draft: most tokens that a step of a speculative block verifies; 0: no speculation.
-      admit_together: free slots to wait for before rows are admitted, so that their prompts fill a
-        program; fewer do where fewer rows wait.
-      reserve_pages: pages to leave free at an admission besides those of the next blocks.
-      beat_cost: steps of decode that a beat costs besides its own.
-      longest_first: waiting rows with the highest limit are admitted first.
-    """
-
-    decode_block: int
-    prefill_chunk: int
-    live_rows: int
-    draft: int = 0
-    admit_together: int = 1
-    reserve_pages: int = 0
-    beat_cost: float = _BEAT_COST
-    longest_first: bool = False
-
-
-def longest_draft(running: Sequence[Row], most: int) -> int:
-    """The draft policy by default: tokens to propose in the next block, 0 to `most`."""
-    return most
-
-
-def best_steps(remaining: Sequence[int], most: int, beat_cost: float = _BEAT_COST) -> int:
-    """Steps of a block while requests wait for the slots of rows with `remaining` steps to go.
-
-    The number that gives the most tokens for its time, a beat costing `beat_cost` steps besides;
-    the larger of equals. Rows that end early in a longer block idle until its end; a shorter block
-    pays for another beat. So one row never cuts a large batch's block, and all rows together do.
-    """
-
-    def rate(steps: int) -> float:
-        return sum(min(steps, left) for left in remaining) / (steps + beat_cost)
-
-    return max(range(min(most, max(remaining)), 0, -1), key=rate, default=0)
 
 
 class Scheduler:
@@ -138,8 +91,13 @@ class Scheduler:
         )
         self._draft = 0  # of the block that is being planned
         self._max_len, self._tile, self._prefix_cache = max_len, q_tile, prefix_cache
-        self._pool = PagePool(num_pages, page_size)
-        self._slots = list(range(rows))
+        self._pages = num_pages, page_size
+        self.reset()
+
+    def reset(self) -> None:
+        """As new: no requests, no plans, no cache of prompts. Knobs and counters stay."""
+        self._pool = PagePool(*self._pages)
+        self._slots = list(range(self._most.live_rows))
         self._waiting: deque[Row] = deque()
         self._running: list[Row] = []  # rows with a slot, oldest first
         self._rows: dict[str, Row] = {}  # all that are not finished
@@ -228,11 +186,6 @@ class Scheduler:
             if row in self._waiting:
                 self._waiting.remove(row)
             self._finish(row)
-
-    def forget(self) -> None:
-        """Drops the cache of prompts. Raises ValueError while a request is open."""
-        self._pool.forget()
-        self._admitting, self._passed = False, 0
 
     def schedule(self) -> Plan | None:
         """The next beat; None where nothing can be planned before what is in flight is committed.
@@ -443,15 +396,7 @@ class Scheduler:
         """The row's new tokens from its line of a result."""
         count = int(result.count[line])
         most = plan.steps * (1 + plan.draft)
-        places = range(0 if row.entering else 1, 1 + count)
-        ids = [int(result.tokens[line, place]) for place in places]
-        reason = FINISH_REASONS.get(int(result.finish[line]))
-        wanted = row.request.params.logprobs
-        logprobs = None if wanted is None else _logprobs(result, line, places=places, wanted=wanted)
-        if ids and ids[-1] < 0:  # the sampler's mark of a row without finite logits
-            ids.pop()
-            logprobs = logprobs and logprobs[:-1]
-            reason = "error"
+        ids, logprobs, reason = _read(result, line, row, range(0 if row.entering else 1, 1 + count))
         row.entering = False
         row.outputs += ids
         row.ahead.pop(0)
@@ -474,15 +419,9 @@ class Scheduler:
 
     def _guide(self, row: Row, sampled: BlockResult, line: int) -> StepOutput:
         """Takes a guided row's token; what it must go on with becomes known, to be prefilled."""
-        wanted, guide = row.request.params.logprobs, row.request.guide
-        ids = [int(sampled.tokens[line, 0])]
-        reason = FINISH_REASONS.get(int(sampled.finish[line]))
-        logprobs = None
-        if wanted is not None:
-            logprobs = _logprobs(sampled, line, places=range(1), wanted=wanted)
-        if ids[0] < 0:  # the sampler's mark of a row without finite logits
-            ids, logprobs, reason = [], logprobs and [], "error"
-        elif reason != "stop":
+        guide = row.request.guide
+        ids, logprobs, reason = _read(sampled, line, row, range(1))
+        if reason not in ("stop", "error"):
             # What isn't sampled has no log-probability, and penalties haven't counted it.
             forced = guide.accept(ids[0], force=logprobs is None and not _has_penalties(row))
             room = row.limit - len(row.outputs) - 1
@@ -539,17 +478,24 @@ class Scheduler:
         self._running.remove(row)
 
 
-def _logprobs(
-    result: BlockResult, line: int, *, places: range, wanted: int
-) -> list[tuple[float, list[tuple[int, float]]]]:
-    ids, values = result.top_ids[line, :, :wanted], result.top_logprobs[line, :, :wanted]
-    return [
-        (
-            float(result.logprob[line, place]),
-            list(zip(ids[place].tolist(), values[place].tolist(), strict=True)),
-        )
-        for place in places
-    ]
+def _read(
+    result: BlockResult, line: int, row: Row, places: range
+) -> tuple[list[int], list[tuple[float, list[tuple[int, float]]]] | None, str | None]:
+    """(ids, their log-probabilities where asked, the finish reason) in some places of a line."""
+    ids, wanted = [int(result.tokens[line, place]) for place in places], row.request.params.logprobs
+    reason, logprobs = FINISH_REASONS.get(int(result.finish[line])), None
+    if wanted is not None:
+        tops = result.top_ids[line, :, :wanted], result.top_logprobs[line, :, :wanted]
+        logprobs = [
+            (
+                float(result.logprob[line, place]),
+                list(zip(*(values[place].tolist() for values in tops), strict=True)),
+            )
+            for place in places
+        ]
+    if ids and ids[-1] < 0:  # the sampler's mark of a row without finite logits
+        return ids[:-1], logprobs and logprobs[:-1], "error"
+    return ids, logprobs, reason
 
 
 def _has_penalties(row: Row) -> bool:

@@ -15,7 +15,7 @@ import math
 import statistics
 from collections.abc import Iterator
 
-from lepton_jax.engine.scheduler import Knobs
+from lepton_jax.engine.knobs import Knobs
 from lepton_jax.optimizer.costs import UNIT, CostMeter, Costs
 from lepton_jax.optimizer.decisions import Decision
 from lepton_jax.telemetry import BeatStats

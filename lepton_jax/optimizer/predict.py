@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 
 from lepton_jax.compression.presets import compress_specs
 from lepton_jax.compression.recipe import Recipe
 from lepton_jax.config import RunConfig
 from lepton_jax.engine.scored import Scoring
+from lepton_jax.engine.sizing import kv_dtype_of, wanted_pages
 from lepton_jax.kernels.attention import backend_for
 from lepton_jax.models.build import Model
 from lepton_jax.optimizer.costs import Costs
@@ -100,9 +100,10 @@ class Predictor:
         """As the engine plans them for this sample."""
         e = config.engine
         context = self._model.config.max_position
-        longest = sorted((len(r.prompt_ids) + r.limit for r in self._requests), reverse=True)
-        max_len = e.max_len or min(context, longest[0])
-        pages = 1 + sum(-(-min(n, max_len) // e.page_size) for n in longest[: e.rows]) + e.rows
+        totals = [len(request.prompt_ids) + request.limit for request in self._requests]
+        max_len = e.max_len or min(context, max(totals))
+        totals = [min(max_len, total) for total in totals]
+        pages = wanted_pages(totals, rows=e.rows, page_size=e.page_size)
         waits = config.optimizer.objective == "latency"
         return SimulatedSizes(
             rows=e.rows,
@@ -123,9 +124,9 @@ class Predictor:
             rules = Recipe.from_config(config.compression).rules
             specs = self._model.specs
             leaves = compress_specs(rules, specs) if rules else specs
-            own = jnp.bfloat16 if rules else specs["embed"].dtype
-            kv = own if key[1] == "auto" else key[1]
-            self._served[key] = Served(self._model, leaves, self._backend, jnp.dtype(kv))
+            own, compressed = specs["embed"].dtype, bool(rules)
+            kv_dtype = kv_dtype_of(config.engine, own, compressed=compressed)
+            self._served[key] = Served(self._model, leaves, self._backend, kv_dtype)
         return self._served[key]
 
     def _roofline(self, config: RunConfig) -> Costs:

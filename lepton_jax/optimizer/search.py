@@ -16,6 +16,7 @@ from lepton_jax.checkpoints.loaded import Loaded
 from lepton_jax.compression.load import load_compressed
 from lepton_jax.compression.recipe import Recipe
 from lepton_jax.config import RunConfig
+from lepton_jax.engine.sizing import DEVICE_SHARE
 from lepton_jax.optimizer.accuracy import Accuracy
 from lepton_jax.optimizer.costs import Costs
 from lepton_jax.optimizer.predict import Outlook, Predictor
@@ -36,7 +37,6 @@ Progress = Callable[[str, int, int, str], None]
 _MARGIN = 1.15  # a candidate that is predicted to be so much slower than the best isn't tried
 _LOOKED_AT = 12  # of the most promising, predicted again after each trial
 _REPEATED = 0.4  # share of foreseen outputs from which speculation is tried
-_MEMORY_SHARE = 0.9  # of the device's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,4 +254,4 @@ class Search:
 def _device_memory() -> int:
     """Bytes that a candidate may need."""
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    return int(_MEMORY_SHARE * (limit or psutil.virtual_memory().total))
+    return int(DEVICE_SHARE * (limit or psutil.virtual_memory().total))

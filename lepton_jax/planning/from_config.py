@@ -21,6 +21,7 @@ from lepton_jax.checkpoints.manifest import Manifest
 from lepton_jax.compression.presets import compress_specs
 from lepton_jax.compression.recipe import Recipe
 from lepton_jax.config import RunConfig
+from lepton_jax.engine.sizing import kv_dtype_of
 from lepton_jax.kernels.attention import backend_for
 from lepton_jax.models.build import Model, abstract_model
 from lepton_jax.models.published import hf_values
@@ -30,8 +31,6 @@ from lepton_jax.planning.served import Served
 from lepton_jax.planning.topology import split_name, topology_devices
 from lepton_jax.tensors import CompressedTensor
 from lepton_jax.tensors.leaves import LEAF_TYPES
-
-_DEFAULT_MAX_LEN = 4096  # as the engine's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,26 +95,10 @@ def served_of(config: RunConfig, chip: Chip) -> Served:
     leaves = _stored_leaves(config.model.path, model)
     if leaves is None:
         leaves = compress_specs(recipe.rules, model.specs)
-    name = config.engine.kv_dtype
-    if name == "auto":
-        compressed = any(isinstance(leaf, CompressedTensor) for leaf in leaves.values())
-        name = jnp.bfloat16 if compressed else model.specs["embed"].dtype
+    compressed = any(isinstance(leaf, CompressedTensor) for leaf in leaves.values())
+    kv_dtype = kv_dtype_of(config.engine, model.specs["embed"].dtype, compressed=compressed)
     backend = backend_for(chip.platform)
-    return Served(model, leaves, backend, jnp.dtype(name), config.mesh.model)
-
-
-def max_len_of(config: RunConfig, served: Served) -> int:
-    """`engine.max_len`, or what the engine takes where it is 0.
-
-    Raises ValueError where the model has fewer positions.
-    """
-    most = served.config.max_position
-    if config.engine.max_len > most:
-        raise ValueError(
-            f"engine.max_len={config.engine.max_len} is more than the model's {most} positions: "
-            "lower it"
-        )
-    return config.engine.max_len or min(most, _DEFAULT_MAX_LEN)
+    return Served(model, leaves, backend, kv_dtype, config.mesh.model)
 
 
 def _model(config: RunConfig, platform: str) -> Model:

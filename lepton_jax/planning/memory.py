@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 from lepton_jax.config import EngineSection
 from lepton_jax.engine.rungs import Sizes
+from lepton_jax.engine.runner import MOST_VIEW_BYTES
+from lepton_jax.engine.sizing import wanted_pages
 from lepton_jax.planning.served import Served
-
-_VIEW_BYTES = 256 << 20  # of a CPU's or GPU's copy of its rows' cache (engine/runner.py), at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Memory:
 
 def full_sizes(section: EngineSection, *, rows: int, max_len: int) -> Sizes:
     """The engine's sizes, with pages for `rows` rows of `max_len` tokens and one more for each."""
-    pages = 1 + rows * (1 - (-max_len // section.page_size))
+    pages = wanted_pages([max_len] * rows, rows=rows, page_size=section.page_size)
     return Sizes(
         rows=rows,
         page_size=section.page_size,
@@ -103,7 +103,7 @@ def view_bytes(served: Served, sizes: Sizes) -> int:
     layer = served.cache_layer(1, 1)
     token = math.prod(layer.shape) * jnp.dtype(layer.dtype).itemsize  # wide where it is quantized
     places = sizes.rows * (sizes.max_len + sizes.decode_block)
-    return min(served.config.num_layers * token * places, _VIEW_BYTES)
+    return min(served.config.num_layers * token * places, MOST_VIEW_BYTES)
 
 
 def _temporaries(served: Served, sizes: Sizes) -> int:

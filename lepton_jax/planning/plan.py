@@ -11,13 +11,9 @@ import dataclasses
 
 from lepton_jax.config import EngineSection, RunConfig
 from lepton_jax.engine.row_params import SampleSpec
+from lepton_jax.engine.sizing import DEVICE_SHARE, max_len_of
 from lepton_jax.planning.chips import Chip
-from lepton_jax.planning.from_config import (
-    Target,
-    max_len_of,
-    served_of,
-    target_of,
-)
+from lepton_jax.planning.from_config import Target, served_of, target_of
 from lepton_jax.planning.memory import Memory, full_sizes, largest_len, largest_rows, memory_of
 from lepton_jax.planning.programs import (
     OutOfMemoryError,
@@ -27,8 +23,6 @@ from lepton_jax.planning.programs import (
 )
 from lepton_jax.planning.roofline import StepCost, decode_cost, prefill_cost
 from lepton_jax.planning.served import Served
-
-SHARE = 0.9  # of a device's memory that weights and cache may take, as in engine/loop.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,14 +91,15 @@ class Plan:
 
 
 def budget_of(chip: Chip) -> int:
-    return int(SHARE * chip.memory)
+    return int(DEVICE_SHARE * chip.memory)
 
 
 def make_plan(config: RunConfig) -> Plan:
     """Raises ValueError, naming the field to change, where there is nothing to plan."""
     target = target_of(config)
     served = served_of(config, target.chip)
-    max_len, engine = max_len_of(config, served), config.engine
+    engine = config.engine
+    max_len = max_len_of(engine, served.config.max_position)
     context = min(config.plan.context or max_len, max_len)
     budget = budget_of(target.chip)
     sizes = full_sizes(engine, rows=engine.rows, max_len=max_len)

@@ -3,7 +3,7 @@ links (Williams, Waterman and Patterson, 2009).
 
 Products run one after another, so a step takes the sum, over weights, of the longer of moving and
 multiplying, plus attention and collectives. All of it comes from shapes; what a compiler's module
-moves is `module.py`. Read next: `chips.py`.
+moves is `module_text.py`. Read next: `chips.py`.
 """
 
 import dataclasses

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from lepton_jax.config import RunConfig
+from lepton_jax.engine.sizing import max_len_of
 from lepton_jax.planning.chips import TPUS
-from lepton_jax.planning.from_config import chips_of, max_len_of, served_of
+from lepton_jax.planning.from_config import chips_of, served_of
 from lepton_jax.planning.memory import full_sizes, memory_of
 from lepton_jax.planning.plan import budget_of
 from lepton_jax.planning.roofline import decode_cost
@@ -68,7 +69,7 @@ def _candidates(config: RunConfig, kind: str) -> Iterator[Found]:
     for preset in config.plan.presets:
         compression = dataclasses.replace(config.compression, preset=preset, rules=())
         served = served_of(dataclasses.replace(config, compression=compression), chip)
-        max_len = max_len or max_len_of(config, served)
+        max_len = max_len or max_len_of(config.engine, served.config.max_position)
         sizes = full_sizes(config.engine, rows=config.engine.rows, max_len=max_len)
         context = min(config.plan.context or max_len, max_len)
         for shards in (1, 2, 4, 8, 16, 32, 64):

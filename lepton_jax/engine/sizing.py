@@ -1,0 +1,110 @@
+"""From a config to an engine's sizes: what is 0 there is chosen here, by the model, the work and
+the memory. `lepton_jax/planning` and the optimizer foresee an engine's sizes by the same rules.
+
+Read next: `rungs.py` (the sizes), `loop.py` (who asks).
+"""
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import psutil
+
+from lepton_jax.config import EngineSection
+from lepton_jax.engine.rungs import Sizes
+from lepton_jax.models.build import Model
+
+DEVICE_SHARE = 0.9  # of a device's memory: what weights and cache may take
+
+_HOST_SHARE = 1 / 64  # of the machine's memory for the cache where the device is the host itself
+_DEFAULT_MAX_LEN = 4096
+
+
+def cache_budget(device: jax.Device) -> int:
+    """Bytes that the cache may take on a device that holds its weights."""
+    memory = device.memory_stats()
+    if memory and "bytes_limit" in memory:
+        return int(DEVICE_SHARE * memory["bytes_limit"] - memory.get("bytes_in_use", 0))
+    return int(_HOST_SHARE * psutil.virtual_memory().total)
+
+
+def kv_dtype_of(section: EngineSection, own: Any, *, compressed: bool) -> Any:
+    """The cache's dtype; "auto" is `own`, that of the weights, or bfloat16 where some of them are
+    compressed.
+    """
+    if section.kv_dtype != "auto":
+        return jnp.dtype(section.kv_dtype)
+    return jnp.dtype(jnp.bfloat16 if compressed else own)
+
+
+def max_len_of(section: EngineSection, positions: int) -> int:
+    """`engine.max_len`, or what is taken where it is 0, for a model of so many positions.
+
+    Raises ValueError where it has fewer than are asked for.
+    """
+    if section.max_len > positions:
+        raise ValueError(
+            f"engine.max_len={section.max_len} is more than the model's {positions} positions: "
+            "lower it"
+        )
+    return section.max_len or min(positions, _DEFAULT_MAX_LEN)
+
+
+def wanted_pages(tokens: Sequence[int], *, rows: int, page_size: int) -> int:
+    """Pages with which none of `rows` rows waits, the longest of these together: those that they
+    fill, one more for each, and the null page.
+    """
+    longest = sorted(tokens, reverse=True)[:rows]
+    return 1 + rows + sum(-(-count // page_size) for count in longest)
+
+
+def plan_sizes(
+    section: EngineSection,
+    model: Model,
+    *,
+    backend: ModuleType,
+    kv_dtype: Any,
+    totals: Sequence[int],
+    budget: int,
+) -> Sizes:
+    """Fills in what a config leaves to the engine: max_len and num_pages.
+
+    Args:
+      section: of the config.
+      model: as one device has it.
+      backend: of attention; `kv_dtype` of its cache.
+      totals: tokens of prompt and most outputs of each coming request; none where none is known.
+      budget: bytes that the cache may take.
+
+    Raises ValueError where not one request fits.
+    """
+    config, page = model.config, section.page_size
+    max_len = max_len_of(section, config.max_position)
+    longest = [min(max_len, total) for total in totals]
+    if longest and not section.max_len:
+        max_len = max(longest)
+    full = longest or [max_len] * section.rows
+    kv_heads = model.axis.share(config.num_kv_heads)
+    layer = backend.cache_layer(1, page, kv_heads, config.head_dim, dtype=kv_dtype)
+    page_bytes = config.num_layers * sum(spec.nbytes for spec in jax.tree.leaves(layer))
+    caches = 2 if section.speculation == "draft" else 1  # a draft model's is no larger
+    affordable = budget // caches // page_bytes
+    least = 1 + -(-max_len // page)
+    if not section.num_pages and affordable < least:
+        raise ValueError(
+            f"one request of engine.max_len={max_len} tokens needs "
+            f"{least * page_bytes >> 20} MiB of cache, but {budget >> 20} MiB are free "
+            "for it: lower engine.max_len or set engine.num_pages"
+        )
+    wanted = wanted_pages(full, rows=section.rows, page_size=page)
+    return Sizes(
+        rows=section.rows,
+        page_size=page,
+        num_pages=section.num_pages or min(wanted, affordable),
+        prefill_chunk=section.prefill_chunk,
+        decode_block=section.decode_block,
+        max_len=max_len,
+        draft=section.draft_tokens if section.speculation != "off" else 0,
+    )
