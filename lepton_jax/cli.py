@@ -9,6 +9,7 @@ and exit code 2, never in a traceback. Read next: `config.py`, `run.py`.
 import contextlib
 import dataclasses
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from tqdm.auto import tqdm
 from lepton_jax.config import RunConfig, from_mapping, refuse_unknown
 
 SET_UP_FAILED = 2  # exit code
+_BY_SIGNAL = 128  # plus a signal's number: exit codes of those that one has ended, as in a shell
 _NO_CONFIG = "--config is missing: give a config file, --config=FILE.py, before its overrides"
 
 _SINGLE = {f.name: f for f in dataclasses.fields(RunConfig) if f.default is not dataclasses.MISSING}
@@ -105,12 +107,14 @@ def run_driver(
     def run(_: Sequence[str]) -> None:
         if not absl_logging.level_debug():
             absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells of each of its steps
-        code = instead()
-        if code is None:
-            with user_errors(ValueError):
-                if flags.FLAGS["config"].value is None:
-                    raise ValueError(_NO_CONFIG)
-            code = main(_parsed_config())
+        with _ends_in_order():
+            code = instead()
+            if code is None:
+                with user_errors(ValueError):
+                    if flags.FLAGS["config"].value is None:
+                        raise ValueError(_NO_CONFIG)
+                code = main(_parsed_config())
+            sys.stdout.flush()
         sys.exit(code)
 
     app.run(run, flags_parser=_parse_flags)
@@ -124,6 +128,8 @@ def user_errors(*types: type[Exception]) -> Iterator[None]:
     """
     try:
         yield
+    except BrokenPipeError:  # is no mistake
+        raise
     except (*types, MemoryError) as error:
         _fail(str(error) or type(error).__name__)
     except RuntimeError as error:
@@ -140,6 +146,27 @@ def given_fields() -> frozenset[str]:
     """Fields ("section.field") that the config file or the command line named."""
     flag = flags.FLAGS["config"]
     return frozenset([*flag.parser.in_file, *config_flags.get_override_values(flag)])
+
+
+@contextlib.contextmanager
+def _ends_in_order() -> Iterator[None]:
+    """Ctrl-C, SIGTERM and a reader that has closed our output end the program like an error would:
+    what is held is given back and stored, and there is no traceback.
+    """
+
+    def on_term(number: int, frame: FrameType | None) -> None:
+        sys.exit(_BY_SIGNAL + number)
+
+    signal.signal(signal.SIGTERM, on_term)
+    try:
+        yield
+    except KeyboardInterrupt:
+        logging.getLogger(__name__).debug("interrupted", exc_info=True)
+        print("interrupted", file=sys.stderr)
+        sys.exit(_BY_SIGNAL + signal.SIGINT)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
+        sys.exit(_BY_SIGNAL + signal.SIGPIPE)
 
 
 class _WholeConfigParser(flags.ArgumentParser):

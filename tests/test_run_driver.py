@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -39,13 +40,26 @@ class LeptonEngine:
         self.engine = FakeEngine()
 
 sys.modules["lepton_jax.api"] = types.SimpleNamespace(LeptonEngine=LeptonEngine)
-cli.run_driver(run.main)
+"""
+ONE = "cli.run_driver(run.main)\n"
+# Each in a fork of one process, because importing takes longer than all of them.
+MANY = """
+import json, os
+codes = []
+for number, arguments in enumerate(json.loads(sys.argv[1])):
+    child = os.fork()
+    if not child:
+        os.dup2(os.open(f"said-{number}", os.O_WRONLY | os.O_CREAT), 2)
+        sys.argv[1:] = arguments
+        cli.run_driver(run.main)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(json.dumps(codes))
 """
 
 
-def drive(tmp_path, *arguments):
+def drive(tmp_path, *arguments, how=ONE):
     script = tmp_path / "driver.py"
-    script.write_text(ECHO.format(tests=str(ROOT / "tests")))
+    script.write_text(ECHO.format(tests=str(ROOT / "tests")) + how)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     environment["XDG_CACHE_HOME"] = str(tmp_path / "cache")  # no profiles
     return subprocess.run(
@@ -58,14 +72,19 @@ def drive(tmp_path, *arguments):
     )
 
 
-@pytest.fixture
-def files(tmp_path):
+def filled(folder):
     """A config, and an input with a good row and a bad one."""
     job = {"input": "in.jsonl", "output": "out.jsonl"}
     overrides = {"model": {"path": "echo"}, "job": job}
-    (tmp_path / "config.py").write_text(f"def get_config(arg=None):\n    return {overrides}\n")
-    (tmp_path / "in.jsonl").write_text('{"id": "a", "prompt": "hi"}\n{"id": "b"}\n')
-    return tmp_path
+    (folder / "config.py").write_text(f"def get_config(arg=None):\n    return {overrides}\n")
+    (folder / "broken.py").write_text("def get_config(arg=None):\n    return 1 / 0\n")
+    (folder / "in.jsonl").write_text('{"id": "a", "prompt": "hi"}\n{"id": "b"}\n')
+    return folder
+
+
+@pytest.fixture
+def files(tmp_path):
+    return filled(tmp_path)
 
 
 def test_answers_a_summary_and_the_exit_codes(files):
@@ -83,33 +102,41 @@ def test_answers_a_summary_and_the_exit_codes(files):
     assert drive(files, "--config=config.py").returncode == 0
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        ([], "--config is missing"),
-        (["--config.engine.rows=2"], "--config is missing"),
-        (["--config=nope.py"], "there is no such file"),
-        (["--config=config.py", "--config.engine.row=2"], "did you mean 'rows'"),
-        (["--config=config.py", "--config.engine.rows=two"], "--config.engine.rows=two"),
-        (["--config=config.py", "--config.engine.rows=0"], "rows=0 is not allowed: want 1"),
-        (["--config=config.py", "--config.mesh.model=0"], "model=0 is not allowed"),
-        (["--config=config.py", "stray"], "unknown arguments 'stray'"),
-        (["--config=config.py", "--config.model.path=gone"], "'gone' doesn't exist"),
-        (["--config=config.py", "--config.job.input=gone"], "job.input='gone' can't be read"),
-        (["--config=config.py", "--config.job.output="], "job.output is empty"),
-        (["--config=config.py", "--config.optimizer.feedback=on"], "set job.exact=false"),
-        (["--config=config.py", "--config.optimizer.feedback=no"], "one of off, deterministic, on"),
-        (["--config=config.py", "--config.pool.ray=2", "--explain"], "leave out pool.ray"),
-        (["--config=broken.py"], "get_config fails: ZeroDivisionError"),
-    ],
-)
-def test_a_mistake_is_one_clear_line_and_exit_code_2(files, arguments, says):
-    (files / "broken.py").write_text("def get_config(arg=None):\n    return 1 / 0\n")
-    done = drive(files, *arguments)
-    assert done.returncode == 2
-    assert says in done.stderr
-    assert "Traceback" not in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+MISTAKES = [
+    ([], "--config is missing"),
+    (["--config.engine.rows=2"], "--config is missing"),
+    (["--config=nope.py"], "there is no such file"),
+    (["--config=config.py", "--config.engine.row=2"], "did you mean 'rows'"),
+    (["--config=config.py", "--config.engine.rows=two"], "--config.engine.rows=two"),
+    (["--config=config.py", "--config.engine.rows=0"], "rows=0 is not allowed: want 1"),
+    (["--config=config.py", "--config.mesh.model=0"], "model=0 is not allowed"),
+    (["--config=config.py", "stray"], "unknown arguments 'stray'"),
+    (["--config=config.py", "--config.model.path=gone"], "'gone' doesn't exist"),
+    (["--config=config.py", "--config.job.input=gone"], "job.input='gone' can't be read"),
+    (["--config=config.py", "--config.job.output="], "job.output is empty"),
+    (["--config=config.py", "--config.optimizer.feedback=on"], "set job.exact=false"),
+    (["--config=config.py", "--config.optimizer.feedback=no"], "one of off, deterministic, on"),
+    (["--config=config.py", "--config.pool.ray=2", "--explain"], "leave out pool.ray"),
+    (["--config=broken.py"], "get_config fails: ZeroDivisionError"),
+]
+
+
+@pytest.fixture(scope="module")
+def mistakes(tmp_path_factory):
+    """(exit code, what it said) of each."""
+    folder = filled(tmp_path_factory.mktemp("mistakes"))
+    done = drive(folder, json.dumps([arguments for arguments, _ in MISTAKES]), how=MANY)
+    codes = json.loads(done.stdout.splitlines()[-1])
+    return [(code, (folder / f"said-{n}").read_text()) for n, code in enumerate(codes)]
+
+
+@pytest.mark.parametrize("number", range(len(MISTAKES)))
+def test_a_mistake_is_one_clear_line_and_exit_code_2(mistakes, number):
+    code, said = mistakes[number]
+    assert code == 2
+    assert MISTAKES[number][1] in said
+    assert "Traceback" not in said
+    assert len(said.strip().splitlines()) == 1
 
 
 def test_a_table_in_and_parquet_out(files):
@@ -156,6 +183,42 @@ def test_a_summary_that_cannot_be_written_is_no_traceback(files):
     assert done.returncode == 1
     assert "summary.json can't be written" in done.stderr and "Traceback" not in done.stderr
     assert "2 (1 errors)" in done.stdout
+
+
+ENDLESS = """
+import sys, time
+from lepton_jax import cli
+
+def main(config):
+    print("begun", flush=True)
+    try:
+        while True:
+            time.sleep(0.01)
+            if config.job.follow:  # as one that says more than its reader wants
+                print("more", flush=True)
+    finally:
+        print("given back", file=sys.stderr, flush=True)
+
+cli.run_driver(main)
+"""
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGPIPE])
+def test_an_end_from_outside_gives_back_what_is_held(files, end):
+    (files / "endless.py").write_text(ENDLESS)
+    command = [sys.executable, "endless.py", "--config=config.py", "--config.job.exact=false"]
+    command.append(f"--config.job.follow={int(end == signal.SIGPIPE)}.0")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, cwd=files, env=environment, **pipes) as driver:
+        assert driver.stdout.readline() == "begun\n"
+        if end == signal.SIGPIPE:
+            driver.stdout.close()
+        else:
+            driver.send_signal(end)
+        said = driver.stderr.read()
+    assert driver.returncode == 128 + end
+    assert said == "given back\n" + "interrupted\n" * (end == signal.SIGINT)
 
 
 def test_help_documents_every_field(files):
