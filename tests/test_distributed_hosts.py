@@ -88,6 +88,27 @@ def test_an_index_is_one_hosts():
         accept(("127.0.0.1", port), 3, 5.0)
 
 
+def test_strangers_at_the_door_are_no_hosts():
+    port, greetings = free_ports(), [b"", b"GET / HTTP/1.0\r\n\r\n", b"[1]\n", b'{"index": 0}\n']
+    links = {}
+    door = threading.Thread(target=lambda: links.update(accept(("127.0.0.1", port), 2, 20.0)))
+    door.start()
+    while greetings:
+        try:
+            with socket.create_connection(("127.0.0.1", port), timeout=5.0) as stranger:
+                stranger.sendall(greetings[-1])
+            greetings.pop()
+        except ConnectionRefusedError:
+            time.sleep(0.05)  # the door isn't open yet
+    host = connect(("127.0.0.1", port), 1, 20.0)
+    door.join()
+    host.send({"hello": "there"})
+    assert links[1].read() == {"hello": "there"}
+    with pytest.raises(ValueError, match="hosts.index=3, and hosts.count=2 here"):
+        threading.Thread(target=connect, args=(("127.0.0.1", port + 1), 3, 5.0)).start()
+        accept(("127.0.0.1", port + 1), 2, 5.0)
+
+
 def test_a_taken_port_is_named():
     with (
         socket.create_server(("", 0)) as server,

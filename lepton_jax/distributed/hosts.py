@@ -80,8 +80,8 @@ class Hosts:
             for link in self._links.values():
                 link.close()
             return
-        if isinstance(error, RuntimeError):
-            time.sleep(_GRACE)  # a collective that lost a host fails before the link says which
+        if isinstance(error, RuntimeError | ConnectionError):
+            time.sleep(_GRACE)  # what meets a lost host fails before the link says which it is
         if not isinstance(error, SystemExit):
             traceback.print_exception(error)
         self._say({"farewell": f"host {self.index} of {self.count} has failed; see its own output"})

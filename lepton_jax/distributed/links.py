@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 2}  # seconds, seconds, times
+_GREETING = 5.0  # seconds for a host to say which it is
 GONE = 2  # exit code of those that are left behind
 
 
@@ -44,6 +45,16 @@ class Link:
         if not line:
             raise ConnectionError("the connection was closed")
         return json.loads(line)
+
+    def introduced(self) -> int | None:
+        """The index of the host on the other side; None of a stranger, such as a port scanner."""
+        self._connection.settimeout(_GREETING)
+        try:
+            index = self.read()["index"]
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+        self._connection.settimeout(None)
+        return index if type(index) is int and index > 0 else None
 
     def watch(self, gone: Callable[[str], None]) -> None:
         """From now on `next` gives messages; `gone` is called with a reason, or with ""."""
@@ -100,9 +111,14 @@ def accept(address: tuple[str, int], count: int, seconds: float) -> dict[int, Li
                     "hosts.index"
                 ) from error
             link = Link(connection)
-            index = link.read()["index"]
+            index = link.introduced()
+            if index is None:
+                connection.close()
+                continue
             if index in links:
                 raise ValueError(f"two hosts have hosts.index={index}: give each its own")
+            if index >= count:
+                raise ValueError(f"a host has hosts.index={index}, and hosts.count={count} here")
             links[index] = link
     return links
 

@@ -100,13 +100,11 @@ class RayActors:
         self._actors = [
             actor.remote(load, range(n * cores, (n + 1) * cores)) for n in range(section.ray)
         ]
-        models = self._get([a.model.remote() for a in self._actors], "load the model")
-        self.fingerprint, self.bytes = models[0]
-        if len({fingerprint for fingerprint, _ in models}) > 1:
-            raise ValueError(
-                f"model.path holds different models for the replicas: {[m[0] for m in models]}; "
-                "copy the same files to all machines"
-            )
+        try:
+            self.fingerprint, self.bytes = self._one_model()
+        except BaseException:
+            self.close()
+            raise
 
     def start(
         self, workload: Sequence[Any], *, slots: int, strict: bool, costs: Any
@@ -116,6 +114,15 @@ class RayActors:
         limits = self._get([a.start.remote(shared, strict, costs) for a in self._actors], "start")
         pairs = enumerate(zip(self._actors, limits, strict=True))
         return [RayReplica(f"{n}", a, slots=slots, limits=limit) for n, (a, limit) in pairs]
+
+    def _one_model(self) -> tuple[str, int]:
+        models = self._get([a.model.remote() for a in self._actors], "load the model")
+        if len({fingerprint for fingerprint, _ in models}) > 1:
+            raise ValueError(
+                f"model.path holds different models for the replicas: {[m[0] for m in models]}; "
+                "copy the same files to all machines"
+            )
+        return models[0]
 
     def close(self) -> None:
         """Ends the actors, and Ray where it was started here."""
