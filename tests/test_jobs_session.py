@@ -104,6 +104,19 @@ def test_messages_and_ids_as_prompts():
     assert texts == {"chat": "u:hi;", "ids": "raw"}
 
 
+def test_a_text_goes_on_with_its_space_and_a_message_begins_without_the_tokenizers():
+    class Sentencepiece(ByteTokenizer):
+        leading_space = True  # of encoding: its ids begin with a space that the text has not
+
+    engine = FakeEngine(lambda _: b" c d")
+    session = Session(engine, Sentencepiece())
+    session.add("text", "a b", SamplingParams())
+    session.add("ids", [*b" a b"], SamplingParams())
+    session.add("chat", [{"role": "user", "content": "a b"}], SamplingParams())
+    texts = {delta.key: delta.completion.text for delta in session.deltas() if delta.completion}
+    assert texts == {"text": " c d", "ids": " c d", "chat": "c d"}
+
+
 def test_refusals_queue_nothing():
     engine = FakeEngine(max_len=5)
     session = Session(engine, ByteTokenizer())

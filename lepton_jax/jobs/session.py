@@ -163,7 +163,8 @@ class Session:
             for request_id in added:
                 self._engine.abort(request_id)
             raise RowError("refused", str(error)) from error
-        growing = [_GrowingChoice(self._tokenizer, params) for _ in added]
+        chat = not isinstance(prompt, str) and isinstance(prompt[0], Mapping)
+        growing = [_GrowingChoice(self._tokenizer, params, continues=not chat) for _ in added]
         self._prompts[key] = _OpenPrompt(growing, len(ids))
         self._unfinished += len(growing)
 
@@ -225,16 +226,17 @@ class _OpenPrompt:
 class _GrowingChoice:
     """Ids, log-probabilities and text of one request so far."""
 
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams):
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, *, continues: bool):
         self.finish_reason: str | None = None
         self._of = tokenizer, params
+        self._continues = continues
         self._ids: list[int] = []
         self._logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
-        self._text = _StoppableText(tokenizer, params)
+        self._text = _StoppableText(tokenizer, params, continues=continues)
 
     def afresh(self) -> "_GrowingChoice":
         """The same request before anything came."""
-        return _GrowingChoice(*self._of)
+        return _GrowingChoice(*self._of, continues=self._continues)
 
     def take(self, output: StepOutput) -> str:
         """Adds what came; returns the new text."""
@@ -272,10 +274,11 @@ class _StoppableText:
     """The text of growing ids, cut at the first stop string that begins after `min_tokens` ids.
 
     Spelling and stop strings are two stages, because the first ids are spelled but not searched.
+    `continues`: the ids go on with the prompt's text; otherwise they are a message of their own.
     """
 
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams):
-        self._spelled = Detokenizer(tokenizer)
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, *, continues: bool):
+        self._spelled = Detokenizer(tokenizer, continues=continues)
         self._searched = Detokenizer(_Characters(), params.stop)
         self._unsearched_ids = params.min_tokens if params.stop else math.inf
         self._pieces: list[str] = []

@@ -32,13 +32,14 @@ class Detokenizer:
     never matches: use its id instead.
     """
 
-    def __init__(self, tokenizer: Spelling, stop: Sequence[str] = ()):
+    def __init__(self, tokenizer: Spelling, stop: Sequence[str] = (), *, continues: bool = False):
+        """`continues`: the ids go on with a text, so a space at their start is the text's own."""
         if isinstance(stop, str):
             raise TypeError(f"stop is the string {stop!r}; give a list of strings")
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._matchers = [_StopMatcher(string) for string in stop]
-        self._drop_space = tokenizer.leading_space
+        self._drop_space = tokenizer.leading_space and not continues
         self._held = ""
         self._delivered: list[str] = []
         self.num_ids = 0
