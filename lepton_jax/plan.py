@@ -18,6 +18,7 @@ from absl import flags
 
 from lepton_jax import cli
 from lepton_jax.config import RunConfig
+from lepton_jax.whole_file import write_whole
 
 _TOPOLOGY = flags.DEFINE_string("topology", "", "TPU slice, such as v5e:2x4; see plan.topology")
 _SEARCH = flags.DEFINE_bool("search", False, "the smallest slices that serve the model")
@@ -42,7 +43,7 @@ def main(config: RunConfig) -> int:
             return 0
         plan = make_plan(config)
         if _HTML.value:
-            Path(_HTML.value).write_text(report.page(plan), encoding="utf-8")
+            write_whole(Path(_HTML.value), report.page(plan))
     print(_json(report.as_json(plan)) if _JSON.value else report.text(plan))
     return 0 if plan.fits else 1
 

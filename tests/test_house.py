@@ -38,7 +38,7 @@ ROOMS = [
     "tensors",
     "html",
     "telemetry",
-    "config compat compile_cache host_memory",
+    "config compat compile_cache host_memory whole_file",
     "config_jobs",
     "config_fields",
 ]

@@ -23,6 +23,7 @@ from lepton_jax.compression.quality import Reference
 from lepton_jax.compression.recover import recover
 from lepton_jax.config import RecoverySection
 from lepton_jax.jobs.scalars import ScalarLog
+from lepton_jax.whole_file import write_whole
 
 _PLAN, _STUDENT, _MADE = "plan.json", "student", "made.json"
 Progress = Callable[[int, int, str], None]
@@ -44,9 +45,9 @@ class RecoveryFolder:
         """
         self.path, plan = folder_of(output), json.loads(json.dumps(plan))
         place = self.path / _PLAN
-        if not self.path.exists():
-            self.path.mkdir(parents=True)
-            place.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
+        self.path.mkdir(parents=True, exist_ok=True)
+        if all(file.name.startswith(".") for file in self.path.iterdir()):
+            write_whole(place, json.dumps(plan, indent=1) + "\n")
         found = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {}
         other = [key for key in plan if found.get(key) != plan[key]]
         if other:

@@ -11,6 +11,7 @@ from lepton_jax.checkpoints.loaded import Loaded
 from lepton_jax.compression import quality
 from lepton_jax.compression.calibration_data import HELD_OUT_TEXT, draw_windows
 from lepton_jax.text.tokenizer import Tokenizer
+from lepton_jax.whole_file import write_whole
 
 _WINDOWS, _LENGTH = 4, 256
 
@@ -47,7 +48,7 @@ class Accuracy:
         found = quality.compare(self._dense, loaded.model, loaded.leaves, seed=0)
         self._known[preset] = found.kl.high
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_text(json.dumps(self._known, indent=2) + "\n", encoding="utf-8")
+        write_whole(self._path, json.dumps(self._known, indent=2) + "\n")
 
 
 def _read(path: Path) -> dict[str, float]:

@@ -19,6 +19,7 @@ import jax
 from lepton_jax.config import RunConfig
 from lepton_jax.optimizer.costs import Costs
 from lepton_jax.optimizer.space import field_of, with_fields
+from lepton_jax.whole_file import write_whole
 
 _FORMAT = 1
 _WHAT = {
@@ -102,9 +103,7 @@ class Profile:
         """Writes it whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {"format": _FORMAT} | dataclasses.asdict(self)
-        draft = path.with_suffix(".partial")
-        draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        draft.replace(path)
+        write_whole(path, json.dumps(content, indent=2) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> "Profile":

@@ -11,11 +11,12 @@ import hashlib
 import importlib
 import io
 import os
-import shutil
 import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO
+
+from lepton_jax.whole_file import write_whole
 
 FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet"}
 CODECS = {".gz": "gzip", ".zst": "zstd"}
@@ -162,14 +163,7 @@ def write_small(path: str, content: bytes) -> None:
         files, inside = file_system(path)
         files.pipe_file(inside, content)
         return
-    fresh = Path(path + ".tmp")
-    fresh.write_bytes(content)
-    os.replace(fresh, path)
-
-
-def copy_stream(source: IO[bytes], target: IO[bytes]) -> None:
-    """All of a stream, block by block."""
-    shutil.copyfileobj(source, target, _BLOCK)
+    write_whole(Path(path), content)
 
 
 def _decompressed(stored: BinaryIO, codec: str) -> BinaryIO:
