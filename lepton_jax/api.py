@@ -195,6 +195,7 @@ class LeptonEngine:
             return self
         if self.engine is not None:
             self.engine.close()
+            self.engine = self.feedback = None  # their memory goes before the new one's is planned
         section = config.engine
         if self._dense:
             section = _half_of_the_cache(section)

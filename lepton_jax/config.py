@@ -417,7 +417,8 @@ class OptimizerSection:
     )
     profile: str = _doc(
         "auto",
-        "what tune found, for fields that aren't given: auto (where one fits), off, or a file",
+        "what tune found, for fields that aren't given: auto (where one fits, on one host), off, "
+        "or a file",
     )
     objective: str = _doc("throughput", "throughput, latency, or cost (of a token)")
     max_kl: float = _doc(

@@ -45,6 +45,7 @@ def _run(config: RunConfig, hosts: "Hosts") -> int:
     from lepton_jax.jobs.trace import trace_for
     from lepton_jax.jobs.tuning import with_profile
     from lepton_jax.optimizer.decisions import explained
+    from lepton_jax.optimizer.space import with_fields
 
     with cli.user_errors(ValueError, OSError):
         if _EXPLAIN.value and config.pool.ray:
@@ -52,6 +53,8 @@ def _run(config: RunConfig, hosts: "Hosts") -> int:
         config, profile, said = with_profile(config, cli.given_fields())
         if said:
             print(said, flush=True)
+        if not hosts.first:
+            config = with_fields(config, {"optimizer.log": ""})  # decisions are the same on all
         mode = mode_for(config)
         job = Job(config, mode, hosts=hosts)
     with job, LeptonEngine(sync=hosts if hosts.count > 1 else None) as lepton:
@@ -71,7 +74,9 @@ def _run(config: RunConfig, hosts: "Hosts") -> int:
         # Two models' work is counted against the peaks of the dense one.
         cascade = mode.account() if config.cascade.agreement else None
         preset = "none" if cascade else config.compression.preset
-        cost = report.ModelCost.of(lepton.loaded.model, lepton.loaded.bytes, preset=preset)
+        model, size = lepton.loaded.model, lepton.loaded.bytes
+        devices = config.mesh.model * config.replicas
+        cost = report.ModelCost.of(model, size, preset=preset, devices=devices)
         stats = lepton.engine.stats()
         decisions = lepton.feedback.decisions if lepton.feedback else []
     if not hosts.first:

@@ -79,7 +79,7 @@ def test_a_cut_job_goes_on_with_an_input_that_has_grown(tmp_path):
         run_job(config, engine=MortalEngine(0))
     (tmp_path / "out.jsonl.partial").write_bytes(lines[0])
     append(path, {"id": "new", "prompt": "ab"})
-    output, tally = run_job(config)
+    output, tally = run_job(follow_config(tmp_path, follow=0.2))  # how long to wait is no answer
     assert (tally.rows, tally.resumed) == (4, 1)
     assert output.read_bytes().startswith(b"".join(lines))
 

@@ -19,6 +19,7 @@ from lepton_jax.engine.request import StepOutput
 from lepton_jax.engine.scored import Scored, Scoring
 from lepton_jax.jobs.classify import CONTENT_FREE, ClassifyMode
 from lepton_jax.jobs.embed import EmbedMode
+from lepton_jax.jobs.files.places import JobError
 from lepton_jax.jobs.mode_for import mode_for
 from lepton_jax.jobs.pairs import Pair, Questions, split_pair
 from lepton_jax.jobs.perplexity import PerplexityMode, windows
@@ -329,6 +330,32 @@ def test_a_refused_row_leaves_nothing_behind():
         session.add("a", ScoreMode().parse(values))
     assert error.value.kind == "refused" and not session.has_work
     assert engine.aborted == ["a/0"]
+
+
+def test_what_calibration_asks_counts_for_the_sizes():
+    mode = ClassifyMode(section(calibrate=True))
+    tokens = [count for count, _ in mode.requests("x", Bytes())]
+    asked = []
+    for text in ("x", *CONTENT_FREE):
+        asked += [len(question.ids) for question in mode.ask(text, Bytes()).questions]
+    assert tokens == asked
+
+
+def test_a_calibration_that_is_refused_is_one_line(tmp_path):
+    source = tmp_path / "rows.jsonl"
+    source.write_text('{"text": "fine"}\n')
+    config = job_config(source, tmp_path / "labels.jsonl", mode="classify")
+    config = dataclasses.replace(config, scoring=section(calibrate=True))
+    engine = FakeScorer()
+    engine.max_len = 3
+    with pytest.raises(JobError, match="job.mode=classify can't begin: the prompt has"):
+        run_job(config, engine, mode=mode_for(config), tokenizer=Bytes())
+
+
+def test_alerts_are_of_classify():
+    config = RunConfig(job=JobSection(mode="score"), scoring=section(alert="good>=0.5"))
+    with pytest.raises(ValueError, match="scoring.alert='good>=0.5' is of job.mode=classify"):
+        mode_for(config)
 
 
 def test_broken_numbers_end_a_row_once():

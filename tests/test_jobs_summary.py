@@ -95,6 +95,7 @@ def test_the_cost_of_a_model_is_what_one_token_visits():
     assert ModelCost.of(model, 240, preset="w8a8") == ModelCost(80, 80, True)
     config.tie_embeddings = True
     assert ModelCost.of(model, 240, preset="none") == ModelCost(120, 120, False)
+    assert ModelCost.of(model, 240, preset="none", devices=4) == ModelCost(30, 30, False)
 
 
 def test_a_summary_names_what_the_job_did(tmp_path):

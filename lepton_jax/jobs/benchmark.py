@@ -96,7 +96,8 @@ def measure(loaded: Loaded, config: RunConfig, workload: Workload) -> dict[str, 
     rates = [bench.run(workload.prompts(seed, vocab)).rate for seed in seeds]
     after = StepStats.of(bench.engine.stats())
     preset = config.compression.preset
-    cost = ModelCost.of(loaded.model, loaded.bytes, preset=preset)
+    devices = config.mesh.model
+    cost = ModelCost.of(loaded.model, loaded.bytes, preset=preset, devices=devices)
     return {
         "name": workload.name,
         **spread(rates, "tokens/s", best=max),

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from lepton_jax.config import ScoringSection
-from lepton_jax.engine.scored import Scored
+from lepton_jax.engine.scored import Scored, ScoreSpec
 from lepton_jax.jobs.alerts import parse_alert
 from lepton_jax.jobs.pairs import Likelihood, Questions, chat_pair, split_pair
 from lepton_jax.jobs.rows import RowError
@@ -84,6 +84,12 @@ class ClassifyMode(ChoosingMode):
         chances = np.array(list(answer["probabilities"].values()))
         with np.errstate(divide="ignore"):
             return int(np.argmax(chances)), margin(np.log(chances))
+
+    def requests(self, work: str, tokenizer: Tokenizer) -> list[tuple[int, ScoreSpec]]:
+        """Those of the content-free texts too, where `open` will ask them."""
+        texts = (work, *CONTENT_FREE) if self._section.calibrate else (work,)
+        of_one = super().requests
+        return [request for text in texts for request in of_one(text, tokenizer)]
 
     def open(self, engine: Engine, tokenizer: Tokenizer, *, exact: bool = False) -> ScoringSession:
         """Measures the content-free texts first, where the section asks for calibration."""

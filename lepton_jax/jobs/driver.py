@@ -50,7 +50,8 @@ _MEASURED = 20_000  # requests whose lengths are known before the job begins
 _UNMEASURED = 2**30  # tokens: the longest that the engine serves
 _PREVIEW_ROWS = 4
 _POLL_SECONDS = 0.2  # between looks at an input that is followed
-_NOT_FOR_ANSWERS = ("input", "output", "restart", "report", "tensorboard")  # fields of the job
+# Fields of the job on which no answer depends.
+_NOT_FOR_ANSWERS = ("input", "output", "restart", "report", "tensorboard", "follow")
 
 
 @dataclasses.dataclass
@@ -216,7 +217,7 @@ class Job:
         `trace` listens, where a report is wanted.
         """
         started = time.perf_counter()
-        session = self._mode.open(engine, tokenizer)
+        session = self._opened(engine, tokenizer)
         beats = _Beats(
             engine,
             session,
@@ -249,6 +250,12 @@ class Job:
         self.tally.seconds = time.perf_counter() - started
         self.tally.alerts = self._alerts.count if self._alerts else 0
         return self.tally
+
+    def _opened(self, engine: Engine, tokenizer: Tokenizer) -> ModeSession:
+        try:
+            return self._mode.open(engine, tokenizer)
+        except RowError as error:  # of what the mode itself asks
+            raise JobError(f"job.mode={self._config.job.mode} can't begin: {error}") from error
 
     def _rows(self, *, follow: bool = False) -> Iterator[Row | BadRow | Pending]:
         """The input's rows; with `follow` also those that come, where the job follows its input."""

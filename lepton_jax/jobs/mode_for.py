@@ -23,7 +23,9 @@ _CHOOSING = ("score", "classify", "rank")
 
 def mode_for(config: RunConfig) -> Mode:
     """The mode of a run. Raises ValueError where its settings don't fit together."""
-    name = config.job.mode
+    name, alert = config.job.mode, config.scoring.alert
+    if alert and name != "classify":
+        raise ValueError(f"scoring.alert={alert!r} is of job.mode=classify, not of {name}")
     make = _MAKERS[name]
     if not config.cascade.agreement:
         return make(config)

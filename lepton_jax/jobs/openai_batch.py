@@ -12,6 +12,7 @@ does, with status 400; a line that is no request has "error" and no response. Re
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -75,7 +76,7 @@ class BatchMode(IndependentRows):
             raise RowError("invalid_row", "body is missing or no object: want the request's")
         given = {name: value for name, value in body.items() if value is not None}
         row = _text_row(given) if url == EMBED else _prompt_row(url, given)
-        return BatchWork(url, str(body.get("model", "lepton_jax")), self._inner.parse(row))
+        return BatchWork(url, str(given.get("model", "lepton_jax")), self._inner.parse(row))
 
     def requests(self, work: BatchWork, tokenizer: Tokenizer) -> list[tuple[int, SamplingParams]]:
         return self._inner.requests(work.inner, tokenizer)
@@ -193,7 +194,7 @@ def _prompt_row(url: str, body: dict[str, Any]) -> dict[str, Any]:
         sampling["max_tokens"] = body["max_completion_tokens"]
     logprobs = body.get("logprobs")
     if url == CHAT:
-        if logprobs not in (None, True, False):
+        if not isinstance(logprobs, bool | None):
             raise RowError("invalid_row", f"body: logprobs={logprobs!r}: want true or false")
         logprobs = body.get("top_logprobs", 0) if logprobs else None
         sampling |= _answer_form(body.get("response_format", {"type": "text"}))
@@ -296,7 +297,7 @@ def _chat_logprobs(ids: list[int], logprobs: list[dict], tokenizer: Tokenizer) -
 
 def _text_logprobs(ids: list[int], logprobs: list[dict], tokenizer: Tokenizer) -> dict[str, Any]:
     tokens = [_text(tokenizer.id_to_bytes(i)) for i in ids]
-    offsets = [sum(map(len, tokens[:i])) for i in range(len(tokens))]
+    offsets = [0, *itertools.accumulate(map(len, tokens))][: len(tokens)]
     tops = [
         {_text(tokenizer.id_to_bytes(i)): _NO_LOGPROB if p is None else p for i, p in entry["top"]}
         for entry in logprobs

@@ -1,7 +1,7 @@
 """Records become rows, checked one by one: bad ones become a `BadRow`, never an exception.
 
 Here is what all rows have: an id of their own, and names that somebody reads. What the other fields
-mean a mode knows; that of generate is `prompts.py`. Whether a prompt fits the tokenizer, the chat
+mean a mode knows; that of generate is `generate.py`. Whether a prompt fits the tokenizer, the chat
 template and the engine turns out later (`session.py`). Read next: `driver.py`.
 """
 

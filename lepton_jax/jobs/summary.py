@@ -28,7 +28,8 @@ _PREVIEW_LENGTH = 160  # characters
 
 @dataclasses.dataclass(frozen=True)
 class ModelCost:
-    """What the roofline counts: bytes of weights that a step reads, parameters that a token meets.
+    """What the roofline counts of one device: bytes of weights that a step reads, parameters that a
+    token meets.
 
     `int8` says that activations are int8 too.
     """
@@ -38,8 +39,11 @@ class ModelCost:
     int8: bool
 
     @classmethod
-    def of(cls, model: Model, weight_bytes: int, *, preset: str) -> "ModelCost":
-        """Of a model whose leaves take `weight_bytes`. With experts: what one token visits."""
+    def of(cls, model: Model, weight_bytes: int, *, preset: str, devices: int = 1) -> "ModelCost":
+        """Of a model whose leaves take `weight_bytes`. With experts: what one token visits.
+
+        `devices` do the work together, as one model or as many replicas.
+        """
         counts = {path: spec.size for path, spec in model.specs.items() if spec.inputs}
         everything = sum(counts.values())
         config = model.config
@@ -49,7 +53,8 @@ class ModelCost:
             if "experts_" in path:
                 counts[path] = counts[path] * config.experts_per_token // config.num_experts
         visited = sum(counts.values())
-        return cls(math.ceil(weight_bytes * visited / everything), visited, preset == "w8a8")
+        read = math.ceil(weight_bytes * visited / everything / devices)
+        return cls(read, math.ceil(visited / devices), preset == "w8a8")
 
 
 def summarize(

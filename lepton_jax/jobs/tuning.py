@@ -100,7 +100,8 @@ def with_profile(
     asked = config.optimizer.profile
     without = with_fields(config, {"optimizer.profile": "off"})
     directory = profiles.default_directory()
-    none_here = config.job.follow or not any(directory.glob("*.json"))
+    several = bool(config.hosts.coordinator)  # whose directories may differ
+    none_here = several or config.job.follow or not any(directory.glob("*.json"))
     if asked == "off" or (asked == "auto" and none_here):
         return without, None, ""
     model = checkpoints.identify(config.model.path)
