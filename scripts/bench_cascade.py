@@ -101,7 +101,7 @@ def run(args: argparse.Namespace, kind: str, source: Path) -> tuple[list[dict], 
 def warm_up(config: RunConfig, lepton: LeptonEngine, source: Path) -> None:
     """A job of the first rows."""
     first = source.with_name("first.jsonl")
-    first.write_text("".join(source.read_text().splitlines(keepends=True)[:64]))
+    first.write_text("".join(source.read_text().splitlines(keepends=True)[:8]))
     section = dataclasses.replace(
         config.job, input=str(first), output=str(first.with_name("warm.jsonl")), restart=True
     )

@@ -19,8 +19,10 @@ from lepton_jax.config import (
     EngineSection,
     HostsSection,
     JobSection,
+    MeshSection,
     PoolSection,
     RunConfig,
+    SamplingParams,
     ScoringSection,
 )
 from lepton_jax.engine.cascade import CascadeEngine
@@ -241,32 +243,32 @@ def test_rows_without_choices_are_error_rows(tmp_path):
     assert found[0]["error"]["message"].endswith("about choices, and the row has none: give some")
 
 
-def test_a_cascade_of_a_real_engine_from_python(tmp_path):
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_cascade_of_real_engines_from_python(tmp_path, replicas):
+    folder = model_folder(tmp_path / "model")
+    texts = [f"number {n} of the words" for n in range(60)]
     config = RunConfig(
         engine=EngineSection(rows=4, max_len=64, prefill_chunk=32, page_size=16),
-        cascade=CascadeSection(agreement=0.5, audit=0.2),
+        mesh=MeshSection(data=replicas),
     )
-    texts = [f"number {n} of the words" for n in range(60)]
-    answers = {}
-    folder = model_folder(tmp_path / "model")
-    for preset, section in (
-        ("none", CascadeSection()),
-        ("int8", CascadeSection()),
-        ("int8", config.cascade),
-    ):
+
+    def predict(preset, **sections):
+        """(probabilities, the promise's account, an answer)."""
         with LeptonEngine() as lepton:
-            lepton.load_model(
-                folder, config=dataclasses.replace(config, cascade=section), compression=preset
-            )
+            asked = dataclasses.replace(config, **sections)
+            lepton.load_model(folder, config=asked, compression=preset)
             found = lepton.predict(texts, ["one", "two"])
-            answers[preset, bool(section.agreement)] = found
-            if section.agreement:
-                account = lepton.promise.account()
-                (generated,) = lepton.generate("words")
-    cascade = answers["int8", True]
-    by_dense = np.isclose(cascade, answers["none", False], atol=1e-5).all(axis=1)
-    by_compressed = np.isclose(cascade, answers["int8", False], atol=1e-5).all(axis=1)
+            account = lepton.promise.account() if lepton.promise else {}
+            return found, account, lepton.generate("words", SamplingParams(max_tokens=4))[0].text
+
+    promised = CascadeSection(agreement=0.5, audit=0.2)
+    (dense, _, _), (compressed, _, text) = predict("none"), predict("int8")
+    found, account, same_text = predict("int8", cascade=promised)
+    by_dense, by_compressed = (
+        np.isclose(found, one, atol=1e-5).all(axis=1) for one in (dense, compressed)
+    )
     assert (by_dense | by_compressed).all()
     assert account["rows"]["calibration"] >= 2 * fewest_rows(0.5)
-    assert account["rows"]["sure"] <= by_compressed.sum() and account["rows"]["sure"] > 0
-    assert generated.prompt_tokens > 0
+    assert 0 < account["rows"]["sure"] <= by_compressed.sum()
+    assert sum(account["rows"].values()) == len(texts)
+    assert same_text == text
