@@ -68,7 +68,7 @@ def drive(tmp_path, *arguments, how=ONE):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
 
 
