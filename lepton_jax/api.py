@@ -40,7 +40,6 @@ from lepton_jax.distributed.local import device_groups, local_pool, pool_of
 from lepton_jax.distributed.pool import Pool
 from lepton_jax.distributed.ray_replicas import RayActors
 from lepton_jax.engine.cascade import CascadeEngine
-from lepton_jax.engine.draft_length import ASSUMED_COST
 from lepton_jax.engine.loop import Engine
 from lepton_jax.engine.protocol import Sync
 from lepton_jax.jobs.cascade import CascadeMode, check_cascade
@@ -55,8 +54,9 @@ from lepton_jax.jobs.rows import Prompt
 from lepton_jax.jobs.score import ScoreMode
 from lepton_jax.jobs.scoring import ChoosingMode, score_all
 from lepton_jax.jobs.session import Completion, Delta, Session
-from lepton_jax.optimizer.costs import Costs, assumed
+from lepton_jax.optimizer.costs import Costs, assumed, settled
 from lepton_jax.optimizer.feedback import Feedback
+from lepton_jax.optimizer.profile import Profile
 from lepton_jax.sharding import Placement
 from lepton_jax.sharding.partition import padding_costs
 from lepton_jax.text import tokenizer as tokenizers
@@ -174,7 +174,7 @@ class LeptonEngine:
         *,
         workload: Sequence[tuple[int, SamplingParams]] = (),
         strict: bool = False,
-        costs: Costs | None = None,
+        profile: Profile | None = None,
     ) -> "LeptonEngine":
         """Plans memory, and compiles where the coming requests are known.
 
@@ -183,24 +183,24 @@ class LeptonEngine:
             programs are compiled from now on, in the background. Without it programs are compiled
             as they are first needed.
           strict: a program missing from the warm-up is an error instead of a warning.
-          costs: of the engine's programs, of a profile: feedback reckons with them.
+          profile: that the config was made with: feedback begins with its knobs and reckons with
+            its costs.
 
         Returns self.
         """
         loaded, config = self._need_model(), self._config
         if self._actors is not None:
             slots = config.engine.rows * config.mesh.data
-            replicas = self._actors.start(workload, slots=slots, strict=strict, costs=costs)
+            replicas = self._actors.start(workload, slots=slots, strict=strict, profile=profile)
             self.engine = pool_of(replicas, config)
             return self
         if self.engine is not None:
             self.engine.close()
             self.engine = self.feedback = None  # their memory goes before the new one's is planned
-        section = config.engine
+        costs = profile.costs if profile else assumed(jax.default_backend())
+        section = settled(config, costs)
         if self._dense:
             section = _half_of_the_cache(section)
-        if config.job.exact and not section.draft_cost:
-            section = dataclasses.replace(section, draft_cost=ASSUMED_COST)
         engines = [
             Engine(
                 loaded.model,
@@ -220,14 +220,16 @@ class LeptonEngine:
                 engine.draft_with(draft.model, draft.leaves, cost=section.draft_cost)
             if workload:
                 engine.warm_up(workload, wait=False)
-        self._listen(engines, costs or assumed(jax.default_backend()))
+        self._listen(engines, costs, knobs=profile.knobs if profile else {})
         self.engine = engines[0] if len(engines) == 1 else local_pool(engines, config)
         if self._dense:
-            self._dense.start(workload=workload, strict=strict, costs=costs)
+            self._dense.start(workload=workload, strict=strict, profile=profile)
             self.engine = CascadeEngine(self.engine, self._dense.engine)
         return self
 
-    def _listen(self, engines: Sequence[Engine], costs: Costs) -> None:
+    def _listen(
+        self, engines: Sequence[Engine], costs: Costs, *, knobs: Mapping[str, float]
+    ) -> None:
         """Begins with feedback, where the config wants it; each engine has its own."""
         section = self._config.optimizer
         self.feedback = None
@@ -244,6 +246,7 @@ class LeptonEngine:
                 engine,
                 timed=timed,
                 costs=costs,
+                knobs=knobs,
                 objective=section.objective,
                 log=section.log if engine is engines[0] else "",
             )

@@ -21,6 +21,7 @@ from lepton_jax.config_jobs import ScoringSection as ScoringSection
 
 _doc, _check = config_fields.doc, config_fields.check
 _check_types, _is_number = config_fields.check_types, config_fields.is_number
+_listed = config_fields.listed
 
 SPECULATION = ("off", "lookup", "draft")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -116,6 +117,9 @@ class EngineSection:
         1.0, "share of the memory for caches that this engine takes, where others are on its device"
     )
     prefill_chunk: int = _doc(512, "most prompt tokens computed in one program")
+    prefill_sizes: tuple[int, ...] = _doc(
+        (), "prompt tokens of smaller programs, such as 96,200; empty: halves of prefill_chunk"
+    )
     decode_block: int = _doc(8, "most steps decoded on the device before the host looks")
     max_len: int = _doc(
         0, "most tokens of prompt and output; 0: the model's maximum, but at most 4096"
@@ -134,11 +138,15 @@ class EngineSection:
     draft_preset: str = _doc("none", "compression preset of the draft model")
     draft_tokens: int = _doc(7, "most tokens proposed for a row and step")
     draft_cost: float = _doc(
-        0.0, "of one more token in a step, beside a step of one; 0: measured, or 0.1 with job.exact"
+        0.0,
+        "of one more token in a step, beside a step of one; 0: measured, assumed with job.exact",
     )
 
     def __post_init__(self):
         _check_types(self)
+        _listed(self, "prefill_sizes", int)
+        good = all(0 < size <= _MOST for size in self.prefill_sizes)
+        _check(self, "prefill_sizes", good, "sizes of 1 or more")
         for name in ("rows", "page_size", "prefill_chunk", "decode_block", "draft_tokens"):
             _check(self, name, 1 <= getattr(self, name) <= _MOST, "1 or more")
         for name in ("num_pages", "max_len"):
@@ -461,12 +469,7 @@ class PlanSection:
     def __post_init__(self):
         _check_types(self)
         for name in ("chips", "presets"):
-            value = getattr(self, name)
-            value = (value,) if isinstance(value, str) else value
-            good = isinstance(value, (list, tuple)) and all(isinstance(x, str) for x in value)
-            _check(self, name, good, "a list of names")
-            names = (piece.strip() for item in value for piece in item.split(","))  # as flags give
-            object.__setattr__(self, name, tuple(filter(None, names)))
+            _listed(self, name)
         _check(self, "presets", len(self.presets) > 0, "one or more")
         _check(self, "context", 0 <= self.context <= _MOST, "0 (engine.max_len) or more")
         _check(self, "target", 0 <= self.target < math.inf, "0 (any) or more")
@@ -515,6 +518,13 @@ class RunConfig:
             raise ValueError(
                 f"{driver} works with one engine on one host: leave out mesh.data, pool.ray and "
                 "hosts.coordinator"
+            )
+
+    def require_one_process(self, driver: str) -> None:
+        """Raises ValueError where other processes are asked of a driver that has only its own."""
+        if self.pool.ray or self.hosts.coordinator:
+            raise ValueError(
+                f"{driver} works in one process: leave out pool.ray and hosts.coordinator"
             )
 
     def __post_init__(self):

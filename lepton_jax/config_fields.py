@@ -41,6 +41,21 @@ def check_types(section: object) -> None:
             check(section, field.name, good, "a whole number")
 
 
+def listed(section: object, name: str, kind: type = str) -> None:
+    """Makes a field a tuple of texts or whole numbers, which flags give with commas between them.
+
+    Raises ValueError on anything else.
+    """
+    value = getattr(section, name)
+    items = value if isinstance(value, (list, tuple)) else [value]
+    pieces = [piece.strip() for item in items for piece in str(item).split(",")]
+    good = all(isinstance(item, (str, kind)) for item in items)
+    good &= kind is str or all(piece.isdecimal() for piece in pieces if piece)
+    wanted = "a list of names" if kind is str else "a list of whole numbers"
+    check(section, name, good, wanted)
+    object.__setattr__(section, name, tuple(map(kind, filter(None, pieces))))
+
+
 def is_number(value: object, types: type | tuple) -> bool:
     return isinstance(value, types) and not isinstance(value, bool)
 

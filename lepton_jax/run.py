@@ -65,8 +65,7 @@ def _run(config: RunConfig, hosts: "Hosts") -> int:
             if lepton.receipt:
                 print(lepton.receipt["digest"], flush=True)
             job.resume(lepton.fingerprint)
-            costs = profile.costs if profile else None
-            lepton.start(workload=job.workload(lepton.tokenizer), costs=costs)
+            lepton.start(workload=job.workload(lepton.tokenizer), profile=profile)
         with cli.user_errors(JobError, ReplicasLost):
             trace = trace_for(config.job, lepton.engine.stats) if hosts.first else None
             with cli.interrupts(job.end_following if config.job.follow else None):

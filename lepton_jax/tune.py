@@ -22,7 +22,7 @@ def main(config: RunConfig) -> int:
     from lepton_jax.optimizer.lepton_optimizer import LeptonOptimizer
 
     with cli.user_errors(ValueError, OSError):
-        config.require_one_engine("tune")
+        config.require_one_process("tune")
         requests = tuning.sample_requests(config, tuning.load_tokenizer(config))
         optimizer = LeptonOptimizer.of(config)
         with cli.Bars() as bars:

@@ -1,41 +1,77 @@
-"""What feedback gains on SmolLM2 in w8a8: five workloads and one that shifts, beside static knobs.
+"""What the optimizer gains on SmolLM2: workloads, each served by hand-picked configs and by what
+search and feedback make of the defaults.
 
-    python scripts/bench_optimizer.py [--repeats=5] [--workloads=short,long] [--simulate]
+    python scripts/bench_optimizer.py [--repeats=5] [--workloads=short,long,tail,shared,extract]
+    python scripts/bench_optimizer.py --workloads=shift
+    python scripts/bench_optimizer.py --exhaustive=shared
 
-All contenders run on one engine, compiled once for 32 rows and blocks of 32 steps, and take turns:
-the default knobs (blocks of 8), hand-picked ones that stay, and feedback: deterministic, with costs
-measured before as a profile keeps them, and by the clock. Prints the median seconds of each, the
-best of the hand-picked, and gains. --simulate: one real run of each workload gives costs and
-lengths, and the contenders run on the simulated engine: for machines that others use meanwhile.
-What a search chooses beyond knobs: `python -m lepton_jax.tune`.
+All contenders' engines are compiled first and then take turns; those that are picked by hand have
+no feedback. Prints the median seconds of each and what it gains on the defaults and on the best of
+the hand-picked. "shift" is a workload that changes halfway, from free text to copying; in it the
+search only chooses the knobs' beginnings. --exhaustive measures every candidate of a small space,
+beside what was predicted of it after the first two trials, and says how far a search of four trials
+is from the best. The machine should do nothing else meanwhile.
 """
 
 import argparse
+import dataclasses
 import random
 import statistics
+import sys
+import tempfile
 import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from lepton_jax import LeptonEngine, SamplingParams
-from lepton_jax.config import EngineSection, OptimizerSection, RunConfig
-from lepton_jax.optimizer.costs import UNIT, CostMeter, Costs
-from lepton_jax.optimizer.feedback import Feedback
-from lepton_jax.optimizer.simulated_engine import SimulatedEngine, SimulatedRow, SimulatedSizes
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-ROWS, BLOCK, LOOK_AHEAD = 32, 32, 4
-ENGINE = EngineSection(rows=ROWS, page_size=16, num_pages=1600, decode_block=BLOCK, max_len=512)
-DEFAULT = dict(decode_block=8)
+from lepton_jax import SamplingParams, compile_cache
+from lepton_jax.checkpoints import load as checkpoints
+from lepton_jax.config import ModelSection, OptimizerSection, RunConfig
+from lepton_jax.engine.scheduler import longest_draft
+from lepton_jax.optimizer.accuracy import Accuracy
+from lepton_jax.optimizer.sample import SampledRequest
+from lepton_jax.optimizer.search import Found, Search
+from lepton_jax.optimizer.shelf import Shelf
+from lepton_jax.optimizer.space import with_fields
+from lepton_jax.optimizer.trial import Models, Stand
+from lepton_jax.text import tokenizer as tokenizers
+
+MAX_KL = 0.03
+DEFAULTS = RunConfig(
+    model=ModelSection(path="demo:smollm2"), optimizer=OptimizerSection(feedback="off")
+)
+W8A8 = {"compression.preset": "w8a8"}
 STATIC = {
-    "block 2": dict(decode_block=2),
-    "block 8": DEFAULT,
-    "block 32": dict(decode_block=32),
-    "block 4, 8 together": dict(decode_block=4, admit_together=8),
-    "block 8, longest first": dict(decode_block=8, longest_first=True),
+    "w8a8": W8A8,
+    "w8a8, blocks of 2": W8A8 | {"engine.decode_block": 2},
+    "w8a8, blocks of 32": W8A8 | {"engine.decode_block": 32},
+    "w8a8, 64 rows": W8A8 | {"engine.rows": 64},
+    "w8a8, pages of 16": W8A8 | {"engine.page_size": 16},
+}
+FEW = W8A8 | {"engine.rows": 4}
+SHIFT_STATIC = {
+    "4 rows": FEW,
+    "4 rows, blocks of 32": FEW | {"engine.decode_block": 32},
+    "4 rows, drafts of 3": FEW | {"engine.speculation": "lookup", "engine.draft_tokens": 3},
+    "4 rows, drafts of 7": FEW | {"engine.speculation": "lookup"},
+    "8 rows": FEW | {"engine.rows": 8},
+}
+SMALL = {
+    ("engine.rows",): [(8,), (32,)],
+    ("engine.decode_block",): [(4,), (16,)],
+    ("engine.page_size",): [(16,), (64,)],
 }
 THINGS = "apple river hammer carrot cloud piano salmon brick lemon tiger window bread".split()
 
 
 def chat(text: str) -> list[dict]:
     return [{"role": "user", "content": text}]
+
+
+def table(number: int) -> str:
+    lines = [f"| {n + number} | {w} | {3 * n + number}.50 |" for n, w in enumerate(THINGS)]
+    return "\n".join(["| id | thing | price |", *lines])
 
 
 def workloads() -> dict[str, list]:
@@ -47,144 +83,160 @@ def workloads() -> dict[str, list]:
         for n, (a, b) in enumerate(zip(words[:20], words[20:40], strict=True))
     )
     stops, fixed = dict(max_tokens=48), dict(ignore_eos=True)
-    made = {
-        "short": [
-            (chat(f"Is {w} {n} a fruit? Answer with yes or no."), SamplingParams(**stops))
-            for n, w in enumerate(words[:128])
-        ],
-        "long": [(f"A story of {w}:", SamplingParams(max_tokens=128, **fixed)) for w in words[:32]],
+    short = [
+        (chat(f"Is {w} {n} a fruit? Answer with yes or no."), SamplingParams(**stops))
+        for n, w in enumerate(words[:96])
+    ]
+    long = SamplingParams(max_tokens=96, **fixed)
+    tail = [min(192, int(8 * draw.paretovariate(0.8))) for _ in range(64)]
+    free = SamplingParams(max_tokens=96, temperature=0.9, seed=1, **fixed)
+    copied = SamplingParams(max_tokens=96, **fixed)
+    copy = "Here is a table:\n{0}\n\nThe same table once more, without any change:\n{1}\n"
+    return {
+        "short": short,
+        "long": [(f"A story of {w}:", long) for w in words[:32]],
         "tail": [
-            (
-                f"About {w}:",
-                SamplingParams(max_tokens=min(256, int(8 * draw.paretovariate(0.8))), **fixed),
-            )
-            for w in words[:96]
+            (f"About {w}:", SamplingParams(max_tokens=most, **fixed))
+            for w, most in zip(words, tail, strict=False)
         ],
         "shared": [
             (f"{rules}\nWhere does {w} {n} go?", SamplingParams(max_tokens=12, **fixed))
-            for n, w in enumerate(words[:64])
+            for n, w in enumerate(words[:48])
         ],
         "extract": [
             (chat(f"Copy this list: {', '.join(words[n : n + 12])}"), SamplingParams(**stops))
             for n in range(64)
         ],
+        "shift": [
+            *((f"A story of {w}. Once upon a time", free) for w in words[:8]),
+            *((copy.format(table(n), table(n)[:22]), copied) for n in range(8)),
+        ],
     }
-    made["shift"] = made["short"] + made["long"]
-    return made
 
 
 class Bench:
-    """One engine and its contenders."""
+    """Models and requests of all contenders."""
 
     def __init__(self):
-        config = RunConfig(engine=ENGINE, optimizer=OptimizerSection(feedback="off"))
-        self.lepton = LeptonEngine().load_model("demo:smollm2", compression="w8a8", config=config)
-        tokenizer = self.lepton.tokenizer
-        self.work = {
-            name: [
-                (tokenizer.encode(p) if isinstance(p, str) else tokenizer.apply_chat(p), params)
-                for p, params in rows
-            ]
-            for name, rows in workloads().items()
-        }
-        everything = [(len(ids), params) for rows in self.work.values() for ids, params in rows]
-        self.engine = self.lepton.start(workload=everything).engine
-        self.engine.warm_up(everything)
-        self._plain = self.engine.scheduler.knobs
-        self._beats, self._runs = self.engine._beats, 0
-        self.lengths: dict[str, list[int]] = {}  # of the last run of each workload
-
-    def run(self, name: str, *, knobs: dict | None = None, listener=None) -> float:
-        """Seconds of a workload with knobs that stay, or with a listener that turns them."""
-        engine, rows = self.engine, self.work[name]
-        self._beats.listeners[:] = []
-        engine.forget()
-        engine.scheduler.turn(**vars(self._plain))
-        engine.scheduler.turn(**(DEFAULT if knobs is None else knobs))
-        if listener:
-            listener(engine)
-        self._runs += 1
-        started, added, left = time.perf_counter(), 0, 0
-        self.lengths[name] = lengths = [0] * len(rows)
-        while added < len(rows) or left:
-            while added < len(rows) and left < LOOK_AHEAD * ROWS:
-                engine.add_request(f"{self._runs}-{added}", *rows[added])
-                added, left = added + 1, left + 1
-            for output in engine.step():
-                lengths[int(output.request_id.partition("-")[2])] += len(output.token_ids)
-                left -= output.finish_reason is not None
-        return time.perf_counter() - started
-
-    def simulate(
-        self, name: str, costs: Costs, *, knobs: dict | None = None, listener=None
-    ) -> float:
-        """The same on the simulated engine, with the lengths of the last real run."""
-        sizes = SimulatedSizes(
-            rows=ROWS,
-            page_size=ENGINE.page_size,
-            num_pages=ENGINE.num_pages,
-            prefill_chunk=ENGINE.prefill_chunk,
-            decode_block=BLOCK,
-            max_len=ENGINE.max_len,
-            queue=LOOK_AHEAD * ROWS,
+        compile_cache.enable()
+        path = DEFAULTS.model.path
+        self.tokenizer = tokenizers.load(checkpoints.tokenizer_source(path))
+        self._accuracy = Accuracy(
+            self.tokenizer, Path(tempfile.gettempdir()), checkpoints.identify(path)
         )
-        engine = SimulatedEngine(sizes, costs)
-        engine.scheduler.turn(**(DEFAULT if knobs is None else knobs))
-        if listener:
-            listener(engine)
-        return engine.run(
-            [
-                SimulatedRow(tuple(ids), params.max_tokens, length)
-                for (ids, params), length in zip(self.work[name], self.lengths[name], strict=True)
-            ]
+        self._shelf = Shelf(2 << 30, lambda *_: None)
+
+    def requests(self, name: str) -> list[SampledRequest]:
+        encode, chat = self.tokenizer.encode, self.tokenizer.apply_chat
+        return [
+            SampledRequest(tuple(encode(p) if isinstance(p, str) else chat(p)), params)
+            for p, params in workloads()[name]
+        ]
+
+    def search(self, requests: Sequence[SampledRequest], config: RunConfig, **options) -> Found:
+        accuracy = self._accuracy
+        search = Search(config, requests, self.tokenizer, accuracy=accuracy, **options)
+        return search.run()
+
+    def stand(self, config: RunConfig, requests: Sequence[SampledRequest], **options) -> Stand:
+        """Engines of a config, warm."""
+        model, eos_ids = self._shelf.model(config), self.tokenizer.eos_ids
+        stand = Stand(Models(model), config, requests, eos_ids=eos_ids, **options)
+        stand.run()
+        return stand
+
+
+def contest(bench: Bench, name: str, repeats: int) -> None:
+    """A workload's table."""
+    requests, shifts = bench.requests(name), name == "shift"
+    asked = OptimizerSection(max_kl=MAX_KL, sample=len(requests), trials=4, repeats=2)
+    ours = dataclasses.replace(DEFAULTS, optimizer=asked)
+    given: tuple[str, ...] = ()
+    if shifts:
+        ours = with_fields(ours, SHIFT_STATIC["4 rows, drafts of 7"])
+        given = tuple(SHIFT_STATIC["4 rows, drafts of 7"])
+    began = time.perf_counter()
+    found = bench.search(requests, ours, given=given)
+    best = found.best
+    print(f"\n{name}: searched {time.perf_counter() - began:.0f} s: {best.candidate.text()}")
+    print(f"  begins with {dict(best.trial.knobs)}; tried:")
+    for one in found.tried:
+        print(
+            f"  predicted {one.predicted:6.2f} s, measured {one.trial.seconds:6.2f} s: "
+            f"{one.candidate.text()}",
+            flush=True,
+        )
+    picked = SHIFT_STATIC if shifts else STATIC
+    stands = {"defaults": bench.stand(DEFAULTS, requests)}
+    for label, fields in picked.items():
+        stand = stands[label] = bench.stand(with_fields(DEFAULTS, fields), requests)
+        if "engine.speculation" in fields:
+            for engine in stand.engines:
+                engine.scheduler.draft_policy = longest_draft
+            stand.run()
+    mine = stands["search and feedback"] = bench.stand(
+        best.candidate.applied(ours), requests, costs=best.costs
+    )
+    mine.begin(best.trial.knobs)
+    times: dict[str, list[float]] = {label: [] for label in stands}
+    for _ in range(repeats):
+        for label, stand in stands.items():
+            times[label].append(stand.run().seconds)
+    for stand in stands.values():
+        stand.__exit__()
+    show(times, picked)
+
+
+def show(times: Mapping[str, Sequence[float]], picked: Mapping[str, dict]) -> None:
+    medians = {label: statistics.median(runs) for label, runs in times.items()}
+    best = min(picked, key=medians.get)
+    print(f"  best of the hand-picked: {best}")
+    for label, seconds in medians.items():
+        spread = (max(times[label]) - min(times[label])) / seconds
+        print(
+            f"  {label:<24}{seconds:7.2f} s  spread {spread:4.0%}"
+            f"  on the defaults {medians['defaults'] / seconds - 1:+5.0%}"
+            f"  on the best {medians[best] / seconds - 1:+5.0%}",
+            flush=True,
         )
 
 
-class _Meter(CostMeter):
-    """A listener that only measures."""
-
-    def forget(self) -> None:
-        """What was measured stays."""
+def exhaustive(bench: Bench, name: str) -> None:
+    """All of a small space, and what a short search finds in it."""
+    requests = bench.requests(name)
+    config = with_fields(DEFAULTS, W8A8)
+    sample = dict(sample=len(requests), repeats=2)
+    four = dataclasses.replace(config, optimizer=OptimizerSection(trials=4, **sample))
+    stay = dict(choices=SMALL, given=("engine.prefill_sizes", "engine.speculation"))
+    short = bench.search(requests, four, **stay)
+    every = dataclasses.replace(config, optimizer=OptimizerSection(trials=1000, **sample))
+    all_ = bench.search(requests, every, margin=float("inf"), **stay)
+    measured = {one.candidate: one.trial.seconds for one in all_.tried}
+    print(f"\n{name}: {len(measured)} candidates; predicted just before each was measured")
+    for one in all_.tried:
+        print(
+            f"  predicted {one.predicted:6.2f} s, measured {one.trial.seconds:6.2f} s, error "
+            f"{one.error:+4.0%}: {one.candidate.text()}"
+        )
+    winner, best = measured[short.best.candidate], min(measured.values())
+    print(
+        f"a search of {len(short.tried)} trials chose {short.best.candidate.text()}: "
+        f"{winner / best - 1:.1%} behind the best"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--workloads", default="")
-    parser.add_argument("--simulate", action="store_true")
+    parser.add_argument("--workloads", default="short,long,tail,shared,extract")
+    parser.add_argument("--exhaustive", default="", help="workload whose small space is measured")
     asked = parser.parse_args()
-    bench, meter = Bench(), _Meter()
-    names = asked.workloads.split(",") if asked.workloads else list(bench.work)
-    for name in names:  # a run that isn't counted gives the costs that a profile would keep
-        bench.run(name, listener=lambda engine: engine.listen(meter))
-    costs = meter.costs(UNIT)
-    print(f"costs: {costs}", flush=True)
-    contenders = {label: dict(knobs=knobs) for label, knobs in STATIC.items()}
-    for label, options in {
-        "deterministic": dict(timed=False),
-        "with costs": dict(timed=False, costs=costs),
-        "by the clock": dict(timed=True, costs=costs),
-    }.items():
-        contenders[label] = dict(listener=lambda engine, o=options: Feedback(engine, **o))
-    for name in names:
-        times = {label: [] for label in contenders}
-        for _ in range(1 if asked.simulate else asked.repeats):
-            for label, options in contenders.items():
-                if asked.simulate:
-                    times[label].append(bench.simulate(name, costs, **options))
-                else:
-                    times[label].append(bench.run(name, **options))
-        medians = {label: statistics.median(runs) for label, runs in times.items()}
-        best = min(STATIC, key=medians.get)
-        print(f"\n{name}: best of those that stay: {best}")
-        for label, seconds in medians.items():
-            spread = (max(times[label]) - min(times[label])) / seconds
-            print(
-                f"  {label:<24}{seconds:8.2f} s  spread {spread:4.0%}"
-                f"  default {medians['block 8'] / seconds - 1:+5.0%}"
-                f"  best {medians[best] / seconds - 1:+5.0%}",
-                flush=True,
-            )
+    bench = Bench()
+    if asked.exhaustive:
+        exhaustive(bench, asked.exhaustive)
+        return
+    for name in asked.workloads.split(","):
+        contest(bench, name, asked.repeats)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from lepton_jax.config import CompressionSection, RunConfig, SamplingParams
 from lepton_jax.engine.scored import Scoring
 from lepton_jax.optimizer.costs import UNIT
 from lepton_jax.optimizer.profile import Key, Profile, find, has_any, profile_fits
-from lepton_jax.optimizer.sample import SampledRequest, repeated_share, require_rows, workload_class
-from lepton_jax.optimizer.space import Candidate, space, with_fields
+from lepton_jax.optimizer.sample import SampledRequest, require_rows, workload_class
+from lepton_jax.optimizer.space import MESH, PRECISION, Candidate, axes, space, with_fields
 
 CONFIG = RunConfig()
 
@@ -22,7 +22,7 @@ def key(**changes) -> Key:
 
 def profile(**changes) -> Profile:
     fields = {"engine.rows": 64, "compression.preset": "int8"}
-    return Profile(key(**changes), fields, UNIT, {"effect": 1.5})
+    return Profile(key(**changes), fields, UNIT, {"decode_block": 3}, {"effect": 1.5})
 
 
 def test_a_profile_comes_back_as_it_was(tmp_path):
@@ -57,7 +57,7 @@ def test_the_profile_of_a_key_is_found_and_others_are_named(tmp_path):
         (dict(model="other"), "another model ('other', here 'abc')"),
         (dict(device="TPU v9"), "another device ('TPU v9', here"),
         (dict(jax="0.0.1"), "another version of jax ('0.0.1', here"),
-        (dict(mesh="1x8"), "another mesh ('1x8', here '1x1')"),
+        (dict(mesh="1x8"), "another mesh ('1x8', here 'free, of 8')"),
         (dict(workload="score"), "another kind of workload ('score', here 'new64"),
         (dict(compression="int4"), "another compression ('int4', here 'free')"),
     ],
@@ -75,6 +75,13 @@ def test_compression_that_was_asked_for_is_part_of_the_key():
     assert (asked.compression, free.compression) == ('["int8"]', "free")
 
 
+def test_a_mesh_that_was_asked_for_is_part_of_the_key():
+    config = with_fields(CONFIG, {"mesh.model": 2})
+    asked = Key.here("abc", config, given=["mesh.model"], workload="w")
+    free = Key.here("abc", config, given=[], workload="w")
+    assert (asked.mesh, free.mesh) == ("1x2", "free, of 8")
+
+
 def damaged(text: str, **changes) -> str:
     return json.dumps(json.loads(text) | changes)
 
@@ -89,6 +96,7 @@ def damaged(text: str, **changes) -> str:
         lambda text: damaged(text, key={"model": "x"}),
         lambda text: damaged(text, fields={"engine.rowz": 3}),
         lambda text: damaged(text, costs={"block": 1}),
+        lambda text: damaged(text, knobs={"decode_blok": 1}),
     ],
 )
 def test_a_damaged_profile_is_a_clear_error(tmp_path, damage):
@@ -115,14 +123,6 @@ def test_workload_classes():
     assert workload_class(scored) == "score-prompt4-rows4"
 
 
-def test_what_repeats_can_be_foreseen():
-    params = SamplingParams(max_tokens=9)
-    copies = [SampledRequest((1, 2, 3, 4, 5, 6), params)]
-    assert repeated_share(copies, [(1, 2, 3, 4, 5, 6)]) == 0.5  # after 1 2 3: 4, 5, 6
-    assert repeated_share(copies, [(9, 8, 7)]) == 0
-    assert repeated_share(copies, [()]) == 0
-
-
 def test_an_empty_sample_is_refused():
     for refuse in (require_rows, workload_class):
         with pytest.raises(ValueError, match="the workload's sample is empty"):
@@ -130,15 +130,25 @@ def test_an_empty_sample_is_refused():
 
 
 def test_the_space_begins_with_the_config_and_leaves_given_fields_alone():
-    dimensions = {"engine.rows": (4, 32, 64, 128), "engine.decode_block": (8, 16)}
-    options = dict(presets=["int8"], requests=40, dimensions=dimensions)
-    found = space(CONFIG, given=(), **options)
+    choices = {("engine.rows",): [(4,), (32,), (64,)], ("engine.decode_block",): [(8,), (16,)]}
+    choices[PRECISION] = [("none", "auto"), ("int8", "auto"), ("int8", "int8")]
+    found = space(CONFIG, choices, given=())
     assert found[0].applied(CONFIG) == CONFIG
-    assert len(found) == 3 * 2 * 2  # 128 rows are twice as many as requests
-    fixed = space(CONFIG, given=["engine.rows", "compression.rules"], **options)
+    assert len(found) == len(set(found)) == 3 * 2 * 3
+    assert found[-1].text() == "preset=int8 decode_block=16 kv_dtype=int8 rows=64"
+    fixed = space(CONFIG, choices, given=["engine.rows", "compression.preset"])
     assert {c.applied(CONFIG).engine.rows for c in fixed} == {32}
     assert {c.applied(CONFIG).compression.preset for c in fixed} == {"none"}
-    assert found[-1].text() == "preset=int8 decode_block=16 rows=64"
+    assert len(fixed) == 2
+
+
+def test_what_varies_is_bounded_by_requests_and_devices():
+    found = axes(requests=20, precisions=[], devices=4, shared=True)
+    assert max(found["engine.rows",]) == (32,)  # 64 are more than twice the requests
+    assert found[MESH] == [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (4, 1)]
+    assert found["engine.page_size",] and found[PRECISION] == []
+    alone = axes(requests=20, precisions=[], devices=1, shared=False)
+    assert alone[MESH] == [(1, 1)] and ("engine.page_size",) not in alone
 
 
 def test_a_value_that_is_not_allowed_is_refused():

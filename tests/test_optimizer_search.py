@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+from pathlib import Path
 
 import pytest
 from compress_makers import model_folder
@@ -10,11 +12,16 @@ from lepton_jax import LeptonOptimizer
 from lepton_jax.config import EngineSection, JobSection, ModelSection, RunConfig, SamplingParams
 from lepton_jax.jobs import tuning
 from lepton_jax.optimizer import profile as profiles
+from lepton_jax.optimizer.accuracy import Accuracy
 from lepton_jax.optimizer.profile import Profile
-from lepton_jax.optimizer.space import with_fields
+from lepton_jax.optimizer.search import Search
+from lepton_jax.optimizer.space import MESH, with_fields
 
 PROMPTS = [f"{word} of number {n}" for n, word in enumerate(["a row", "another row"] * 6)]
-GIVEN = ("engine.prefill_chunk", "engine.decode_block")
+GIVEN = (
+    "engine.prefill_chunk", "engine.decode_block", "mesh.data", "mesh.model",
+    "engine.prefill_sizes", "engine.speculation",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -125,41 +132,66 @@ def test_a_goal_that_cannot_be_met_names_the_nearest(config, tmp_path, fields, s
 
 
 @pytest.mark.slow
-def test_presets_are_tried_as_far_as_they_keep_the_accuracy(config, tmp_path):
-    config = goal(config, trials=1, repeats=1)
-    given = [*GIVEN, "engine.rows"]
-    optimizer = LeptonOptimizer(directory=tmp_path, max_kl=0.05)
-    optimizer.search(config, PROMPTS, given=given)
+def test_precisions_are_tried_as_far_as_they_keep_the_accuracy(config, tmp_path):
+    config = goal(config, trials=2, repeats=1)
+    given = [*GIVEN, "engine.rows", "engine.kv_dtype"]
+    LeptonOptimizer(directory=tmp_path).search(config, PROMPTS, given=given)
+    assert not list(tmp_path.glob("kl-*.json"))
+    strict = LeptonOptimizer(directory=tmp_path, max_kl=1e-9)
+    strict.search(config, PROMPTS, given=given)
     (file,) = tmp_path.glob("kl-*.json")
     kls = json.loads(file.read_text())
-    kept = [name for name, kl in kls.items() if kl <= 0.05]
-    found = optimizer.found
-    assert {"none", "int8_g32"} <= set(kept) and kls["int4"] > kls["int8"] > kls["none"] == 0
-    assert found.considered == len(kept)
-    assert found.too_coarse == {n: kl for n, kl in kls.items() if n not in kept} != {}
-    assert found.kl == kls["none"]
+    assert kls["int4"] > kls["int8"] > kls["none"] == 0
+    assert strict.found.too_coarse == {name: kl for name, kl in kls.items() if kl}
+    assert set(strict.found.too_coarse) == {"int8_g32", "int8", "w8a8", "int4"}
+    assert len(strict.found.tried) == 1 and strict.found.kl == 0
     stages = []
-    optimizer.search(config, PROMPTS, given=given, progress=lambda s, *_: stages.append(s))
+    easy = LeptonOptimizer(directory=tmp_path, max_kl=9.0)
+    easy.search(config, PROMPTS, given=given, progress=lambda stage, *_: stages.append(stage))
     assert "accuracy" not in stages  # it is known
+    other = easy.found.tried[1].candidate.applied(config).compression.preset
+    assert other != "none" and not easy.found.too_coarse
     coarse = with_fields(config, {"compression.preset": "int4"})
-    with pytest.raises(ValueError, match="'int4' diverges by .* more than optimizer.max_kl=0.05"):
-        optimizer.search(coarse, PROMPTS, given=GIVEN)
+    with pytest.raises(ValueError, match="'int4' diverges by .* more than optimizer.max_kl=1e-09"):
+        strict.search(coarse, PROMPTS, given=GIVEN)
+    cached = with_fields(config, {"engine.kv_dtype": "int8"})
+    with pytest.raises(ValueError, match="'none' with engine.kv_dtype='int8' diverges by"):
+        strict.search(cached, PROMPTS, given=GIVEN)
+
+
+def test_meshes_are_tried_on_their_devices(config):
+    asked = goal(config, trials=3, repeats=1, objective="cost")
+    tokenizer = tuning.load_tokenizer(config)
+    requests = tuning.sample_requests(asked, tokenizer)
+    choices = {MESH: [(2, 1), (1, 2)]}
+    free = set(GIVEN) - set(MESH)
+    accuracy = Accuracy(tokenizer, Path("none"), "none")
+    found = Search(
+        asked, requests, tokenizer, accuracy=accuracy, given=free, choices=choices, margin=math.inf
+    ).run()
+    seen = {(c.mesh.data, c.mesh.model) for c in (t.candidate.applied(asked) for t in found.tried)}
+    assert seen == {(1, 1), (2, 1), (1, 2)} and found.considered == 3
+    for one in found.tried:
+        assert one.trial.outputs == found.tried[0].trial.outputs
+        devices = math.prod(dict(one.candidate.fields)[name] for name in MESH)
+        assert one.score == one.trial.seconds * devices
+        assert sum(beat.tokens for beat in one.trial.beats) >= 6 * len(PROMPTS)
 
 
 @pytest.mark.slow
-def test_speculation_is_tried_where_answers_repeat_themselves(config, tmp_path):
+def test_speculation_and_prefill_sizes_are_tried_where_they_promise_something(config, tmp_path):
     always = {"sampling.max_tokens": 40, "sampling.logit_bias": {65: 1e3}}
     config = with_fields(goal(config, trials=1, repeats=1), always)
-    given = [*GIVEN, "engine.rows"]
+    given = [*set(GIVEN) - {"engine.speculation", "engine.prefill_sizes"}, "engine.rows"]
     optimizer = LeptonOptimizer(directory=tmp_path)
-    optimizer.search(config, PROMPTS, given=given)
-    plain, lookup = optimizer.found.tried
-    assert lookup.candidate.applied(config).engine.speculation == "lookup"
+    profile = optimizer.search(config, PROMPTS, given=given)
+    plain, *more = optimizer.found.tried
+    lookup = next(t for t in more if dict(t.candidate.fields).get("engine.speculation") == "lookup")
     assert lookup.trial.outputs == plain.trial.outputs
-    assert sum(beat.steps for beat in lookup.trial.beats) < sum(
-        beat.steps for beat in plain.trial.beats
-    )
-    optimizer.search(config, PROMPTS, given=[*given, "engine.speculation"])
+    assert sum(b.steps for b in lookup.trial.beats) < sum(b.steps for b in plain.trial.beats)
+    assert dict(lookup.candidate.fields)["engine.draft_cost"] > 0
+    assert Profile.read(optimizer.path_of(profile)) == profile
+    optimizer.search(config, PROMPTS, given=[*given, "engine.speculation", "engine.prefill_sizes"])
     assert len(optimizer.found.tried) == 1
 
 

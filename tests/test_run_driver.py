@@ -36,7 +36,7 @@ class LeptonEngine:
         config = types.SimpleNamespace(tie_embeddings=True)
         model = types.SimpleNamespace(specs=specs, config=config)
         self.loaded = types.SimpleNamespace(model=model, bytes=64)
-    def start(self, workload, costs):
+    def start(self, workload, profile):
         self.engine = FakeEngine()
 
 sys.modules["lepton_jax.api"] = types.SimpleNamespace(LeptonEngine=LeptonEngine)

@@ -24,7 +24,7 @@ class Starter(Protocol):
     fingerprint: str
     loaded: Any  # with `bytes`
 
-    def start(self, *, workload: Sequence[Any], strict: bool, costs: Any) -> Any: ...
+    def start(self, *, workload: Sequence[Any], strict: bool, profile: Any) -> Any: ...
 
 
 class _Actor:
@@ -44,8 +44,8 @@ class _Actor:
         """Fingerprint and bytes of the loaded model."""
         return self._starter.fingerprint, self._starter.loaded.bytes
 
-    def start(self, workload: Sequence[Any], strict: bool, costs: Any) -> Limits:
-        self._starter.start(workload=workload, strict=strict, costs=costs)
+    def start(self, workload: Sequence[Any], strict: bool, profile: Any) -> Limits:
+        self._starter.start(workload=workload, strict=strict, profile=profile)
         return self._starter.engine.limits
 
     def beat(self, commands: Sequence[Command]) -> Beat:
@@ -107,11 +107,11 @@ class RayActors:
             raise
 
     def start(
-        self, workload: Sequence[Any], *, slots: int, strict: bool, costs: Any
+        self, workload: Sequence[Any], *, slots: int, strict: bool, profile: Any
     ) -> list[RayReplica]:
         """Plans memory and begins to compile in all actors; arguments as of `Starter.start`."""
         shared = self._ray.put(list(workload))
-        limits = self._get([a.start.remote(shared, strict, costs) for a in self._actors], "start")
+        limits = self._get([a.start.remote(shared, strict, profile) for a in self._actors], "start")
         pairs = enumerate(zip(self._actors, limits, strict=True))
         return [RayReplica(f"{n}", a, slots=slots, limits=limit) for n, (a, limit) in pairs]
 

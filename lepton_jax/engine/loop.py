@@ -19,7 +19,7 @@ from lepton_jax.engine.protocol import Limits, Sync
 from lepton_jax.engine.request import Guide, Request, StepOutput
 from lepton_jax.engine.row_params import SampleSpec
 from lepton_jax.engine.rungs import Sizes
-from lepton_jax.engine.runner import InFlight, Runner
+from lepton_jax.engine.runner import InFlight, Runner, Shape
 from lepton_jax.engine.scheduler import Scheduler
 from lepton_jax.engine.scored import ScoreSpec, Scoring
 from lepton_jax.engine.sizing import cache_budget, kv_dtype_of, plan_sizes
@@ -207,10 +207,19 @@ class Engine:
         self.scheduler.reset()
         self._beats.forget()
 
-    def warm_up(self, workload: Workload, *, wait: bool = True) -> None:
+    def warm_up(
+        self,
+        workload: Workload,
+        *,
+        wait: bool = True,
+        only: Callable[[Shape], bool] | None = None,
+    ) -> None:
         """Compiles the programs that requests of a workload can reach, and allocates the cache.
 
-        `wait`: returns when all are ready. Otherwise steps wait for what they need.
+        Args:
+          workload: of the coming requests.
+          wait: returns when all are ready. Otherwise steps wait for what they need.
+          only: which of these programs, where more is known.
         """
         for _, asked in workload:
             scores = isinstance(asked, ScoreSpec)
@@ -223,7 +232,7 @@ class Engine:
             shapes += self.runner.shapes_for(self._prefilled(others), free)
         if scored:
             shapes += self.runner.score_shapes_for(self._prefilled(scored))
-        self.runner.warm_up(shapes, wait=wait)
+        self.runner.warm_up([s for s in shapes if only is None or only(s)], wait=wait)
 
     def _prefilled(self, workload: Workload) -> int:
         """Tokens that the prefills of a workload compute at most, padding to tiles included."""

@@ -20,6 +20,7 @@ class Sizes:
     decode_block: int
     max_len: int
     draft: int = 0
+    prefill_sizes: tuple[int, ...] = ()
 
     @property
     def pages_per_row(self) -> int:
@@ -58,13 +59,14 @@ class Rungs:
     views: list[int]
 
     @classmethod
-    def of(
-        cls, *, prefill_chunk: int, rows: int, max_len: int, tile: int, has_views: bool
-    ) -> "Rungs":
+    def of(cls, sizes: Sizes, *, tile: int, has_views: bool) -> "Rungs":
         """For an engine's sizes; `tile` is the backend's Q_TILE."""
-        most = -(-prefill_chunk // tile)
+        rows, most = sizes.rows, -(-sizes.prefill_chunk // tile)
         tiles = ladder(most, 2, min(most, -(-SMALLEST_PREFILL // tile)))
-        top = -(-max_len // VIEW_STEP) * VIEW_STEP
+        if sizes.prefill_sizes:
+            wanted = {-(-size // tile) for size in sizes.prefill_sizes}
+            tiles = [*sorted(count for count in wanted if count < most), most]
+        top = -(-sizes.max_len // VIEW_STEP) * VIEW_STEP
         least = tiles[0] * tile
         return cls(
             prefill=[count * tile for count in tiles],

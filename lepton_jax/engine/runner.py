@@ -29,6 +29,7 @@ from lepton_jax.models.build import Model
 from lepton_jax.sharding import Placement
 from lepton_jax.sharding.placement import CUT_SPEC, WHOLE_SPEC, specs_of
 
+Shape = PrefillShape | DecodeShape | ScoreShape  # of a program
 MOST_VIEW_BYTES = 256 << 20  # a block's copy of its rows' cache is at most this large
 
 
@@ -109,13 +110,8 @@ class Runner:
         self._draft: Model | None = None
         self._draft_leaves, self._draft_layer = (), None
         self.reset()
-        self.rungs = Rungs.of(
-            prefill_chunk=sizes.prefill_chunk,
-            rows=sizes.rows,
-            max_len=sizes.max_len,
-            tile=backend.Q_TILE,
-            has_views=hasattr(backend, "open_view"),
-        )
+        has_views = hasattr(backend, "open_view")
+        self.rungs = Rungs.of(sizes, tile=backend.Q_TILE, has_views=has_views)
         self.drafts = draft_sizes(sizes.draft)
 
     def reset(self) -> None:
@@ -176,7 +172,7 @@ class Runner:
         most = fit(self.rungs.prefill, prompt_tokens)
         return [self._score_shape(size) for size in self.rungs.prefill if size <= most]
 
-    def warm_up(self, shapes: list[PrefillShape | DecodeShape | ScoreShape], *, wait: bool) -> None:
+    def warm_up(self, shapes: list[Shape], *, wait: bool) -> None:
         """Compiles these programs in the background and allocates caches and state.
 
         `wait`: returns when all are ready.
@@ -323,7 +319,7 @@ class Runner:
         token_bytes = self.model.config.num_layers * layer_bytes
         return view if rows * view * token_bytes <= MOST_VIEW_BYTES else 0
 
-    def lower(self, shape: PrefillShape | DecodeShape | ScoreShape) -> jax.stages.Lowered:
+    def lower(self, shape: Shape) -> jax.stages.Lowered:
         """The program of a shape before it is compiled; leaves and devices may be abstract."""
         if isinstance(shape, ScoreShape):
             return self._lower_score(shape)

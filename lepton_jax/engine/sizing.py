@@ -107,4 +107,5 @@ def plan_sizes(
         decode_block=section.decode_block,
         max_len=max_len,
         draft=section.draft_tokens if section.speculation != "off" else 0,
+        prefill_sizes=section.prefill_sizes,
     )

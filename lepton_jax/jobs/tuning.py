@@ -152,5 +152,5 @@ def table(found: Found) -> str:
         f"{len(found.tried)} tried",
     ]
     if coarse:
-        lines.append(f"presets that diverge more than allowed: {coarse}")
+        lines.append(f"presets and caches that diverge more than allowed: {coarse}")
     return "\n".join(lines)

@@ -1,11 +1,14 @@
-"""What compression presets cost in accuracy: the KL divergence from the uncompressed model.
+"""What compression and a cache's dtype cost in accuracy: the KL divergence from the uncompressed
+model.
 
-It is measured once for a model and preset, on held-out text, and kept beside the profiles.
+It is measured once for a model and precision, on held-out text, and kept beside the profiles.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
+
+import jax.numpy as jnp
 
 from lepton_jax.checkpoints.loaded import Loaded
 from lepton_jax.compression import quality
@@ -14,10 +17,11 @@ from lepton_jax.text.tokenizer import Tokenizer
 from lepton_jax.whole_file import write_whole
 
 _WINDOWS, _LENGTH = 4, 256
+Precision = tuple[str, str]  # compression preset, dtype of the cache
 
 
 class Accuracy:
-    """KL of presets, in nats a token: the upper end of its 95 % interval."""
+    """KL of precisions, in nats a token: the upper end of its 95 % interval."""
 
     def __init__(self, tokenizer: Tokenizer, directory: Path, fingerprint: str):
         """`fingerprint` is the uncompressed model's; what was measured of it is remembered."""
@@ -28,27 +32,38 @@ class Accuracy:
             self._known |= _read(self._path)
         self._dense: quality.Reference | None = None
 
-    def missing(self, presets: Sequence[str]) -> list[str]:
-        """Those of which nothing is known."""
-        return [preset for preset in presets if preset not in self._known]
+    def kl(self, precision: Precision) -> float | None:
+        """None where nothing was measured."""
+        return self._known.get(_name(precision))
 
-    def kl(self, preset: str) -> float:
-        """Of a preset that was measured."""
-        return self._known[preset]
+    def measure(self, precision: Precision, load: Callable[[str], Loaded]) -> float:
+        """Of (preset, dtype of the cache), measured now unless it is known; `load` gives the model
+        with a preset.
+        """
+        if self.kl(precision) is None:
+            preset, kv_dtype = precision
+            if self._dense is None:
+                self._dense = self._reference(load("none"))
+            loaded = load(preset)
+            kv = None if kv_dtype == "auto" else jnp.dtype(kv_dtype)
+            dense, leaves = self._dense, loaded.leaves
+            found = quality.compare(dense, loaded.model, leaves, seed=0, kv_dtype=kv)
+            self._known[_name(precision)] = found.kl.high
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(self._path, json.dumps(self._known, indent=2) + "\n")
+        return self._known[_name(precision)]
 
-    def begin(self, dense: Loaded) -> None:
-        """Runs the uncompressed model over held-out text."""
+    def _reference(self, dense: Loaded) -> quality.Reference:
+        """The uncompressed model over held-out text."""
         length = min(_LENGTH, dense.config.max_position)
         encode = self._tokenizer.encode
         drawn = draw_windows(HELD_OUT_TEXT, encode, windows=_WINDOWS, length=length)
-        self._dense = quality.reference(dense.model, dense.leaves, drawn.tokens)
+        return quality.reference(dense.model, dense.leaves, drawn.tokens)
 
-    def measure(self, preset: str, loaded: Loaded) -> None:
-        """Compares the compressed model with the one that `begin` saw."""
-        found = quality.compare(self._dense, loaded.model, loaded.leaves, seed=0)
-        self._known[preset] = found.kl.high
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self._path, json.dumps(self._known, indent=2) + "\n")
+
+def _name(precision: Precision) -> str:
+    preset, kv_dtype = precision
+    return preset if kv_dtype == "auto" else f"{preset}, cache {kv_dtype}"
 
 
 def _read(path: Path) -> dict[str, float]:

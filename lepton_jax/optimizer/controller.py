@@ -84,6 +84,11 @@ class Controller:
         self._costs = costs
         self.reset()
 
+    def begin(self, knobs: Knobs) -> None:
+        """As new, from now on with these knobs at first."""
+        self._machine = dataclasses.replace(self._machine, knobs=knobs)
+        self.reset()
+
     def reset(self) -> None:
         """As new; what was measured of costs stays, because it is used only with the clock."""
         self.knobs, self._counts = self._machine.knobs, Counts()

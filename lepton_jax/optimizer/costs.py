@@ -14,8 +14,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from lepton_jax.config import EngineSection, RunConfig
 from lepton_jax.telemetry import BeatStats
 
+# A token that a step verifies costs more than a row: 0.16 to 0.20 of a step of one row, where a row
+# costs 0.08 (SmolLM2-135M w8a8 with drafts of 3 and 7, two cores, 2026-11-28).
+_TOKEN = 2.0
+_LEAST_SHARE = 0.005  # of a step, for a token: on accelerators, that read weights meanwhile
 _KEPT = 9  # timings of a program; their median is what counts, so that a stray one does not
 
 
@@ -56,6 +61,17 @@ class Costs:
         fixed = self.gap + self.decode_seconds(0, rows, view)
         return fixed / self.step_seconds(rows, view)
 
+    def verify_seconds(self, rows: int, draft: int) -> float:
+        """Of a step that verifies `draft` proposed tokens for each row."""
+        return self.step_seconds(rows) + rows * draft * _TOKEN * self.step_row
+
+    @property
+    def draft_share(self) -> float:
+        """Of one more token of a row in a step, beside a step of one row."""
+        step = self.step_seconds(1)
+        share = _TOKEN * self.step_row / step if step else 0.0  # steps of tiny models are lost
+        return max(_LEAST_SHARE, round(share, 4))
+
     def scaled(self, factor: float) -> "Costs":
         """All of them times a factor."""
         return Costs(**{name: value * factor for name, value in dataclasses.asdict(self).items()})
@@ -73,6 +89,16 @@ ON_CPU = Costs(block=0.002, step=0.01, step_row=0.0008, program=0.005, program_t
 def assumed(platform: str) -> Costs:
     """Costs where nothing is measured, by jax's name of the platform."""
     return ON_CPU if platform == "cpu" else UNIT
+
+
+def settled(config: RunConfig, costs: Costs) -> EngineSection:
+    """A config's engine, with what drafts cost where that can't be measured: a job that must be
+    the same each time reckons with these costs.
+    """
+    section = config.engine
+    if not config.job.exact or section.draft_cost:
+        return section
+    return dataclasses.replace(section, draft_cost=costs.draft_share)
 
 
 class CostMeter:

@@ -111,7 +111,9 @@ class LeptonOptimizer:
         )
         self.found = found = search.run()
         key = Key.here(fingerprint, config, given=given, workload=workload_class(requests))
-        profile = Profile(key, dict(found.best.candidate.fields), found.best.costs, _numbers(found))
+        best = found.best
+        fields = dict(best.candidate.fields)
+        profile = Profile(key, fields, best.costs, best.trial.knobs, _numbers(found))
         profile.save(self._directory / key.file_name)
         return profile
 

@@ -1,11 +1,13 @@
 """What a candidate would take, without running it: costs from the roofline, corrected by what was
-measured, through the simulated engine; and whether it fits into memory.
+measured, on the beats of a simulated run; and whether it fits into memory.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from lepton_jax.compression.presets import compress_specs
 from lepton_jax.compression.recipe import Recipe
@@ -13,59 +15,85 @@ from lepton_jax.config import RunConfig
 from lepton_jax.engine.scored import Scoring
 from lepton_jax.engine.sizing import kv_dtype_of, wanted_pages
 from lepton_jax.kernels.attention import backend_for
+from lepton_jax.kernels.kv_cache import QUANTIZED
 from lepton_jax.models.build import Model
-from lepton_jax.optimizer.costs import Costs
+from lepton_jax.optimizer.costs import CostMeter, Costs, assumed
 from lepton_jax.optimizer.feedback import Feedback
+from lepton_jax.optimizer.play import Play
 from lepton_jax.optimizer.sample import SampledRequest
 from lepton_jax.optimizer.simulated_engine import SimulatedEngine, SimulatedRow, SimulatedSizes
-from lepton_jax.optimizer.trial import LOOK_AHEAD
-from lepton_jax.planning.chips import chip_here
+from lepton_jax.optimizer.trial import Trial, look_ahead
+from lepton_jax.planning.chips import Chip, chip_here
 from lepton_jax.planning.memory import memory_of
 from lepton_jax.planning.roofline import decode_cost, prefill_cost
 from lepton_jax.planning.served import Served
 
 _DISPATCH = 0.002  # seconds that the host needs for a beat, where nothing is measured
 _ROWS, _TOKENS = (1, 32), (128, 512)  # at which the roofline is read
+_RENDEZVOUS = 5e-5  # seconds until threads that are a CPU's devices have met
+
+Kind = tuple[str, str, int, int]  # preset, dtype of the cache, replicas, devices of each
 
 
 @dataclasses.dataclass(frozen=True)
 class Outlook:
-    """Predicted seconds of the sample, and bytes on the device."""
+    """Predicted for a candidate on the sample.
+
+    Attributes:
+      seconds: of the whole sample.
+      first_token, whole: from a request's hand-over to its first and its last token, in the 95th
+        percentile.
+      memory: bytes on a device.
+      plays: of each replica.
+    """
 
     seconds: float
+    first_token: float
+    whole: float
     memory: int
+    plays: tuple[Play, ...] = ()
 
 
 class Predictor:
     """Predicts candidates of one model and sample.
 
-    `learn` takes what a candidate's programs cost; a preset that nothing was measured of is
+    `learn` takes what a candidate's beats took; a kind of program that nothing was measured of is
     scaled from one that was by what the roofline says of both.
     """
 
     def __init__(self, model: Model, requests: Sequence[SampledRequest]):
         self._model, self._requests = model, requests
-        self._backend = backend_for(jax.default_backend())
-        self._lengths = [request.limit for request in requests]
-        self._measured: dict[str, Costs] = {}
-        self._served: dict[tuple[str, str], Served] = {}
-        self._drawn: dict[tuple[str, str], Costs] = {}
+        self._platform = jax.default_backend()
+        self._backend = backend_for(self._platform)
+        self._lengths: Sequence[int] = [request.limit for request in requests]
+        self._knows_lengths = False
+        self._meters: dict[Kind, CostMeter] = {}
+        self._served: dict[Kind, Served] = {}
+        self._drawn: dict[Kind, Costs] = {}
+        self._plays: dict[tuple, tuple[Play, ...]] = {}
+        self._feedback_costs = assumed(self._platform)
+        self._knobs: Mapping[str, float] = {}
 
-    def learn(self, config: RunConfig, costs: Costs, lengths: Sequence[int]) -> None:
-        """What was measured: costs of a config's programs, outputs of each request."""
-        self._measured[config.compression.preset] = costs
-        self._lengths = list(lengths)
+    def learn(self, config: RunConfig, trial: Trial) -> None:
+        """What was measured of a config: beats, outputs of each request, knobs that did well."""
+        meter = self._meters.setdefault(_kind(config), CostMeter())
+        for beat in trial.beats:
+            meter.take(beat)
+        if not self._knows_lengths:  # later ones differ little, and plays take time
+            self._knows_lengths, self._lengths = True, trial.lengths
+            self._feedback_costs, self._knobs = self.costs(config), trial.knobs
+            self._plays.clear()
 
     def costs(self, config: RunConfig) -> Costs:
         """Of a config's programs."""
-        preset, kv = config.compression.preset, config.engine.kv_dtype
+        kind = _kind(config)
         drawn = self._roofline(config)
-        if not self._measured:
+        if kind in self._meters:
+            return self._meters[kind].costs(drawn)
+        if not self._meters:
             return drawn
-        if preset in self._measured:
-            return self._measured[preset]
-        base, measured = next(iter(self._measured.items()))
-        before = self._drawn[base, kv]
+        nearest = max(self._meters, key=lambda other: _alike(kind, other))
+        measured, before = self._meters[nearest].costs(self._drawn[nearest]), self._drawn[nearest]
         step = drawn.step_seconds(_ROWS[1]) / before.step_seconds(_ROWS[1])
         program = drawn.prefill_seconds(_TOKENS[1]) / before.prefill_seconds(_TOKENS[1])
         return dataclasses.replace(
@@ -78,23 +106,43 @@ class Predictor:
 
     def outlook(self, config: RunConfig) -> Outlook:
         """Of a candidate applied to the config."""
-        sizes = self._sizes(config)
-        engine = SimulatedEngine(sizes, self.costs(config))
-        if config.optimizer.feedback != "off":
-            Feedback(engine, timed=False, objective=config.optimizer.objective)
-        rows = [
-            SimulatedRow(
-                request.prompt_ids,
-                request.limit,
-                max(1, length) if request.limit else 0,
-                request.asked if isinstance(request.asked, Scoring) else None,
-            )
-            for request, length in zip(self._requests, self._lengths, strict=True)
-        ]
-        return Outlook(engine.run(rows), self._memory(config, sizes))
+        costs, sizes = self.costs(config), self._sizes(config)
+        plays = self._play(config, sizes)
+        clocks = [play.clock(costs) for play in plays]
+        pairs = list(zip(plays, clocks, strict=True))
+        first = np.concatenate([clock[play.first] - clock[play.added] for play, clock in pairs])
+        whole = np.concatenate([clock[play.ended] - clock[play.added] for play, clock in pairs])
+        memory = memory_of(self._serve(config), sizes).total
+        if self._platform == "cpu":  # whose devices share the host's
+            memory *= config.mesh.data * config.mesh.model
+        return Outlook(
+            seconds=float(max(clock[-1] for clock in clocks)),
+            first_token=float(np.percentile(first, 95)),
+            whole=float(np.percentile(whole, 95)),
+            memory=memory,
+            plays=plays,
+        )
 
-    def _memory(self, config: RunConfig, sizes: SimulatedSizes) -> int:
-        return memory_of(self._serve(config), sizes).total
+    def _play(self, config: RunConfig, sizes: SimulatedSizes) -> tuple[Play, ...]:
+        """A run of each replica's share of the requests."""
+        data = config.mesh.data
+        if (sizes, data) not in self._plays:
+            pairs = zip(self._requests, self._lengths, strict=True)
+            rows = [simulated(request, length) for request, length in pairs]
+            plays = []
+            for part in filter(None, (rows[n::data] for n in range(data))):
+                engine = SimulatedEngine(sizes, self._feedback_costs)
+                if config.optimizer.feedback != "off":
+                    Feedback(
+                        engine,
+                        timed=False,
+                        costs=self._feedback_costs,
+                        knobs=self._knobs,
+                        objective=config.optimizer.objective,
+                    )
+                plays.append(Play.of(engine, part, queue=sizes.queue))
+            self._plays[sizes, data] = tuple(plays)
+        return self._plays[sizes, data]
 
     def _sizes(self, config: RunConfig) -> SimulatedSizes:
         """As the engine plans them for this sample."""
@@ -104,7 +152,6 @@ class Predictor:
         max_len = e.max_len or min(context, max(totals))
         totals = [min(max_len, total) for total in totals]
         pages = wanted_pages(totals, rows=e.rows, page_size=e.page_size)
-        waits = config.optimizer.objective == "latency"
         return SimulatedSizes(
             rows=e.rows,
             page_size=e.page_size,
@@ -112,27 +159,32 @@ class Predictor:
             prefill_chunk=e.prefill_chunk,
             decode_block=e.decode_block,
             max_len=max_len,
+            prefill_sizes=e.prefill_sizes,
             prefix_cache=e.prefix_cache,
             tile=self._backend.Q_TILE,
             has_views=hasattr(self._backend, "open_view"),
-            queue=e.rows * (1 if waits else LOOK_AHEAD),
+            queue=look_ahead(config),
         )
 
     def _serve(self, config: RunConfig) -> Served:
-        key = config.compression.preset, config.engine.kv_dtype
-        if key not in self._served:
+        kind = _kind(config)
+        if kind not in self._served:
             rules = Recipe.from_config(config.compression).rules
             specs = self._model.specs
             leaves = compress_specs(rules, specs) if rules else specs
             own, compressed = specs["embed"].dtype, bool(rules)
             kv_dtype = kv_dtype_of(config.engine, own, compressed=compressed)
-            self._served[key] = Served(self._model, leaves, self._backend, kv_dtype)
-        return self._served[key]
+            shards = config.mesh.model
+            self._served[kind] = Served(self._model, leaves, self._backend, kv_dtype, shards)
+        return self._served[kind]
 
     def _roofline(self, config: RunConfig) -> Costs:
-        key = config.compression.preset, config.engine.kv_dtype
-        if key not in self._drawn:
-            served, chip = self._serve(config), chip_here()
+        kind = _kind(config)
+        if kind not in self._drawn:
+            served, chip = self._serve(config), self._chip(config)
+            if served.kv_dtype.name in QUANTIZED and hasattr(self._backend, "open_view"):
+                wide = jnp.dtype(jnp.bfloat16)  # a block decodes its rows' cache once
+                served = dataclasses.replace(served, kv_dtype=wide)
             context = max(1, max(len(r.prompt_ids) + r.limit for r in self._requests) // 2)
             few, many = (
                 decode_cost(served, chip, rows=rows, context=context).seconds for rows in _ROWS
@@ -140,11 +192,42 @@ class Predictor:
             short, long = (prefill_cost(served, chip, tokens=n).seconds for n in _TOKENS)
             row = max(0.0, many - few) / (_ROWS[1] - _ROWS[0])
             token = max(0.0, long - short) / (_TOKENS[1] - _TOKENS[0])
-            self._drawn[key] = Costs(
+            self._drawn[kind] = Costs(
                 block=_DISPATCH,
                 step=few - row,
                 step_row=row,
                 program=max(0.0, short - token * _TOKENS[0]),
                 program_token=token,
             )
-        return self._drawn[key]
+        return self._drawn[kind]
+
+    def _chip(self, config: RunConfig) -> Chip:
+        """A device; those of a CPU share it, and are linked by its memory."""
+        chip, used = chip_here(), config.mesh.data * config.mesh.model
+        if self._platform != "cpu" or used == 1:
+            return chip
+        rates = ("bandwidth", "float32", "bf16", "int8")
+        shares = {name: getattr(chip, name) / used for name in rates}
+        return dataclasses.replace(
+            chip,
+            link=shares["bandwidth"],
+            hop=_RENDEZVOUS,
+            operation=chip.operation * used,
+            **shares,
+        )
+
+
+def simulated(request: SampledRequest, length: int) -> SimulatedRow:
+    """A request that gets so many outputs."""
+    scoring = request.asked if isinstance(request.asked, Scoring) else None
+    length = max(1, length) if request.limit else 0
+    return SimulatedRow(request.prompt_ids, request.limit, length, scoring)
+
+
+def _kind(config: RunConfig) -> Kind:
+    mesh = config.mesh
+    return config.compression.preset, config.engine.kv_dtype, mesh.data, mesh.model
+
+
+def _alike(kind: Kind, other: Kind) -> int:
+    return sum(mine == theirs for mine, theirs in zip(kind, other, strict=True))

@@ -17,11 +17,12 @@ from typing import Any
 import jax
 
 from lepton_jax.config import RunConfig
+from lepton_jax.engine.knobs import Knobs
 from lepton_jax.optimizer.costs import Costs
 from lepton_jax.optimizer.space import field_of, with_fields
 from lepton_jax.whole_file import write_whole
 
-_FORMAT = 1
+_FORMAT = 2
 _WHAT = {
     "model": "another model",
     "compression": "another compression",
@@ -40,7 +41,7 @@ class Key:
       model: fingerprint of the weights as they are on disk.
       compression: that was asked for; "free" where the search could choose.
       device: kind of device, and of the host's CPU where that is the device.
-      mesh: replicas x devices of a model.
+      mesh: replicas x devices of a model; the devices where the search could choose.
       jax: version.
       workload: its class (`sample.workload_class`).
     """
@@ -58,7 +59,9 @@ class Key:
         section = config.compression
         chosen = {"compression.preset", "compression.rules"} & set(given) or section.rules
         asked = json.dumps([section.preset, *section.rules]) if chosen else "free"
-        mesh = f"{config.mesh.data}x{config.mesh.model}"
+        mesh, devices = f"{config.mesh.data}x{config.mesh.model}", jax.local_device_count()
+        if devices > 1 and not {"mesh.data", "mesh.model"} & set(given):
+            mesh = f"free, of {devices}"
         return cls(model, asked, device_name(), mesh, jax.__version__, workload)
 
     def differences(self, other: "Key") -> list[str]:
@@ -83,12 +86,14 @@ class Profile:
       key: what it holds for.
       fields: of the config, "section.field" to the value.
       costs: of the engine's programs with them.
+      knobs: that feedback begins with.
       numbers: seconds before and after, effect = before / after, KL of the compression, and so on.
     """
 
     key: Key
     fields: Mapping[str, Any]
     costs: Costs
+    knobs: Mapping[str, float]
     numbers: Mapping[str, float]
 
     def applied(self, config: RunConfig, given: Collection[str]) -> RunConfig:
@@ -115,8 +120,9 @@ class Profile:
                 raise ValueError(f"its format isn't {_FORMAT}")
             made = cls(
                 Key(**content.pop("key")),
-                dict(content.pop("fields")),
+                {name: _frozen(value) for name, value in content.pop("fields").items()},
                 Costs(**content.pop("costs")),
+                {name: _known_knob(name, value) for name, value in content.pop("knobs").items()},
                 dict(content.pop("numbers")),
             )
             for name in made.fields:
@@ -127,6 +133,16 @@ class Profile:
                 f"{path} is no profile of this version ({type(error).__name__}: {error}): delete it"
                 " and tune again, or set optimizer.profile=off"
             ) from error
+
+
+def _known_knob(name: str, value: float) -> float:
+    if name not in {field.name for field in dataclasses.fields(Knobs)}:
+        raise ValueError(f"there is no knob {name!r}")
+    return value
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def device_name() -> str:

@@ -13,7 +13,6 @@ from typing import Any
 from lepton_jax.config import SamplingParams
 from lepton_jax.engine.scored import ScoreSpec, Scoring
 
-_GRAM = 3
 _SHARED = 16  # tokens that most prompts must begin with alike
 
 
@@ -71,23 +70,6 @@ def shares_beginnings(requests: Sequence[SampledRequest]) -> bool:
     """Whether most prompts begin with the same tokens."""
     beginnings = Counter(request.prompt_ids[:_SHARED] for request in requests)
     return max(beginnings.values()) > len(requests) / 2 > 1
-
-
-def repeated_share(requests: Sequence[SampledRequest], outputs: Sequence[Sequence[int]]) -> float:
-    """Share of outputs that follow three tokens as they did the last time, in prompt or answer:
-    what speculation by lookup could foresee.
-    """
-    seen = hits = 0
-    for request, answer in zip(requests, outputs, strict=True):
-        text = [*request.prompt_ids, *answer]
-        following: dict[tuple[int, ...], int] = {}
-        for place in range(_GRAM, len(text)):
-            gram = tuple(text[place - _GRAM : place])
-            if place >= len(request.prompt_ids):
-                seen += 1
-                hits += following.get(gram) == text[place]
-            following[gram] = text[place]
-    return hits / seen if seen else 0.0
 
 
 def _power(count: float) -> int:

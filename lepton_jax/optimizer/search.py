@@ -1,52 +1,59 @@
-"""The search before a job: candidates are dropped by memory and accuracy and ordered by predicted
-time, and the best few are run on a sample of the real rows on the real device.
+"""The search before a job: candidates are dropped by memory and ordered by predicted time, and the
+best few, as far as they keep the accuracy, are run on a sample of the real rows on the real device.
 
 The config as it is comes first: it gives T0 and the costs that predictions begin with. Each trial
-corrects them for the next choice. Read next: `space.py`, `predict.py`, `trial.py`.
+corrects them for the next choice. Read next: `space.py`, `predict.py`, `trial.py`, `refine.py`.
 """
 
 import dataclasses
-import gc
-from collections.abc import Callable, Collection, Sequence
+import itertools
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import jax
 import psutil
 
 from lepton_jax.checkpoints.loaded import Loaded
-from lepton_jax.compression.load import load_compressed
-from lepton_jax.compression.recipe import Recipe
 from lepton_jax.config import RunConfig
 from lepton_jax.engine.sizing import DEVICE_SHARE
-from lepton_jax.optimizer.accuracy import Accuracy
+from lepton_jax.optimizer.accuracy import Accuracy, Precision
 from lepton_jax.optimizer.costs import Costs
 from lepton_jax.optimizer.predict import Outlook, Predictor
-from lepton_jax.optimizer.sample import (
-    SampledRequest,
-    repeated_share,
-    require_rows,
-    shares_beginnings,
+from lepton_jax.optimizer.refine import refinements
+from lepton_jax.optimizer.sample import SampledRequest, require_rows, shares_beginnings
+from lepton_jax.optimizer.shelf import Shelf
+from lepton_jax.optimizer.space import (
+    KV_DTYPES,
+    PRESETS,
+    Axes,
+    Candidate,
+    axes,
+    field_of,
+    space,
+    with_fields,
 )
-from lepton_jax.optimizer.space import DIMENSIONS, PRESETS, SHARING, Candidate, field_of, space
-from lepton_jax.optimizer.trial import Trial, try_out
-from lepton_jax.sharding import devices_for
+from lepton_jax.optimizer.trial import Models, Trial, try_out
 from lepton_jax.tensors import CompressedTensor
 from lepton_jax.text.tokenizer import Tokenizer
 
 Progress = Callable[[str, int, int, str], None]
 
-_MARGIN = 1.15  # a candidate that is predicted to be so much slower than the best isn't tried
-_LOOKED_AT = 12  # of the most promising, predicted again after each trial
-_REPEATED = 0.4  # share of foreseen outputs from which speculation is tried
+_MARGIN = 1.15
+_PROMISE = 0.97  # share of the seconds that a refinement must promise to leave at most
+_KEPT_SHARE = 8  # of the memory: one part of so many may hold models that were tried
 
 
 @dataclasses.dataclass(frozen=True)
 class Tried:
-    """A candidate that was run. `predicted` seconds are those from just before its trial."""
+    """A candidate that was run. `predicted` seconds are those from just before its trial, `score`
+    is what the objective makes small.
+    """
 
     candidate: Candidate
     predicted: float
     trial: Trial
     costs: Costs
+    score: float
 
     @property
     def error(self) -> float:
@@ -61,9 +68,9 @@ class Found:
     Attributes:
       best: the winner.
       tried: all trials in their order; the first is the config as it was.
-      considered: candidates in the space; `too_large` of them don't fit into memory, and
-        `too_coarse` presets diverge more than allowed, with their KL.
-      kl: of the winner's preset; None where nothing was measured.
+      considered: candidates in the space; `too_large` of them don't fit into memory.
+      too_coarse: precisions, in words, that diverge more than allowed, with their KL.
+      kl: of the winner's precision; None where nothing was measured.
     """
 
     best: Tried
@@ -90,165 +97,203 @@ class Search:
         *,
         accuracy: Accuracy,
         given: Collection[str] = (),
+        choices: Axes | None = None,
+        margin: float = _MARGIN,
         progress: Progress = lambda stage, done, total, what: None,
     ):
-        """Raises ValueError where the sample is empty."""
+        """Prepares.
+
+        Args:
+          choices: what varies, where that isn't everything.
+          margin: a candidate that is predicted to be so many times worse than the best isn't tried.
+
+        Raises ValueError where the sample is empty.
+        """
         require_rows(requests)
         self._config, self._requests, self._tokenizer = config, requests, tokenizer
-        self._given, self._accuracy, self._progress = frozenset(given), accuracy, progress
-        self._asked = config.optimizer
-        self._loaded: tuple[str, Loaded] | None = None
+        self._accuracy, self._choices, self._progress = accuracy, choices, progress
+        self._margin = margin
+        self._given, self._asked = frozenset(given), config.optimizer
+        if config.compression.rules or "compression.rules" in given:
+            self._given |= {"compression.preset"}
+        self._budget = self._asked.memory or _device_memory()
+        self._shelf = Shelf(self._budget // _KEPT_SHARE, progress)
+        self._tried: list[Tried] = []
+        self._too_coarse: dict[str, float] = {}
 
     def run(self) -> Found:
         """Raises ValueError where no candidate keeps what was asked, naming the nearest."""
-        config, loaded = self._config, self._load(self._config.compression.preset)
+        config, loaded = self._config, self._shelf.model(self._config)
+        self._require_accurate(config)
         predictor = Predictor(loaded.model, self._requests)
-        presets, coarse = self._presets(loaded)
-        shared = shares_beginnings(self._requests)
-        candidates = space(
-            config,
-            given=self._given,
-            presets=presets,
-            requests=len(self._requests),
-            dimensions=DIMENSIONS | (SHARING if shared else {}),
-        )
-        own = candidates[0]
-        tried = [self._try(own, predictor.outlook(config), predictor)]
+        candidates = space(config, self._axes(loaded), given=self._given)
         outlooks = self._outlooks(predictor, candidates)
         fitting = self._fitting(outlooks)
+        own = candidates[0]
+        self._try(own, outlooks[own].seconds, predictor)
         left = [candidate for candidate in fitting if candidate != own]
-        while left and len(tried) < self._asked.trials:
-            left = sorted(left, key=lambda c: outlooks[c].seconds)
-            outlooks |= self._outlooks(predictor, left[:_LOOKED_AT])
-            following = min(left[:_LOOKED_AT], key=lambda c: outlooks[c].seconds)
-            best = min(tried, key=self._score)
-            if outlooks[following].seconds > _MARGIN * best.trial.seconds:
+        while left and len(self._tried) < self._asked.trials:
+            outlooks = self._outlooks(predictor, fitting)
+            left = [candidate for candidate in left if self._is_worth(candidate, outlooks)]
+            if not left:
                 break
-            left.remove(following)
-            tried.append(self._try(following, outlooks[following], predictor))
-        tried += self._speculating(tried, predictor)
-        best = self._best(tried)
-        preset = best.candidate.applied(config).compression.preset
-        measured = not self._accuracy.missing([preset])
+            following = min(left, key=lambda c: self._promise(c, outlooks[c]))
+            if self._promise(following, outlooks[following])[1] > self._margin * self._least():
+                break
+            precision = _precision(following.applied(config))
+            if self._is_accurate(precision):
+                left.remove(following)
+                self._try(following, outlooks[following].seconds, predictor)
+            else:
+                left = [c for c in left if _precision(c.applied(config)) != precision]
+        self._refine(predictor)
+        best = self._best()
+        kl = self._accuracy.kl(_precision(best.candidate.applied(config)))
         return Found(
             best,
-            tuple(tried),
+            tuple(self._tried),
             considered=len(candidates),
             too_large=len(candidates) - len(fitting),
-            too_coarse=coarse,
-            kl=self._accuracy.kl(preset) if measured else None,
+            too_coarse=self._too_coarse,
+            kl=None if config.compression.rules else kl,
         )
 
-    def _speculating(self, tried: Sequence[Tried], predictor: Predictor) -> list[Tried]:
-        """The best so far with lookup, where answers repeat themselves or their prompts."""
-        name = "engine.speculation"
-        if name in self._given or field_of(self._config, name) != "off":
-            return []
-        best = min(tried, key=self._score)
-        share = repeated_share(self._requests, best.trial.outputs)
-        if share < _REPEATED:
-            return []
-        candidate = Candidate.of(dict(best.candidate.fields) | {name: "lookup"})
-        outlook = Outlook(best.trial.seconds / (1 + share), 0)
-        return [self._try(candidate, outlook, predictor)]
+    def _axes(self, loaded: Loaded) -> Axes:
+        """What varies: precisions only as far as some divergence is allowed."""
+        if self._choices is not None:
+            return self._choices
+        compressed = any(isinstance(leaf, CompressedTensor) for leaf in loaded.leaves)
+        stays = compressed and self._config.compression.preset == "none"
+        presets = ["none", *(() if stays else PRESETS)]
+        on_tpu = jax.default_backend() == "tpu"
+        kv_dtypes = [kv for kv in KV_DTYPES if kv != "int8" or not on_tpu]
+        free = self._asked.max_kl > 0 and not self._config.compression.rules
+        return axes(
+            requests=len(self._requests),
+            precisions=list(itertools.product(presets, kv_dtypes)) if free else [],
+            devices=len(jax.local_devices()),
+            shared=shares_beginnings(self._requests),
+        )
+
+    def _refine(self, predictor: Predictor) -> None:
+        """Tries what promises something on the best candidate; what gains stays."""
+        best = self._best()
+        config = best.candidate.applied(self._config)
+        asked = dict(predictor=predictor, given=self._given)
+        for fields, share in list(refinements(config, best.trial, self._requests, **asked)):
+            if share <= _PROMISE:
+                best = self._best()
+                self._try(best.candidate.changed(fields), share * best.trial.seconds, predictor)
 
     def _outlooks(
         self, predictor: Predictor, candidates: Sequence[Candidate]
     ) -> dict[Candidate, Outlook]:
         found = {}
         for done, candidate in enumerate(candidates):
-            self._progress("predict", done, len(candidates), candidate.text())
+            if done % 64 == 0:
+                self._progress("predict", done, len(candidates), candidate.text())
             found[candidate] = predictor.outlook(candidate.applied(self._config))
         return found
 
-    def _fitting(self, outlooks: dict[Candidate, Outlook]) -> list[Candidate]:
-        budget = self._asked.memory or _device_memory()
-        fitting = [c for c, outlook in outlooks.items() if outlook.memory <= budget]
+    def _fitting(self, outlooks: Mapping[Candidate, Outlook]) -> list[Candidate]:
+        fitting = [c for c, outlook in outlooks.items() if outlook.memory <= self._budget]
         if not fitting:
             candidate = min(outlooks, key=lambda c: outlooks[c].memory)
             least = outlooks[candidate].memory
             raise ValueError(
-                f"nothing fits into optimizer.memory={budget} bytes: the smallest candidate, "
+                f"nothing fits into optimizer.memory={self._budget} bytes: the smallest candidate, "
                 f"{candidate.text()}, needs {least}"
             )
         return fitting
 
-    def _presets(self, loaded: Loaded) -> tuple[list[str], dict[str, float]]:
-        """Presets that keep optimizer.max_kl, and the KL of those that don't."""
-        compressed = any(isinstance(leaf, CompressedTensor) for leaf in loaded.leaves)
-        fixed = {"compression.preset", "compression.rules"} & self._given
-        own = self._config.compression.preset
-        if not self._asked.max_kl or fixed or (compressed and own == "none"):
-            return [], {}
-        presets = [preset for preset in PRESETS if preset != own]
-        if self._accuracy.missing([own, *presets]):
-            self._measure_presets([own, *presets])
-        kls = {preset: self._accuracy.kl(preset) for preset in [own, *presets]}
-        if kls[own] > self._asked.max_kl:
+    def _require_accurate(self, config: RunConfig) -> None:
+        own, most = _precision(config), self._asked.max_kl
+        if not most or own == ("none", "auto") or "compression.preset" in self._given:
+            return
+        kl = self._accuracy.measure(own, self._load_preset)
+        if kl > most:
+            cache = f" with engine.kv_dtype={own[1]!r}" if own[1] != "auto" else ""
             raise ValueError(
-                f"compression.preset={own!r} diverges by {kls[own]:.4f} nats a token, more than "
-                f"optimizer.max_kl={self._asked.max_kl:g}: raise it, or give another preset"
+                f"compression.preset={own[0]!r}{cache} diverges by {kl:.4f} nats a token, more than"
+                f" optimizer.max_kl={most:g}: raise it, or give another preset or dtype"
             )
-        kept = [preset for preset in presets if kls[preset] <= self._asked.max_kl]
-        return ["none", *kept], {p: kls[p] for p in presets if p not in kept}
 
-    def _measure_presets(self, presets: Sequence[str]) -> None:
-        self._accuracy.begin(self._load("none"))
-        missing = self._accuracy.missing(presets)
-        for done, preset in enumerate(missing):
-            self._progress("accuracy", done, len(missing), preset)
-            self._accuracy.measure(preset, self._load(preset))
+    def _is_accurate(self, precision: Precision) -> bool:
+        """Whether a precision that isn't the config's own keeps optimizer.max_kl."""
+        if precision == _precision(self._config):
+            return True
+        if self._accuracy.kl(precision) is None:
+            self._progress("accuracy", 0, 1, " ".join(precision))
+        kl = self._accuracy.measure(precision, self._load_preset)
+        if kl > self._asked.max_kl:
+            self._too_coarse[" ".join(part for part in precision if part != "auto")] = kl
+        return kl <= self._asked.max_kl
 
-    def _try(self, candidate: Candidate, outlook: Outlook, predictor: Predictor) -> Tried:
-        config = candidate.applied(self._config)
-        self._progress("try", 0, 1, candidate.text())
-        loaded = self._load(config.compression.preset)
-        costs = predictor.costs(config)
+    def _load_preset(self, preset: str) -> Loaded:
+        return self._shelf.model(with_fields(self._config, {"compression.preset": preset}))
+
+    def _try(self, candidate: Candidate, seconds: float, predictor: Predictor) -> None:
+        """Runs a candidate that is expected to take so many seconds."""
+        config, repeats = candidate.applied(self._config), self._asked.repeats
+        devices, costs = config.mesh.data * config.mesh.model, predictor.costs(config)
+        drafts = config.engine.speculation == "draft"
+        draft = self._shelf.draft(config) if drafts else None
+        latency = self._asked.objective == "latency"
+        self._progress("try", 0, repeats, candidate.text())
         trial = try_out(
-            loaded,
+            Models(self._shelf.model(config), draft),
             config,
             self._requests,
             eos_ids=self._tokenizer.eos_ids,
-            repeats=self._asked.repeats,
+            plays=predictor.outlook(config).plays if self._tried else (),
             costs=costs,
+            best=math.inf if latency or not self._tried else self._least() / devices,
+            progress=lambda run: self._progress("try", run, repeats, candidate.text()),
         )
-        costs = trial.meter().costs(costs)
-        predictor.learn(config, costs, trial.lengths)
-        return Tried(candidate, outlook.seconds, trial, costs)
+        predictor.learn(config, trial)
+        costs = predictor.costs(config)
+        self._tried.append(Tried(candidate, seconds, trial, costs, self._score(config, trial)))
 
-    def _score(self, tried: Tried) -> float:
-        """What is made as small as possible."""
-        return tried.trial.whole if self._asked.objective == "latency" else tried.trial.seconds
+    def _score(self, config: RunConfig, expected: Outlook | Trial) -> float:
+        """What is made as small as possible: seconds, of a request or of all devices in use."""
+        if self._asked.objective == "latency":
+            return expected.whole
+        devices = config.mesh.data * config.mesh.model
+        return expected.seconds * (devices if self._asked.objective == "cost" else 1)
 
-    def _best(self, tried: Sequence[Tried]) -> Tried:
+    def _promise(self, candidate: Candidate, outlook: Outlook) -> tuple[bool, float]:
+        """Whether it is expected to miss the first token's bound, and its expected score."""
+        late = bool(self._asked.max_ttft) and outlook.first_token > self._asked.max_ttft
+        return late, self._score(candidate.applied(self._config), outlook)
+
+    def _is_worth(self, candidate: Candidate, outlooks: Mapping[Candidate, Outlook]) -> bool:
+        """Whether a coarser cache promises more than the config's own, where that fits."""
+        own = field_of(self._config, "engine.kv_dtype")
+        finer = candidate.changed({"engine.kv_dtype": own})
+        if finer == candidate or finer not in outlooks:
+            return True
+        promised = [self._promise(each, outlooks[each])[1] for each in (candidate, finer)]
+        return promised[0] < _PROMISE * promised[1]
+
+    def _least(self) -> float:
+        """The best score so far."""
+        return min(one.score for one in self._tried)
+
+    def _best(self) -> Tried:
         most = self._asked.max_ttft
-        good = [one for one in tried if not most or one.trial.first_token <= most]
+        good = [one for one in self._tried if not most or one.trial.first_token <= most]
         if not good:
-            nearest = min(tried, key=lambda one: one.trial.first_token)
+            nearest = min(self._tried, key=lambda one: one.trial.first_token)
             raise ValueError(
                 f"optimizer.max_ttft={most:g} s isn't met by what was tried: the nearest is "
                 f"{nearest.trial.first_token:.3g} s (95th percentile) with "
                 f"{nearest.candidate.text()}; with optimizer.objective=latency nothing queues"
             )
-        return min(good, key=self._score)
+        return min(good, key=lambda one: one.score)
 
-    def _load(self, preset: str) -> Loaded:
-        """The model with a preset, or with the config's rules; one at a time is kept."""
-        if self._loaded and self._loaded[0] == preset:
-            return self._loaded[1]
-        self._loaded = None
-        gc.collect()
-        model, section = self._config.model, self._config.compression
-        same = preset == section.preset
-        recipe = Recipe.from_config(section) if same else Recipe.of(preset=preset)
 
-        def progress(done: int, total: int, path: str) -> None:
-            self._progress(f"load {preset}", done, total, path)
-
-        devices = devices_for(self._config.mesh.model)
-        loaded = load_compressed(model, recipe, progress=progress, devices=devices)
-        self._loaded = preset, loaded
-        return loaded
+def _precision(config: RunConfig) -> Precision:
+    return config.compression.preset, config.engine.kv_dtype
 
 
 def _device_memory() -> int:

@@ -15,7 +15,7 @@ import numpy as np
 from lepton_jax.config import SamplingParams
 from lepton_jax.engine.beats import Beats, Listener
 from lepton_jax.engine.packing import DecodeShape
-from lepton_jax.engine.request import BlockResult, Plan, Request
+from lepton_jax.engine.request import BlockResult, Plan, Request, StepOutput
 from lepton_jax.engine.row_params import SampleSpec
 from lepton_jax.engine.rungs import Rungs, Sizes, fit
 from lepton_jax.engine.runner import InFlight
@@ -76,13 +76,7 @@ class SimulatedEngine:
         self._costs = costs if callable(costs) else lambda _: costs
         self.scheduler = Scheduler.of(sizes, sizes.tile, sizes.prefix_cache)
         self.runner = self  # a Feedback reads `engine.runner.rungs`
-        self.rungs = Rungs.of(
-            prefill_chunk=sizes.prefill_chunk,
-            rows=sizes.rows,
-            max_len=sizes.max_len,
-            tile=sizes.tile,
-            has_views=sizes.has_views,
-        )
+        self.rungs = Rungs.of(sizes, tile=sizes.tile, has_views=sizes.has_views)
         self._beats = Beats(self.scheduler)
         self._rows: dict[str, SimulatedRow] = {}
         self._produced: dict[str, int] = {}  # outputs that the device has made
@@ -100,7 +94,7 @@ class SimulatedEngine:
             while waiting and open_rows < most:
                 self.add(waiting.pop())
                 open_rows += 1
-            open_rows -= self.step()
+            open_rows -= sum(output.finish_reason is not None for output in self.step())
         return self.seconds - started
 
     def add(self, row: SimulatedRow) -> None:
@@ -110,18 +104,18 @@ class SimulatedEngine:
         self.scheduler.add(Request(name, row.prompt_ids, params, scoring=row.scoring))
         self._rows[name], self._produced[name] = row, 0
 
-    def step(self) -> int:
-        """One beat, as `Engine.step`; the rows that it ended."""
+    def step(self) -> list[StepOutput]:
+        """One beat, as `Engine.step`."""
         plan = self.scheduler.schedule()
         flight = self._run(plan) if plan else None
         done, self._in_flight = self._in_flight, flight
         if done is None:
-            return 0
+            return []
         self.beats += 1
         outputs = self.scheduler.commit(done[0].plan, *done[1:])
         self._beats.tell(done[0], outputs)
         self.tokens += sum(len(output.token_ids) for output in outputs)
-        return sum(output.finish_reason is not None for output in outputs)
+        return outputs
 
     def _run(self, plan: Plan) -> tuple[InFlight, BlockResult | None, ScoreResult | None]:
         """The device runs a plan at once; the clock goes on by what it costs."""

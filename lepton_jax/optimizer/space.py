@@ -1,21 +1,28 @@
 """What a search may choose: candidates are changes of a config's fields, never of fields that were
 given.
+
+What is only worth a try on the best candidate, such as speculation, is in `refine.py`.
 """
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from lepton_jax.config import RunConfig
 
 PRESETS = ("int8_g32", "int8", "w8a8", "int4")
+KV_DTYPES = ("auto", "bfloat16", "int8", "float8_e4m3fn")
 DIMENSIONS: Mapping[str, tuple] = {
     "engine.rows": (4, 8, 16, 32, 64, 128),
-    "engine.decode_block": (4, 8, 16, 32),
+    "engine.decode_block": (2, 4, 8, 16, 32),
     "engine.prefill_chunk": (256, 512, 1024),
 }
 SHARING: Mapping[str, tuple] = {"engine.page_size": (16, 64)}  # where prompts begin alike
+PRECISION = ("compression.preset", "engine.kv_dtype")
+MESH = ("mesh.data", "mesh.model")
+Axes = Mapping[tuple[str, ...], Sequence[tuple]]  # fields that vary together, and their values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +34,10 @@ class Candidate:
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> "Candidate":
         return cls(tuple(sorted(fields.items())))
+
+    def changed(self, fields: Mapping[str, Any]) -> "Candidate":
+        """With other values of some fields, or with more of them."""
+        return Candidate.of(dict(self.fields) | fields)
 
     def applied(self, config: RunConfig) -> RunConfig:
         """The config with these fields. Raises ValueError on a value that is not allowed."""
@@ -58,34 +69,41 @@ def field_of(config: RunConfig, name: str) -> Any:
     return getattr(getattr(config, section), field)
 
 
-def space(
-    config: RunConfig,
-    *,
-    given: Collection[str],
-    presets: Sequence[str],
-    requests: int,
-    dimensions: Mapping[str, Sequence] = DIMENSIONS,
-) -> list[Candidate]:
-    """All candidates, the config itself first.
+def axes(
+    *, requests: int, precisions: Sequence[tuple[str, str]], devices: int, shared: bool
+) -> Axes:
+    """What varies.
 
     Args:
-      config: whose values are tried too.
-      given: fields that the user set: they stay.
-      presets: of compression to try, besides the config's own.
       requests: of the workload; more rows than these aren't tried.
-      dimensions: fields and the values to try.
+      precisions: (preset, dtype of the cache) that keep the accuracy, besides the config's own.
+      devices: that the model may be spread over.
+      shared: prompts begin alike.
     """
-    choices: dict[str, list] = {}
-    for name, values in dimensions.items():
-        own = field_of(config, name)
-        more = [] if name in given else [v for v in values if v != own]
-        if name == "engine.rows":
-            more = [v for v in more if v < 2 * requests]
-        choices[name] = [own, *more]
-    own, compression = config.compression.preset, "compression.preset"
-    free = not {compression, "compression.rules"} & set(given) and not config.compression.rules
-    choices[compression] = [own, *(p for p in presets if free and p != own)]
+    lines = DIMENSIONS | (SHARING if shared else {})
+    found: dict[tuple[str, ...], Sequence[tuple]] = {
+        (name,): [(value,) for value in values] for name, values in lines.items()
+    }
+    found["engine.rows",] = [(n,) for n in DIMENSIONS["engine.rows"] if n < 2 * requests]
+    counts = [2**n for n in range(devices.bit_length())]
+    found[MESH] = [pair for pair in itertools.product(counts, counts) if math.prod(pair) <= devices]
+    found[PRECISION] = precisions
+    return found
+
+
+def space(config: RunConfig, choices: Axes, *, given: Collection[str]) -> list[Candidate]:
+    """All candidates, the config itself first; its own values are among those tried.
+
+    `given` are fields that the user set: they stay.
+    """
+    columns = []
+    for names, values in choices.items():
+        own = tuple(field_of(config, name) for name in names)
+        stay = [n for n, name in enumerate(names) if name in given]
+        open_values = [v for v in values if all(v[n] == own[n] for n in stay)]
+        pairs = [own, *(v for v in open_values if v != own)]
+        columns.append([dict(zip(names, pair, strict=True)) for pair in pairs])
     return [
-        Candidate.of(dict(zip(choices, values, strict=True)))
-        for values in itertools.product(*choices.values())
+        Candidate.of({name: value for part in parts for name, value in part.items()})
+        for parts in itertools.product(*columns)
     ]

@@ -1,23 +1,29 @@
-"""Runs a sample of requests on a real engine: seconds, latencies, lengths, what programs cost."""
+"""Runs a sample of requests on real engines: seconds, latencies, lengths, what programs cost."""
 
 import dataclasses
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from lepton_jax.checkpoints.loaded import Loaded
 from lepton_jax.config import RunConfig
+from lepton_jax.distributed.local import device_groups, local_pool
 from lepton_jax.engine.loop import Engine
+from lepton_jax.engine.packing import DecodeShape
+from lepton_jax.engine.protocol import TokenEngine
 from lepton_jax.engine.request import StepOutput
 from lepton_jax.engine.scored import Scoring
-from lepton_jax.optimizer.costs import UNIT, CostMeter, Costs
+from lepton_jax.optimizer.costs import UNIT, Costs, settled
 from lepton_jax.optimizer.feedback import Feedback
+from lepton_jax.optimizer.play import Play, Tape
 from lepton_jax.optimizer.sample import SampledRequest
 from lepton_jax.telemetry import BeatStats
 
-LOOK_AHEAD = 4  # times the engine's rows: requests in the queue, as in a job
+_LOOK_AHEAD = 4  # times the engine's rows: requests in the queue, as in a job
+_HOPELESS = 1.2  # times the best seconds so far: a first run that takes longer is the only one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +37,7 @@ class Trial:
       outputs: ids of each request.
       compile_seconds, programs: of the warm-up.
       beats: of all runs, for a `CostMeter`.
+      knobs: that the best run began with: after the first run those that it ended with.
     """
 
     seconds: float
@@ -40,117 +47,226 @@ class Trial:
     compile_seconds: float
     programs: int
     beats: tuple[BeatStats, ...]
+    knobs: Mapping[str, float]
 
     @property
     def lengths(self) -> list[int]:
         """Outputs of each request."""
         return list(map(len, self.outputs))
 
-    def meter(self) -> CostMeter:
-        """A meter that has heard its beats."""
-        meter = CostMeter()
-        for beat in self.beats:
-            meter.take(beat)
-        return meter
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """Weights of a trial: the model's, and a draft model's where one proposes."""
+
+    model: Loaded
+    draft: Loaded | None = None
 
 
-class _Tape:
-    """Keeps beats."""
-
-    def __init__(self):
-        self.beats: list[BeatStats] = []
-
-    def take(self, beat: BeatStats) -> None:
-        self.beats.append(beat)
-
-    def forget(self) -> None:
-        """What was measured stays."""
+def look_ahead(config: RunConfig) -> int:
+    """Requests that a replica has at once: as a job feeds it, or with no queue where latency is
+    what counts.
+    """
+    waits = config.optimizer.objective == "latency"
+    return config.engine.rows * (1 if waits else _LOOK_AHEAD)
 
 
 def try_out(
-    loaded: Loaded,
+    models: Models,
     config: RunConfig,
     requests: Sequence[SampledRequest],
     *,
     eos_ids: Sequence[int],
-    repeats: int = 1,
+    plays: Sequence[Play] = (),
     costs: Costs = UNIT,
+    best: float = float("inf"),
+    progress: Callable[[int], None] = lambda run: None,
 ) -> Trial:
-    """Serves all requests `repeats` times on an engine of this config; the best run counts.
+    """Serves all requests `optimizer.repeats` times on engines of this config; the best run counts.
 
-    `costs` are those that feedback reckons with, as a run with a profile does.
+    Args:
+      plays, costs: as `Stand` takes them.
+      best: seconds that another config took: what is far from it is not repeated.
+      progress: called before each run with its number.
     """
-    work = [request.work for request in requests]
-    engine = Engine(
-        loaded.model, loaded.leaves, section=config.engine, eos_ids=eos_ids, workload=work
-    )
-    try:
-        engine.warm_up(work, wait=True)
-        section, tape = config.optimizer, _Tape()
-        engine.listen(tape)
-        if section.feedback != "off":
-            timed = section.feedback == "on"
-            Feedback(engine, timed=timed, costs=costs, objective=section.objective)
-        runs = []
-        for number in range(repeats):
-            engine.forget()
-            runs.append(_serve(engine, requests, config, prefix=f"{number}/"))
-        stats = engine.stats()
-    finally:
-        engine.close()
-        gc.collect()  # programs hold the engine's memory in cycles
-    best = min(runs, key=lambda run: run.seconds)
+    with Stand(models, config, requests, eos_ids=eos_ids, plays=plays, costs=costs) as stand:
+        runs, tape = [], stand.listen()
+        while len(runs) < config.optimizer.repeats:
+            progress(len(runs))
+            runs.append(stand.run())
+            if runs[0].seconds > _HOPELESS * best:
+                break
+            stand.begin(stand.learned)
+        stats = [engine.stats() for engine in stand.engines]
+    quickest = min(runs, key=lambda run: run.seconds)
     return Trial(
-        seconds=best.seconds,
-        first_token=float(np.percentile(best.first, 95)),
-        whole=float(np.percentile(best.whole, 95)),
-        outputs=tuple(map(tuple, best.outputs)),
-        compile_seconds=stats["compile_seconds"],
-        programs=stats["programs"],
+        seconds=quickest.seconds,
+        first_token=float(np.percentile(quickest.first, 95)),
+        whole=float(np.percentile(quickest.whole, 95)),
+        outputs=tuple(map(tuple, quickest.outputs)),
+        compile_seconds=max(each["compile_seconds"] for each in stats),
+        programs=sum(each["programs"] for each in stats),
         beats=tuple(tape.beats),
+        knobs=quickest.knobs,
     )
 
 
 @dataclasses.dataclass
-class _Run:
+class Run:
+    """One time through the sample: seconds, and of each request seconds to its first and to its
+    last token, and its outputs; `knobs` are what feedback began with.
+    """
+
     seconds: float
     first: list[float]
     whole: list[float]
     outputs: list[list[int]]
+    knobs: Mapping[str, float]
 
 
-def _serve(
-    engine: Engine, requests: Sequence[SampledRequest], config: RunConfig, *, prefix: str
-) -> _Run:
-    """One run, fed as a job feeds, or with no queue where latency is what counts."""
-    waits = config.optimizer.objective == "latency"
-    most = config.engine.rows * (1 if waits else LOOK_AHEAD)
-    started = time.perf_counter()
-    added: list[float] = []
-    zeros = [0.0] * len(requests)
-    run = _Run(0.0, zeros, list(zeros), [[] for _ in requests])
-    open_count = 0
+class Stand:
+    """Engines of a config that serve a sample as often as they are asked.
 
-    def take(output: StepOutput) -> int:
-        place, now = int(output.request_id.rpartition("/")[2]), time.perf_counter()
-        if not run.first[place]:
-            run.first[place] = now - added[place]
-        run.outputs[place] += output.token_ids
-        if output.finish_reason:
-            run.whole[place] = now - added[place]
-        return output.finish_reason is not None
+    Attributes:
+      engines: one for each replica.
+    """
 
-    while len(added) < len(requests) or open_count:
-        while len(added) < len(requests) and open_count < most:
-            _add(engine, f"{prefix}{len(added)}", requests[len(added)])
-            added.append(time.perf_counter())
-            open_count += 1
-        open_count -= sum(map(take, engine.step()))
-    run.seconds = time.perf_counter() - started
-    return run
+    def __init__(
+        self,
+        models: Models,
+        config: RunConfig,
+        requests: Sequence[SampledRequest],
+        *,
+        eos_ids: Sequence[int],
+        plays: Sequence[Play] = (),
+        costs: Costs = UNIT,
+    ):
+        """Compiles.
+
+        Args:
+          plays: what the engines are expected to do: only programs that they reach are compiled.
+          costs: that feedback reckons with, as a run with a profile does.
+        """
+        self._requests = requests
+        self._most = config.mesh.data * look_ahead(config)
+        self.engines = _engines(models, config, requests, eos_ids=eos_ids, costs=costs)
+        several = len(self.engines) > 1
+        self._served = local_pool(self.engines, config) if several else self.engines[0]
+        self._knobs: Mapping[str, float] = {}
+        for engine in self.engines:
+            _warm_up(engine, requests, plays)
+        section = config.optimizer
+        options = dict(timed=section.feedback == "on", objective=section.objective, costs=costs)
+        listening = self.engines if section.feedback != "off" else []
+        self._feedbacks = [Feedback(engine, **options) for engine in listening]
+
+    def __enter__(self) -> "Stand":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._served.close()
+        gc.collect()  # programs hold the engine's memory in cycles
+
+    def listen(self) -> Tape:
+        """What keeps all beats from now on."""
+        tape = Tape()
+        for engine in self.engines:
+            engine.listen(tape)
+        return tape
+
+    @property
+    def learned(self) -> Mapping[str, float]:
+        """Knobs as the first engine's feedback has them now."""
+        return self._feedbacks[0].learned if self._feedbacks else {}
+
+    def begin(self, knobs: Mapping[str, float]) -> None:
+        """Runs begin with these knobs from now on."""
+        self._knobs = knobs
+        for feedback in self._feedbacks:
+            feedback.begin(knobs)
+
+    def run(self) -> Run:
+        """Serves the sample; once more where it had to wait for a program."""
+        late = -1
+        while self._late() > late:
+            late = self._late()
+            self._served.forget()
+            run = self._serve()
+        return run
+
+    def _late(self) -> int:
+        """Programs that were compiled while the engines ran."""
+        return sum(engine.stats()["late_compiles"] for engine in self.engines)
+
+    def _serve(self) -> Run:
+        engine, requests = self._served, self._requests
+        started, added, open_count = time.perf_counter(), [], 0
+        zeros = [0.0] * len(requests)
+        run = Run(0.0, zeros, list(zeros), [[] for _ in requests], self._knobs)
+
+        def take(output: StepOutput) -> int:
+            place, now = int(output.request_id), time.perf_counter()
+            if not run.first[place]:
+                run.first[place] = now - added[place]
+            run.outputs[place] += output.token_ids
+            if output.finish_reason:
+                run.whole[place] = now - added[place]
+            return output.finish_reason is not None
+
+        while len(added) < len(requests) or open_count:
+            while len(added) < len(requests) and open_count < self._most:
+                _add(engine, str(len(added)), requests[len(added)])
+                added.append(time.perf_counter())
+                open_count += 1
+            open_count -= sum(map(take, engine.step()))
+        run.seconds = time.perf_counter() - started
+        return run
 
 
-def _add(engine: Engine, name: str, request: SampledRequest) -> None:
+def _engines(
+    models: Models,
+    config: RunConfig,
+    requests: Sequence[SampledRequest],
+    *,
+    eos_ids: Sequence[int],
+    costs: Costs,
+) -> list[Engine]:
+    """An engine for each replica."""
+    loaded, draft, section = models.model, models.draft, settled(config, costs)
+    engines = [
+        Engine(
+            loaded.model,
+            loaded.leaves,
+            section=section,
+            eos_ids=eos_ids,
+            workload=[request.work for request in requests],
+            devices=devices,
+        )
+        for devices in device_groups(config.mesh.data, config.mesh.model)
+    ]
+    for engine in engines if draft else ():
+        engine.draft_with(draft.model, draft.leaves, cost=section.draft_cost)
+    return engines
+
+
+def _warm_up(engine: Engine, requests: Sequence[SampledRequest], plays: Sequence[Play]) -> None:
+    """Compiles what the plays reach, or all that the requests can where nothing was played."""
+    reached = [play.reached() for play in plays]
+    prefills = {places for found, _ in reached for places in found}
+    decodes = {shape for _, found in reached for shape in found}
+    rows = {rows for rows, _ in decodes}
+
+    def needed(shape: Any) -> bool:
+        if not isinstance(shape, DecodeShape):
+            return shape.tokens in prefills
+        seen = (shape.rows, shape.view) in decodes if shape.view else shape.rows in rows
+        return seen or shape.draft > 0
+
+    work = [request.work for request in requests]
+    engine.warm_up(work, wait=True, only=needed if plays else None)
+
+
+def _add(engine: TokenEngine, name: str, request: SampledRequest) -> None:
     if isinstance(request.asked, Scoring):
         engine.add_scoring(name, request.prompt_ids, request.asked)
     else:

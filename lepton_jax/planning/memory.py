@@ -46,6 +46,7 @@ def full_sizes(section: EngineSection, *, rows: int, max_len: int) -> Sizes:
         decode_block=section.decode_block,
         max_len=max_len,
         draft=section.draft_tokens if section.speculation != "off" else 0,
+        prefill_sizes=section.prefill_sizes,
     )
 
 

@@ -1,6 +1,7 @@
 """`Served`: a model as it will be served, without its weights; what every part of a plan takes."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -52,7 +53,7 @@ class Served:
         """Of one device's part of a weight."""
         return sum(spec.nbytes for spec in jax.tree.leaves(self.piece(path)))
 
-    @property
+    @functools.cached_property
     def weight_bytes(self) -> int:
         """Of all weights on one device."""
         return sum(map(self.piece_bytes, self.leaves))
