@@ -4,13 +4,15 @@ search and feedback make of the defaults.
     python scripts/bench_optimizer.py [--repeats=5] [--workloads=short,long,tail,shared,extract]
     python scripts/bench_optimizer.py --workloads=shift
     python scripts/bench_optimizer.py --exhaustive=shared
+    python scripts/bench_optimizer.py --simulate
 
 All contenders' engines are compiled first and then take turns; those that are picked by hand have
 no feedback. Prints the median seconds of each and what it gains on the defaults and on the best of
 the hand-picked. "shift" is a workload that changes halfway, from free text to copying; in it the
 search only chooses the knobs' beginnings. --exhaustive measures every candidate of a small space,
 beside what was predicted of it after the first two trials, and says how far a search of four trials
-is from the best. The machine should do nothing else meanwhile.
+is from the best. --simulate runs each workload once, for the costs of programs and the lengths of
+answers, and everything else on simulated engines: for machines that do other things meanwhile.
 """
 
 import argparse
@@ -27,14 +29,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lepton_jax import SamplingParams, compile_cache
 from lepton_jax.checkpoints import load as checkpoints
+from lepton_jax.checkpoints.loaded import Loaded
 from lepton_jax.config import ModelSection, OptimizerSection, RunConfig
 from lepton_jax.engine.scheduler import longest_draft
 from lepton_jax.optimizer.accuracy import Accuracy
-from lepton_jax.optimizer.sample import SampledRequest
+from lepton_jax.optimizer.predict import Predictor
+from lepton_jax.optimizer.sample import SampledRequest, shares_beginnings
 from lepton_jax.optimizer.search import Found, Search
 from lepton_jax.optimizer.shelf import Shelf
-from lepton_jax.optimizer.space import with_fields
-from lepton_jax.optimizer.trial import Models, Stand
+from lepton_jax.optimizer.space import axes, space, with_fields
+from lepton_jax.optimizer.trial import Models, Stand, try_out
 from lepton_jax.text import tokenizer as tokenizers
 
 MAX_KL = 0.03
@@ -133,6 +137,9 @@ class Bench:
             for p, params in workloads()[name]
         ]
 
+    def model(self, config: RunConfig) -> Loaded:
+        return self._shelf.model(config)
+
     def search(self, requests: Sequence[SampledRequest], config: RunConfig, **options) -> Found:
         accuracy = self._accuracy
         search = Search(config, requests, self.tokenizer, accuracy=accuracy, **options)
@@ -140,8 +147,8 @@ class Bench:
 
     def stand(self, config: RunConfig, requests: Sequence[SampledRequest], **options) -> Stand:
         """Engines of a config, warm."""
-        model, eos_ids = self._shelf.model(config), self.tokenizer.eos_ids
-        stand = Stand(Models(model), config, requests, eos_ids=eos_ids, **options)
+        models, eos_ids = Models(self.model(config)), self.tokenizer.eos_ids
+        stand = Stand(models, config, requests, eos_ids=eos_ids, **options)
         stand.run()
         return stand
 
@@ -201,6 +208,38 @@ def show(times: Mapping[str, Sequence[float]], picked: Mapping[str, dict]) -> No
         )
 
 
+def simulate(bench: Bench, name: str) -> None:
+    """A workload's table from the costs that one trial measured; the whole space is played."""
+    requests = bench.requests(name)
+    asked = OptimizerSection(sample=len(requests), repeats=2)
+    ours = dataclasses.replace(with_fields(DEFAULTS, W8A8), optimizer=asked)
+    model = bench.model(ours)
+    predictor = Predictor(model.model, requests)
+    trial = try_out(Models(model), ours, requests, eos_ids=bench.tokenizer.eos_ids)
+    predictor.learn(ours, trial)
+    shared = shares_beginnings(requests)
+    choices = axes(requests=len(requests), precisions=[], devices=1, shared=shared)
+    every = space(ours, choices, given=())
+    still = with_fields(ours, {"optimizer.feedback": "off"})
+    static = {c: predictor.outlook(c.applied(still)).seconds for c in every}
+    turned = {c: predictor.outlook(c.applied(ours)).seconds for c in every}
+    best, found = min(static, key=static.get), min(turned, key=turned.get)
+    base = static[every[0]]
+    print(f"\n{name}: measured {trial.seconds:.2f} s, played {turned[every[0]]:.2f} s")
+    print(f"  costs {predictor.costs(ours)}; learned {dict(trial.knobs)}")
+    for label, seconds, candidate in (
+        ("w8a8, no feedback", base, every[0]),
+        ("w8a8, feedback", turned[every[0]], every[0]),
+        ("best that stays", static[best], best),
+        ("search and feedback", turned[found], found),
+    ):
+        print(
+            f"  {label:<20}{seconds:7.2f} s  on the first {base / seconds - 1:+5.0%}  on the best "
+            f"{static[best] / seconds - 1:+5.0%}: {candidate.text()}",
+            flush=True,
+        )
+
+
 def exhaustive(bench: Bench, name: str) -> None:
     """All of a small space, and what a short search finds in it."""
     requests = bench.requests(name)
@@ -230,13 +269,17 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--workloads", default="short,long,tail,shared,extract")
     parser.add_argument("--exhaustive", default="", help="workload whose small space is measured")
+    parser.add_argument("--simulate", action="store_true")
     asked = parser.parse_args()
     bench = Bench()
     if asked.exhaustive:
         exhaustive(bench, asked.exhaustive)
         return
     for name in asked.workloads.split(","):
-        contest(bench, name, asked.repeats)
+        if asked.simulate:
+            simulate(bench, name)
+        else:
+            contest(bench, name, asked.repeats)
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def test_a_run_takes_the_profile_and_says_so(searched, monkeypatch):
     assert "times as fast on new16-prompt64-rows16" in said
     given = [*GIVEN, "engine.rows"]
     applied, _, said = tuning.with_profile(config, given)
-    assert applied.engine.rows == 2 and "engine.rows as given" in said
+    assert applied.engine.rows == 2 and "engine.rows, mesh.data, mesh.model as given" in said
     assert tuning.with_profile(goal(config, profile="off"), GIVEN)[1:] == (None, "")
     longer = with_fields(config, {"sampling.max_tokens": 90})
     unchanged, taken, said = tuning.with_profile(longer, GIVEN)

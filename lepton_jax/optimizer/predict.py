@@ -125,24 +125,25 @@ class Predictor:
 
     def _play(self, config: RunConfig, sizes: SimulatedSizes) -> tuple[Play, ...]:
         """A run of each replica's share of the requests."""
-        data = config.mesh.data
-        if (sizes, data) not in self._plays:
+        data, section = config.mesh.data, config.optimizer
+        key = sizes, data, section.feedback, section.objective
+        if key not in self._plays:
             pairs = zip(self._requests, self._lengths, strict=True)
             rows = [simulated(request, length) for request, length in pairs]
             plays = []
             for part in filter(None, (rows[n::data] for n in range(data))):
                 engine = SimulatedEngine(sizes, self._feedback_costs)
-                if config.optimizer.feedback != "off":
+                if section.feedback != "off":
                     Feedback(
                         engine,
                         timed=False,
                         costs=self._feedback_costs,
                         knobs=self._knobs,
-                        objective=config.optimizer.objective,
+                        objective=section.objective,
                     )
                 plays.append(Play.of(engine, part, queue=sizes.queue))
-            self._plays[sizes, data] = tuple(plays)
-        return self._plays[sizes, data]
+            self._plays[key] = tuple(plays)
+        return self._plays[key]
 
     def _sizes(self, config: RunConfig) -> SimulatedSizes:
         """As the engine plans them for this sample."""
