@@ -31,7 +31,7 @@ from lepton_jax import SamplingParams, compile_cache
 from lepton_jax.checkpoints import load as checkpoints
 from lepton_jax.checkpoints.loaded import Loaded
 from lepton_jax.config import ModelSection, OptimizerSection, RunConfig
-from lepton_jax.engine.scheduler import longest_draft
+from lepton_jax.engine.knobs import longest_draft
 from lepton_jax.optimizer.accuracy import Accuracy
 from lepton_jax.optimizer.predict import Predictor
 from lepton_jax.optimizer.sample import SampledRequest, shares_beginnings

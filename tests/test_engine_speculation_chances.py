@@ -12,8 +12,8 @@ from test_engine_draft_model import SHALLOW
 from test_engine_loop import EOS, LEAVES, MODEL, params, serve
 
 from lepton_jax.config import EngineSection
+from lepton_jax.engine.knobs import longest_draft
 from lepton_jax.engine.loop import Engine
-from lepton_jax.engine.scheduler import longest_draft
 
 ALPHABET = (5, 6, 7)
 PROMPT = [5, 6, 7, 5, 7, 6, 5, 6, 7]  # there is something to look up
