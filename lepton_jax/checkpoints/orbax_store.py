@@ -24,8 +24,8 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
+from lepton_jax.checkpoints import orbax_arrays
 from lepton_jax.checkpoints.errors import CheckpointError
 from lepton_jax.checkpoints.gguf_files import metadata_only
 from lepton_jax.checkpoints.loaded import Loaded, build_model, float_dtype, leaf_bytes
@@ -91,8 +91,7 @@ def save(
 def _write(folder: Path, loaded: Loaded) -> None:
     paths = tuple(loaded.model.specs)
     tree = _nested({path: _arrays(leaf) for path, leaf in zip(paths, loaded.leaves, strict=True)})
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        checkpointer.save(folder / _LEAVES, args=ocp.args.PyTreeSave(tree))
+    orbax_arrays.write(folder / _LEAVES, tree)
     manifest = Manifest(
         config=loaded.config,
         dtype=np.dtype(loaded.model.dtype).name,
@@ -158,10 +157,10 @@ def restore(
     placement = Placement(devices or jax.local_devices()[:1], model.units)
     abstract = manifest.abstract_leaves(path, model.specs)
     total, done, leaves = sum(map(_abstract_bytes, abstract.values())), 0, []
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        _check_stored(path, checkpointer, abstract=abstract)
+    with orbax_arrays.reading(path / _LEAVES) as reader:
+        _check_stored(path, reader, abstract=abstract)
         for group in _groups(abstract):
-            for name, leaf in _read(path, checkpointer, group=group).items():
+            for name, leaf in _read(path, reader, group=group).items():
                 done += leaf_bytes(leaf)
                 spec = model.specs[name]
                 if not isinstance(leaf, CompressedTensor):
@@ -226,11 +225,11 @@ def _groups(abstract: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield group
 
 
-def _check_stored(path: Path, checkpointer: ocp.Checkpointer, *, abstract: dict[str, Any]) -> None:
+def _check_stored(path: Path, reader: orbax_arrays.Reader, *, abstract: dict[str, Any]) -> None:
     """The files hold exactly the arrays that the manifest lists."""
     expected = _rows(_nested({name: _arrays(leaf) for name, leaf in abstract.items()}))
     try:
-        stored = _rows(checkpointer.metadata(path / _LEAVES).item_metadata.tree)
+        stored = _rows(reader.table())
     except Exception as error:  # Orbax raises errors of several storage layers
         raise CheckpointError(
             f"{path / _LEAVES}: its table can't be read: {type(error).__name__}: "
@@ -261,17 +260,11 @@ def _rows(tree: Any) -> dict[str, tuple]:
     }
 
 
-def _read(path: Path, checkpointer: ocp.Checkpointer, *, group: dict[str, Any]) -> dict[str, Any]:
+def _read(path: Path, reader: orbax_arrays.Reader, *, group: dict[str, Any]) -> dict[str, Any]:
     """The leaves of one group, on the default device."""
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    item = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-        _nested({name: _arrays(leaf) for name, leaf in group.items()}),
-    )
-    restore_args = ocp.checkpoint_utils.construct_restore_args(item)
-    args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
     try:
-        tree = checkpointer.restore(path / _LEAVES, args=args)
+        wanted = _nested({name: _arrays(leaf) for name, leaf in group.items()})
+        tree = reader.read(wanted, part=True)
     except Exception as error:  # Orbax raises errors of several storage layers
         raise CheckpointError(
             f"{path / _LEAVES}: can't read {', '.join(group)}: {type(error).__name__}: "

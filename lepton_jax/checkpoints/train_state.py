@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 
+from lepton_jax.checkpoints import orbax_arrays
 from lepton_jax.checkpoints.errors import CheckpointError
 
 _ARRAYS, _COUNTERS, _PARTIAL = "arrays", "counters.json", ".partial"
@@ -41,8 +41,7 @@ class TrainStates:
             shutil.rmtree(place, ignore_errors=True)
             scratch.mkdir(parents=True)
             named = {str(i): array for i, array in enumerate(jax.tree.leaves(arrays))}
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-                checkpointer.save(scratch / _ARRAYS, args=ocp.args.PyTreeSave(named))
+            orbax_arrays.write(scratch / _ARRAYS, named)
             (scratch / _COUNTERS).write_text(json.dumps(counters) + "\n", encoding="utf-8")
             os.replace(scratch, place)
         except Exception as error:  # Orbax raises errors of several storage layers
@@ -64,18 +63,11 @@ class TrainStates:
             return None
         place = found[-1]
         leaves, tree = jax.tree.flatten(like)
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        item = {
-            str(i): jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device)
-            for i, a in enumerate(leaves)
-        }
-        args = ocp.args.PyTreeRestore(
-            item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item)
-        )
+        wanted = {str(i): jax.ShapeDtypeStruct(a.shape, a.dtype) for i, a in enumerate(leaves)}
         try:
             counters = json.loads((place / _COUNTERS).read_text(encoding="utf-8"))
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-                named = checkpointer.restore(place / _ARRAYS, args=args)
+            with orbax_arrays.reading(place / _ARRAYS) as reader:
+                named = reader.read(wanted)
             arrays = [named[str(i)] for i in range(len(leaves))]
             if [a.shape for a in arrays] != [a.shape for a in leaves]:
                 raise ValueError("its arrays have other shapes")
