@@ -39,9 +39,12 @@ import re, sys, tomllib
 
 with open(sys.argv[1], "rb") as file:
     project = tomllib.load(file)["project"]
-for requirement in project["dependencies"] + project["optional-dependencies"]["test"]:
-    bound = re.match(r"([\w.-]+)\s*>=\s*([\w.]+)", requirement)
-    if bound:
+wanted = project["dependencies"] + project["optional-dependencies"]["test"]
+for requirement in wanted:  # grows by the extras that it names
+    if extras := re.match(r"lepton_jax\[(.*)\]", requirement):
+        for extra in extras[1].split(","):
+            wanted += project["optional-dependencies"][extra]
+    elif bound := re.match(r"([\w.-]+)\s*>=\s*([\w.]+)", requirement):
         print(f"{bound[1]}=={bound[2]}")
 PYTHON
 }
@@ -57,6 +60,8 @@ install_package() {
     say "installing lepton_jax${extra:+ with the extra $extra} into $venv"
     if [[ $versions == lowest ]]; then
         lowest_versions "$python" >"$venv/lowest.txt"
+        # The pip of an old Python searches for minutes where a new one takes seconds.
+        "$python" -m pip install --quiet --disable-pip-version-check --upgrade pip
         options=(--constraint "$venv/lowest.txt")
     fi
     "$python" -m pip install --quiet --disable-pip-version-check "${options[@]}" \
