@@ -132,7 +132,8 @@ def test_loops_count_as_often_as_they_run(condition, attributes, times):
 def test_what_a_kernel_sees_in_part_is_left_to_the_caller():
     call = '%k = f32[4,8]{1,0} custom-call(%a), custom_call_target="tpu_custom_call"'
     assert moved(A, call) == (KB, 128)
-    assert moved(A, call, unseen=[KB]) == (0, 128)
+    assert moved(A, call, partly={KB: 0}) == (0, 128)
+    assert moved(A, call, partly={KB: 320.0}) == (320, 128)
     free = f'%k = {FAST} custom-call(%a), custom_call_target="ConcatBitcast"'
     assert moved(A, free) == (0, 0)
 

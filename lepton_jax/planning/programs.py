@@ -20,6 +20,7 @@ from lepton_jax.engine.row_params import SampleSpec
 from lepton_jax.engine.rungs import Sizes
 from lepton_jax.engine.runner import Runner
 from lepton_jax.planning.memory import Memory, cache_bytes
+from lepton_jax.planning.roofline import is_expert, visited_share
 from lepton_jax.planning.served import Served
 from lepton_jax.planning.topology import compile_absent
 from lepton_jax.planning.traffic import Traffic, traffic
@@ -104,17 +105,26 @@ def _compile(served: Served, runner: Runner, shape: DecodeShape | PrefillShape) 
         raise OutOfMemoryError(re.sub(r"\s+", " ", str(error))[:400]) from error
     seconds = time.perf_counter() - begin
     decode, text = isinstance(shape, DecodeShape), compiled.as_text()
-    steps = shape.steps if decode else 1
-    layer = served.cache_layer(runner.sizes.num_pages, runner.sizes.page_size)
-    unseen = [spec.nbytes for spec in jax.tree.leaves(layer)]
+    steps, tokens = (shape.steps, shape.rows) if decode else (1, shape.tokens)
     return Program(
         kind="decode" if decode else "prefill",
         steps=steps,
         memory=_memory(served, runner.sizes, compiled),
-        traffic=traffic(text, steps=steps, unseen=unseen),
+        traffic=traffic(text, steps=steps, partly=_read_in_part(served, runner.sizes, tokens)),
         seconds=seconds,
         text=text,
     )
+
+
+def _read_in_part(served: Served, sizes: Sizes, tokens: int) -> dict[int, float]:
+    """What a kernel reads of caches and of experts, by their bytes; see `traffic`."""
+    cache = jax.tree.leaves(served.cache_layer(sizes.num_pages, sizes.page_size))
+    partly = {spec.nbytes: 0.0 for spec in cache}
+    for path in filter(is_expert, served.leaves):
+        piece, share = served.piece(path), visited_share(served.config, tokens)
+        by_expert = [a for a in jax.tree.leaves(piece) if len(a.shape) == len(piece.shape)]
+        partly |= {array.nbytes: share * array.nbytes for array in by_expert}
+    return partly
 
 
 def _chip_in_scope(placement: Placement):

@@ -141,11 +141,20 @@ def _work(served: Served, path: str, *, tokens: int) -> tuple[int, int]:
     if not isinstance(leaf, CompressedTensor) and not leaf.inputs:
         return nbytes, 0
     operations = 2 * math.prod(leaf.shape) * tokens
-    if path.rpartition(".")[2].startswith("experts_"):
+    if is_expert(path):
         share = c.experts_per_token / c.num_experts
-        visited = 1 - (1 - share) ** tokens  # of the experts, where tokens choose independently
-        return int(nbytes * visited), int(operations * share)
+        return int(nbytes * visited_share(c, tokens)), int(operations * share)
     return nbytes, operations
+
+
+def is_expert(path: str) -> bool:
+    """Whether that weight is one of each expert."""
+    return path.rpartition(".")[2].startswith("experts_")
+
+
+def visited_share(config: ModelConfig, tokens: int) -> float:
+    """Of the experts, those that some token visits, where tokens choose independently."""
+    return 1 - (1 - config.experts_per_token / config.num_experts) ** tokens
 
 
 def _rate(chip: Chip, leaf) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Mapping
 
 from lepton_jax.planning.module_text import Computation, Instruction, Module
 
@@ -74,21 +74,22 @@ class Traffic:
                 mine[kind] += times * value
 
 
-def traffic(text: str, *, steps: int = 1, unseen: Collection[int] = ()) -> Traffic:
+def traffic(text: str, *, steps: int = 1, partly: Mapping[int, float] | None = None) -> Traffic:
     """Of one run of a module.
 
     Args:
       text: the scheduled module as XLA prints it.
       steps: how often a loop of the entry runs whose count isn't known; deeper ones run once.
-      unseen: sizes in bytes of arrays that a kernel reads in part, such as caches: as operands of
-        kernels they count nothing, and the caller knows what is read.
+      partly: sizes in bytes of arrays that a kernel reads in part, and what it reads of one as its
+        operand: nothing of a cache, where the caller adds what is live; the experts that are
+        visited.
     """
-    return _Reader(Module(text), steps, frozenset(unseen)).entry()
+    return _Reader(Module(text), steps, partly or {}).entry()
 
 
 class _Reader:
-    def __init__(self, module: Module, steps: int, unseen: frozenset[int]):
-        self.module, self.steps, self.unseen = module, steps, unseen
+    def __init__(self, module: Module, steps: int, partly: Mapping[int, float]):
+        self.module, self.steps, self.partly = module, steps, partly
         self._known: dict[str, Traffic] = {}
 
     def entry(self) -> Traffic:
@@ -140,21 +141,23 @@ class _Reader:
                 found.read += min(source.main_bytes, self._read(step, place, source.main_bytes))
         found.written += self._written(computation, step)
 
-    def _read(self, step: Instruction, place: int, whole: int) -> int:
+    def _read(self, step: Instruction, place: int, whole: int) -> float:
         """Bytes that an instruction reads of its operand at `place`, which has `whole`."""
         if step.opcode in _TAKES and place == 0:
             return sum(array.nbytes for array in step.arrays)
         if step.opcode in _PUTS and place == 0:
             return 0
-        if step.opcode == "custom-call" and whole in self.unseen:
-            return 0
+        if step.opcode == "custom-call":
+            return self.partly.get(whole, whole)
         if step.opcode != "fusion":
             return whole
         inner = self.module.computations[step.called[0]]
         nbytes, comes_out = self._read_within(inner, inner.parameter(place), whole)
         return whole if comes_out else min(nbytes, whole)
 
-    def _read_within(self, inner: Computation, value: Instruction, whole: int) -> tuple[int, bool]:
+    def _read_within(
+        self, inner: Computation, value: Instruction, whole: int
+    ) -> tuple[float, bool]:
         """Bytes of a value that a fused computation reads, and whether it gives it out as it is."""
         total, comes_out = 0, value.is_root
         for user in inner.users(value.name):
@@ -174,7 +177,7 @@ class _Reader:
 
     def _written(self, computation: Computation, step: Instruction) -> int:
         if step.opcode == "custom-call":
-            return sum(a.main_bytes for a in step.arrays if a.nbytes not in self.unseen)
+            return sum(a.main_bytes for a in step.arrays if a.nbytes not in self.partly)
         if not step.main_bytes:
             return 0
         if step.opcode in _PUTS:

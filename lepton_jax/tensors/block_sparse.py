@@ -123,11 +123,11 @@ class BlockSparseTensor(SparseTensor):
         spread = spread.at[jnp.arange(tile_rows)[:, None], :, tiles].set(jnp.swapaxes(values, 1, 2))
         return spread.reshape(self.shape)
 
-    def _taken(self, ids: jax.Array) -> Self:
+    def taken(self, ids: jax.Array) -> Self:
         outputs = self.values.shape[0]
         ids = jnp.clip(ids, 0, outputs - 1)
         tiles = take_rows(self.tiles, ids // (outputs // self.tiles.shape[0]))
-        return dataclasses.replace(super()._taken(ids), tiles=tiles)
+        return dataclasses.replace(super().taken(ids), tiles=tiles)
 
 
 def check_tiles(shape: tuple[int, ...], height: int, width: int) -> None:

@@ -10,11 +10,6 @@ import jax
 import jax.numpy as jnp
 
 _CONTRACT_LAST = (((1,), (1,)), ((), ()))
-_RAGGED = jax.lax.RaggedDotDimensionNumbers(
-    dot_dimension_numbers=(((1,), (2,)), ((), ())),
-    lhs_ragged_dimensions=[0],
-    rhs_group_dimensions=[0],
-)
 
 
 def float_dot(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -36,8 +31,12 @@ def precise_int8_dot(x: jax.Array, values: jax.Array) -> jax.Array:
 
 def static_int8_dot(x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
     """As `int8_dot`, with one calibrated scale `[]` for all activations; larger ones saturate."""
-    steps = jnp.clip(jnp.round(x.astype(jnp.float32) / scale), -127, 127)
-    return dot(steps.astype(jnp.int8), values, jnp.int32).astype(jnp.float32) * scale
+    return dot(int8_steps(x, scale), values, jnp.int32).astype(jnp.float32) * scale
+
+
+def int8_steps(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """`x / scale` as int8; what is larger saturates."""
+    return jnp.clip(jnp.round(x.astype(jnp.float32) / scale), -127, 127).astype(jnp.int8)
 
 
 def quantize_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -58,13 +57,6 @@ def float8_dot(x: jax.Array, values: jax.Array) -> jax.Array:
     """Both float8; a CPU has no such product, and bfloat16 holds every float8 exactly."""
     return jax.lax.platform_dependent(
         x, values, cpu=upcast_dot, default=lambda x, w: dot(x, w, jnp.float32)
-    )
-
-
-def ragged_dot(x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """Groups of rows of `x [M, I]` times their own `w [E, O, I]`: float32 `[M, O]`."""
-    return jax.lax.ragged_dot_general(
-        x, w, group_sizes, _RAGGED, preferred_element_type=jnp.float32
     )
 
 

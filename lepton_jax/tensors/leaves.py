@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from lepton_jax.tensors.cut import Cut
-from lepton_jax.tensors.dots import ragged_dot
+from lepton_jax.tensors.ragged_dots import ragged_dot
+from lepton_jax.tensors.ragged_dots_tpu import Streamed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,13 +99,27 @@ class CompressedTensor(abc.ABC):
         """The weight that it stands for, `[*out, in]`."""
 
     @abc.abstractmethod
+    def taken(self, ids: jax.Array) -> Self:
+        """The leaf of entries `ids [...]`, clipped, along the first dimension: rows of a `[O, I]`,
+        or of `[E, O, I]` one expert's `[O, I]`.
+        """
+
     def rows(self, ids: jax.Array) -> jax.Array:
         """Rows `ids [...]` of a `[O, I]`: float32 `[..., I]`. Ids beyond the ends are clipped."""
+        return self.taken(ids).dense(jnp.float32)
 
     def ragged_matmul(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
         """Consecutive groups of `x [M, I]` times their own weights of `[E, O, I]`: `[M, O]`."""
-        dtype = jnp.float32 if x.dtype == jnp.float32 else jnp.bfloat16
-        return ragged_dot(x.astype(dtype), self.dense(dtype), group_sizes)
+        return ragged_dot(x, self, group_sizes)
+
+    @property
+    def streams(self) -> bool:
+        """Whether a kernel of a TPU reads experts as they are stored, as `streamed` tells it."""
+        return False
+
+    def streamed(self, x: jax.Array) -> Streamed:
+        """`ragged_matmul` of `x [M, I]` and this `[E, O, I]`, in the terms of that kernel."""
+        raise NotImplementedError(f"{type(self).__name__}.streams is {self.streams}")
 
     @property
     def nbytes(self) -> int:

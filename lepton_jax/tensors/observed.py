@@ -12,9 +12,9 @@ from typing import Any, Self
 import jax
 
 from lepton_jax.tensors.cut import Cut
-from lepton_jax.tensors.dots import ragged_dot
 from lepton_jax.tensors.leaves import CompressedTensor, ParamSpec
 from lepton_jax.tensors.matmul import matmul
+from lepton_jax.tensors.ragged_dots import ragged_dot
 
 Record = Callable[[jax.Array, jax.Array | None], None]
 
@@ -54,13 +54,11 @@ class Observed(CompressedTensor):
 
     def ragged_matmul(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
         self.record(x, group_sizes)
-        if isinstance(self.weight, CompressedTensor):
-            return self.weight.ragged_matmul(x, group_sizes)
-        return ragged_dot(x.astype(self.weight.dtype), self.weight, group_sizes)
+        return ragged_dot(x, self.weight, group_sizes)
 
     def dense(self, dtype: Any) -> jax.Array:
         w = self.weight
         return w.dense(dtype) if isinstance(w, CompressedTensor) else w.astype(dtype)
 
-    def rows(self, ids: jax.Array) -> jax.Array:
+    def taken(self, ids: jax.Array) -> Self:
         raise TypeError("an observed weight is multiplied, not looked up")

@@ -10,9 +10,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lepton_jax.tensors.dots import ragged_dot
 from lepton_jax.tensors.leaves import CompressedTensor
 from lepton_jax.tensors.matmul import matmul
+from lepton_jax.tensors.ragged_dots import ragged_dot
 
 
 def einsum(subscripts: str, x: jax.Array, w) -> jax.Array:
@@ -72,7 +72,7 @@ def ragged_einsum(subscripts: str, x: jax.Array, w, group_sizes: jax.Array) -> j
     if isinstance(w, CompressedTensor):
         y = w.flat(keep=1).ragged_matmul(x, group_sizes)
     else:
-        y = ragged_dot(x.astype(w.dtype), w.reshape(w.shape[0], -1, w.shape[-1]), group_sizes)
+        y = ragged_dot(x, w.reshape(w.shape[0], -1, w.shape[-1]), group_sizes)
     return y.astype(x.dtype).reshape(x.shape[0], *w.shape[1:-1])
 
 

@@ -17,6 +17,7 @@ from lepton_jax.tensors import dots
 from lepton_jax.tensors.cut import Cut
 from lepton_jax.tensors.decompress import by_outputs, in_order
 from lepton_jax.tensors.leaves import CompressedTensor, ParamSpec, register_leaf
+from lepton_jax.tensors.ragged_dots_tpu import LANES, Streamed
 
 _STORED = {"int8": jnp.int8, "int4": jnp.uint8, "float8_e4m3fn": jnp.float8_e4m3fn}
 
@@ -195,23 +196,29 @@ class QTensor(CompressedTensor):
             parts = parts + self.offset[..., None].astype(jnp.float32)
         return parts.reshape(self.shape).astype(dtype)
 
-    def rows(self, ids: jax.Array) -> jax.Array:
-        taken = jax.tree.map(
+    def taken(self, ids: jax.Array) -> Self:
+        return jax.tree.map(
             lambda array: jnp.take(array, ids, axis=0, mode="clip") if array.ndim else array, self
         )
-        return taken.dense(jnp.float32)
 
-    def ragged_matmul(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
-        if self.grouped or self.values.dtype != jnp.int8:
-            return super().ragged_matmul(x, group_sizes)
-        of_row = jnp.repeat(self.scale, group_sizes, axis=0, total_repeat_length=x.shape[0])
-        row_scale, dtype = 1.0, jnp.float32 if x.dtype == jnp.float32 else jnp.bfloat16
-        if self.act_bits == 8:
-            # int8 steps are exact in bf16, and products of them accumulate in float32
-            x, row_scale = dots.quantize_rows(x)
-            dtype = jnp.bfloat16
-        y = dots.ragged_dot(x.astype(dtype), self.values.astype(dtype), group_sizes)
-        return y * row_scale * of_row
+    @property
+    def streams(self) -> bool:
+        return not self.grouped or self.values.shape[-1] % LANES == 0
+
+    def streamed(self, x: jax.Array) -> Streamed:
+        """int8 and float8 steps of activations are exact in bfloat16."""
+        if self.grouped:
+            if self.packed:
+                halves = x.reshape(x.shape[0], self.scale.shape[-1], 2, -1)
+                x = jnp.swapaxes(halves, 1, 2).reshape(x.shape)
+            return Streamed(x, self.values, group_scale=self.scale, offset=self.offset)
+        row_scale = None
+        if self.act_scale is not None:
+            x, row_scale = dots.int8_steps(x, self.act_scale), self.act_scale
+        elif self.act_bits == 8:
+            float8 = self.values.dtype == jnp.float8_e4m3fn
+            x, row_scale = (dots.float8_rows if float8 else dots.quantize_rows)(x)
+        return Streamed(x, self.values, self.scale, row_scale)
 
     def _float8_matmul(self, x):
         if self.act_bits == 8:

@@ -53,11 +53,7 @@ class SparseTensor(CompressedTensor):
         flattened = {name: _flat(getattr(self, name), keep, inner) for name, inner in fields}
         return dataclasses.replace(self, **flattened)
 
-    def rows(self, ids: jax.Array) -> jax.Array:
-        return self._taken(ids).dense(jnp.float32)
-
-    def _taken(self, ids: jax.Array) -> Self:
-        """The leaf of rows `ids [...]`, clipped; of a leaf `[O, I]`."""
+    def taken(self, ids: jax.Array) -> Self:
         taken = {name: take_rows(getattr(self, name), ids) for name in self.by_output}
         return dataclasses.replace(self, **taken)
 
