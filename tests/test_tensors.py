@@ -129,10 +129,7 @@ def test_packing_keeps_every_value(outs, groups, half, random):
     np.testing.assert_array_equal(leaf.dense(jnp.float32), values)
 
 
-@pytest.mark.parametrize(
-    ("kind", "tolerance"),
-    [("f32", 1e-6), ("int8", 1e-5), ("w8a8", 2e-2), ("int4", 1e-5), ("fp8", 1e-5)],
-)
+@pytest.mark.parametrize(("kind", "tolerance"), [("f32", 1e-6), *TOLERANCES.items()])
 def test_ragged_einsum_matches_float64(kind, tolerance):
     rng = np.random.default_rng(1)
     sizes = np.array([3, 0, 4, 2])
