@@ -103,6 +103,29 @@ def test_it_gains_where_there_is_something_to_gain(costs):
         assert static(WORK[name], costs, **DEFAULT) / seconds >= gain, name
 
 
+@pytest.mark.parametrize("name", ["short", "heavy tail"])
+def test_few_rows_gain_by_beginning_with_what_was_learned(name):
+    work = WORK[name][:96]
+    first, feedback = controlled(work, CPU, known=CPU)
+    assert feedback.learned and "reserve_pages" not in feedback.learned
+    engine = SimulatedEngine(SIZES, CPU)
+    engine.scheduler.turn(**DEFAULT)
+    Feedback(engine, timed=False, costs=CPU, knobs=feedback.learned)
+    assert engine.run(work) < 0.97 * first < static(work, CPU, **DEFAULT)
+
+
+def test_a_beginning_goes_as_far_as_the_programs():
+    engine = SimulatedEngine(SIZES, CPU)
+    engine.scheduler.turn(**DEFAULT)
+    feedback = Feedback(engine, timed=False, knobs={"decode_block": 99, "longest_first": True})
+    assert feedback.learned == {"decode_block": SIZES.decode_block, "longest_first": True}
+    engine.scheduler.turn(decode_block=2)
+    feedback.forget()
+    assert engine.scheduler.knobs.decode_block == SIZES.decode_block
+    feedback.begin({})
+    assert engine.scheduler.knobs.decode_block == DEFAULT["decode_block"]
+
+
 def test_it_settles_within_50_beats():
     """On a long stationary stream: what is set at beat 50 is as good as what is set at the end."""
     for mean, limit in ((4, 64), (30, 256), (200, 256)):

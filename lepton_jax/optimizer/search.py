@@ -38,7 +38,7 @@ from lepton_jax.text.tokenizer import Tokenizer
 
 Progress = Callable[[str, int, int, str], None]
 
-_MARGIN = 1.15
+_MARGIN = 1.15  # times the best score: what is predicted to be worse is not tried
 _PROMISE = 0.97  # share of the seconds that a refinement must promise to leave at most
 _KEPT_SHARE = 8  # of the memory: one part of so many may hold models that were tried
 
