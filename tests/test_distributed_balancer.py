@@ -265,3 +265,13 @@ def test_measured_is_never_better_than_the_best():
     ledger.beat("x", tokens=0, held=2, ended=0, now=8.0)  # compiling, with all slots taken
     ledger.beat("x", tokens=90, held=1, ended=2, now=10.0)
     assert ledger.report(10.0)["of_ideal"] == 1.0
+
+
+def test_time_without_rows_is_no_time_of_a_rate():
+    balancer = Balancer()
+    balancer.add_replica("a", slots=1, now=0.0)
+    balancer.beat("a", {}, 10.0)
+    balancer.add("row", 20.0)
+    assert balancer.deal(10.0, ["a"]) == {"a": ["row"]}
+    balancer.beat("a", {"row": 20.0}, 20.0)
+    assert balancer.replicas["a"].rate == 2.0

@@ -164,6 +164,7 @@ def test_best_steps_weighs_idle_rows_against_another_beat():
     assert best_steps([2, 8, 8, 8], 8) == 8  # 26/9 = 2.89 against 8/3 = 2.67
     assert best_steps([0, 0, 5], 8) == 5  # rows that only enter have no say
     assert best_steps([0, 0], 8) == 0
+    assert best_steps([1, 3], 8) == 3  # 2/2, 3/3 and 4/4 are equal: the largest
 
 
 def test_a_block_is_cut_only_while_requests_wait():
