@@ -60,6 +60,7 @@ from lepton_jax.optimizer.profile import Profile
 from lepton_jax.sharding import Placement
 from lepton_jax.sharding.partition import padding_costs
 from lepton_jax.text import tokenizer as tokenizers
+from lepton_jax.text.constraints import guide_for
 
 log = logging.getLogger(__name__)
 
@@ -216,6 +217,7 @@ class LeptonEngine:
         ]
         draft = self._read_draft(section) if section.speculation == "draft" else None
         for engine in engines:
+            engine.guide_with(functools.partial(guide_for, self.tokenizer))
             if draft:
                 engine.draft_with(draft.model, draft.leaves, cost=section.draft_cost)
             if workload:

@@ -147,8 +147,8 @@ class Bench:
 
     def stand(self, config: RunConfig, requests: Sequence[SampledRequest], **options) -> Stand:
         """Engines of a config, warm."""
-        models, eos_ids = Models(self.model(config)), self.tokenizer.eos_ids
-        stand = Stand(models, config, requests, eos_ids=eos_ids, **options)
+        models = Models(self.model(config))
+        stand = Stand(models, config, requests, tokenizer=self.tokenizer, **options)
         stand.run()
         return stand
 
@@ -215,7 +215,7 @@ def simulate(bench: Bench, name: str) -> None:
     ours = dataclasses.replace(with_fields(DEFAULTS, W8A8), optimizer=asked)
     model = bench.model(ours)
     predictor = Predictor(model.model, requests)
-    trial = try_out(Models(model), ours, requests, eos_ids=bench.tokenizer.eos_ids)
+    trial = try_out(Models(model), ours, requests, tokenizer=bench.tokenizer)
     predictor.learn(ours, trial)
     shared = shares_beginnings(requests)
     choices = axes(requests=len(requests), precisions=[], devices=1, shared=shared)

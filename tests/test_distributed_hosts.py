@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -143,7 +144,10 @@ class Runs:
         self.folder = folder
         (folder / "model").mkdir()
         model_folder(folder / "model")
+        (folder / "model" / "generation_config.json").write_text('{"eos_token_id": 0}')
         rows = [{"id": n, "prompt": f"row {n}"} for n in range(28)]
+        for row in rows[1::3]:
+            row["sampling"] = {"regex": "[a-d]{6,30}", "temperature": 1.0}
         (folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         engine = {"rows": 2, "page_size": 16, "max_len": 80, "prefill_chunk": 32}
         self.config = config_file(
@@ -205,6 +209,7 @@ def test_two_hosts_give_the_bytes_of_one_and_a_killed_one_ends_the_other(runs):
         for name in ("two", "one")
     )
     assert ours == theirs
+    assert all(re.fullmatch("[a-d]{6,30}", row["text"]) for row in ours[1::3])
 
 
 @pytest.mark.slow

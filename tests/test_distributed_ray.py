@@ -42,6 +42,8 @@ def test_a_log_of_decisions_that_nobody_here_takes_is_refused(tmp_path):
 def test_a_killed_actor_costs_no_row(smollm2_path, tmp_path):
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     rows = [{"id": n, "prompt": f"Count on from {n}:"} for n in range(ROWS)]
+    for row in rows[::4]:
+        row["sampling"] = {"json_schema": {"enum": ["up we go", "down"]}, "ignore_eos": False}
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = RunConfig(
         model=ModelSection(path=str(smollm2_path)),
@@ -75,7 +77,11 @@ def test_a_killed_actor_costs_no_row(smollm2_path, tmp_path):
     assert (tally.rows, tally.errors) == (ROWS, 0)
     answers = [json.loads(line) for line in output.read_text().splitlines()]
     assert [answer["id"] for answer in answers] == list(range(ROWS))
-    assert all(answer["completion_tokens"] == 16 for answer in answers)
+    for row, answer in zip(rows, answers, strict=True):
+        if "sampling" in row:
+            assert json.loads(answer["text"]) in ("up we go", "down")
+        else:
+            assert answer["completion_tokens"] == 16
     assert sum(replica["died"] for replica in report["replicas"]) == 1
     assert sum(replica["rows"] for replica in report["replicas"]) == ROWS
     print(json.dumps(report, indent=1))

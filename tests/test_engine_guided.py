@@ -3,10 +3,13 @@ has the prescribed form, also beside free rows, cut in chunks, preempted, and wi
 """
 
 import dataclasses
+import functools
 import json
+import pickle
 import random
 import re
 import types
+from concurrent.futures import Future
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +21,13 @@ from jobs_fakes import Killed, job_config, run_job
 
 from lepton_jax.config import EngineSection, SamplingParams
 from lepton_jax.distributed.pool import Pool
+from lepton_jax.distributed.replicas import ThreadReplica
 from lepton_jax.engine.loop import Engine
 from lepton_jax.jobs import driver
 from lepton_jax.jobs.rows import RowError
 from lepton_jax.jobs.session import Session
 from lepton_jax.models.build import abstract_model
-from lepton_jax.text.constraints import ConstraintError, Grammar
+from lepton_jax.text.constraints import ConstraintError, Grammar, guide_for
 
 VOCAB = 98
 
@@ -63,8 +67,14 @@ class Characters:
 TOKENIZER = Characters()
 
 
+def guided(engine):
+    """The engine, which can make guides now."""
+    engine.guide_with(functools.partial(guide_for, TOKENIZER))
+    return engine
+
+
 def make(section=ROOMY):
-    engine = Engine(MODEL, LEAVES, section=section, eos_ids=TOKENIZER.eos_ids)
+    engine = guided(Engine(MODEL, LEAVES, section=section, eos_ids=TOKENIZER.eos_ids))
     engine.runner.programs.compiled = PROGRAMS.setdefault(section, {})
     return engine
 
@@ -273,19 +283,38 @@ def test_an_answer_has_one_form():
     assert Grammar.of(SamplingParams()) is None
 
 
-def test_a_pool_whose_replicas_are_elsewhere_refuses_guided_rows():
-    params = SamplingParams(choices=("a", "b"))
-    pool = Pool([Elsewhere()], lockstep=True)
-    with pytest.raises(ValueError, match="sampling.choices prescribes.*use mesh.data"):
-        pool.add_request("0", ids(1), params, guide=lambda: None)
-    pool.add_request("0", ids(1), SamplingParams())
+class Elsewhere(ThreadReplica):
+    """A replica to which and from which only bytes go, as to another process."""
+
+    here = False
+
+    def beat(self, commands):
+        beat = super().beat(pickle.loads(pickle.dumps(commands))).result()
+        future = Future()
+        future.set_result(pickle.loads(pickle.dumps(beat)))
+        return future
 
 
-class Elsewhere:
-    """A replica in another process that nobody asks for a beat."""
+def test_replicas_elsewhere_hold_a_prescribed_form_too():
+    schema = {"type": "array", "items": {"enum": ["ab", "ba", 7]}, "minItems": 2, "maxItems": 4}
+    forms = [{"json_schema": schema, "n": 2}, {"regex": "[xy]{4}z"}, {"choices": ("so", "no")}, {}]
+    asked = [
+        (ids(n), SamplingParams(**forms[n % 4], temperature=1.0, seed=n, max_tokens=60))
+        for n in range(8)
+    ]
+    replicas = [Elsewhere(f"{n}", make(), slots=8) for n in range(2)]
+    found = answers(asked, engine=Pool(replicas, lockstep=True))
+    assert [answer.choices for answer in found] == [a.choices for a in answers(asked)]
+    for answer in found[::4]:
+        for choice in answer.choices:
+            jsonschema.validate(json.loads(choice.text), schema)
 
-    here, name, slots = False, "far", 2
-    limits = make().limits
+
+def test_an_engine_that_was_told_of_no_guides_refuses_such_rows():
+    engine = Engine(MODEL, LEAVES, section=ROOMY, eos_ids=TOKENIZER.eos_ids)
+    with pytest.raises(RowError, match="sampling.choices prescribes an answer.*guide_with"):
+        answers([(ids(1), SamplingParams(choices=("a", "b")))], engine=engine)
+    assert not engine.has_work
 
 
 def test_two_devices_give_the_answers_of_one():
@@ -293,7 +322,7 @@ def test_two_devices_give_the_answers_of_one():
     asked = [
         (ids(n), SamplingParams(json_schema=schema, temperature=n % 2, seed=n)) for n in range(4)
     ]
-    engine = Engine(MODEL, LEAVES, section=ROOMY, eos_ids=(2,), devices=jax.devices()[:2])
+    engine = guided(Engine(MODEL, LEAVES, section=ROOMY, eos_ids=(2,), devices=jax.devices()[:2]))
     found = answers(asked, engine=engine)
     assert [answer.token_ids for answer in found] == [a.token_ids for a in answers(asked)]
     for answer in found:
@@ -304,7 +333,9 @@ def test_a_warm_up_compiles_all_that_guided_rows_need():
     long = "abcdefghijklmnopqrstuvwxyz" * 2
     params = SamplingParams(regex=f"[xy]{long}[xy]", max_tokens=60)  # forced in the midst
     workload = [(3, params)] * 8
-    engine = Engine(MODEL, LEAVES, section=ROOMY, eos_ids=(2,), workload=workload, strict=True)
+    engine = guided(
+        Engine(MODEL, LEAVES, section=ROOMY, eos_ids=(2,), workload=workload, strict=True)
+    )
     engine.warm_up(workload)
     found = answers([(ids(n, 3), params) for n in range(8)], engine=engine)
     assert all(answer.text[1:-1] == long for answer in found)

@@ -21,7 +21,7 @@ from lepton_jax.distributed.balancer import Balancer
 from lepton_jax.distributed.ledger import Ledger
 from lepton_jax.distributed.replicas import Beat, Command, Replica
 from lepton_jax.engine.protocol import Limits
-from lepton_jax.engine.request import Guide, StepOutput
+from lepton_jax.engine.request import StepOutput
 from lepton_jax.engine.scored import Scoring
 
 log = logging.getLogger(__name__)
@@ -93,22 +93,11 @@ class Pool:
         return bool(self._requests)
 
     def add_request(
-        self,
-        request_id: str,
-        prompt_ids: Sequence[int],
-        params: SamplingParams,
-        *,
-        guide: Callable[[], Guide] | None = None,
+        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams
     ) -> None:
         """Queues a request. Raises ValueError, saying why, on one that can never be served."""
         self.limits.check_request(prompt_ids, params)
-        if guide and not all(member.replica.here for member in self._members.values()):
-            raise ValueError(
-                f"sampling.{params.guided} prescribes an answer token by token in this process, "
-                "and the replicas are in others: use mesh.data instead of pool.ray"
-            )
-        named = {"guide": guide} if guide else {}
-        command = Command("add_request", (request_id, tuple(prompt_ids), params), named)
+        command = Command("add_request", (request_id, tuple(prompt_ids), params))
         self._add(request_id, command, prompt_ids, new_tokens=params.max_tokens)
 
     def add_scoring(self, request_id: str, prompt_ids: Sequence[int], scoring: Scoring) -> None:

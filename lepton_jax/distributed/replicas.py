@@ -23,7 +23,6 @@ class Command:
 
     name: str
     arguments: tuple = ()
-    named: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Replica(Protocol):
 def serve(engine: TokenEngine, commands: Sequence[Command]) -> Beat:
     """One beat of an engine, where the engine is."""
     for command in commands:
-        getattr(engine, command.name)(*command.arguments, **command.named)
+        getattr(engine, command.name)(*command.arguments)
     outputs = engine.step() if engine.has_work else []
     return Beat(outputs, engine.stats(), engine.has_work)
 

@@ -93,9 +93,16 @@ class Engine:
         self.scheduler = Scheduler.of(sizes, backend.Q_TILE, section.prefix_cache)
         self._in_flight: InFlight | None = None
         self._beats, self._kv_dtype = Beats(self.scheduler), kv_dtype
+        self._guides: Callable[[SamplingParams], Guide] = _no_guide
         self._wants_draft = section.speculation == "draft"
         rule = DraftRule(self.runner.drafts, self.runner.rungs.decode, cost=section.draft_cost)
         self._drafts = self._speculate(rule, sizes.draft if section.speculation == "lookup" else 0)
+
+    def guide_with(self, guides: Callable[[SamplingParams], Guide]) -> None:
+        """Lets requests prescribe their answers: `guides` makes a guide of one from what is asked
+        (`text/constraints.py`). It may raise ValueError where that can't be held.
+        """
+        self._guides = guides
 
     def draft_with(self, model: Model, leaves: tuple, *, cost: float = 0.0) -> None:
         """Lets a model propose, for `section.speculation` "draft"; before the warm-up.
@@ -164,22 +171,14 @@ class Engine:
         return self._in_flight is not None or self.scheduler.has_work
 
     def add_request(
-        self,
-        request_id: str,
-        prompt_ids: Sequence[int],
-        params: SamplingParams,
-        *,
-        guide: Callable[[], Guide] | None = None,
+        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams
     ) -> None:
-        """Queues a request. Raises ValueError, saying why, on one that can never be served.
-
-        `guide`: makes what prescribes the answer, where `params` ask for that.
-        """
+        """Queues a request. Raises ValueError, saying why, on one that can never be served."""
         if self._wants_draft:
             raise RuntimeError("engine.speculation=draft: call draft_with(model, leaves) first")
         self.limits.check_request(prompt_ids, params)
-        seed, made = _seed(request_id, params), guide() if guide else None
-        request = Request(request_id, tuple(prompt_ids), params, seed=seed, guide=made)
+        seed, guide = _seed(request_id, params), self._guides(params) if params.guided else None
+        request = Request(request_id, tuple(prompt_ids), params, seed=seed, guide=guide)
         self.scheduler.add(request)
         self._drafts.add(request_id, prompt_ids)
         self.runner.require(SampleSpec.of(params, self.eos_ids))
@@ -290,3 +289,10 @@ def _seed(request_id: str, params: SamplingParams) -> int:
 
 def _nbytes(leaves: tuple) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(leaves))
+
+
+def _no_guide(params: SamplingParams) -> Guide:
+    raise ValueError(
+        f"sampling.{params.guided} prescribes an answer, and nothing here makes guides: call "
+        "guide_with first"
+    )

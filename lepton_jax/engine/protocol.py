@@ -7,11 +7,11 @@ Read next: `loop.py` (the engine), `lepton_jax/distributed/pool.py` (many of the
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from lepton_jax.config import SamplingParams
-from lepton_jax.engine.request import Guide, Plan, StepOutput
+from lepton_jax.engine.request import Plan, StepOutput
 from lepton_jax.engine.scored import Scoring
 
 
@@ -21,17 +21,9 @@ class TokenEngine(Protocol):
     max_len: int
 
     def add_request(
-        self,
-        request_id: str,
-        prompt_ids: Sequence[int],
-        params: SamplingParams,
-        *,
-        guide: Callable[[], Guide] | None = None,
+        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams
     ) -> None:
-        """Queues a request. Raises ValueError, saying why, on one that can never be served.
-
-        `guide`: makes what prescribes the answer; given where `params.guided`.
-        """
+        """Queues a request. Raises ValueError, saying why, on one that can never be served."""
 
     def add_scoring(self, request_id: str, prompt_ids: Sequence[int], scoring: Scoring) -> None:
         """Queues a prompt to score. Raises ValueError as above."""

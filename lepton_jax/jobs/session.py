@@ -7,11 +7,11 @@ Read next: `text/detokenizer.py`.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from lepton_jax.config import SamplingParams
 from lepton_jax.engine.protocol import TokenEngine as Engine
-from lepton_jax.engine.request import Guide, StepOutput
+from lepton_jax.engine.request import StepOutput
 from lepton_jax.jobs.rows import Prompt, RowError
 from lepton_jax.text.constraints import ConstraintError, Grammar
 from lepton_jax.text.detokenizer import Detokenizer
@@ -109,14 +109,6 @@ def grammar_of(params: SamplingParams) -> Grammar | None:
         raise RowError("invalid_sampling", str(error)) from error
 
 
-def _guides(grammar: Grammar, tokenizer: Tokenizer) -> Callable[[], Guide]:
-    """Makes guides of one answer, of which the first is made now: what is wrong with it is the
-    row's, and must not meet a replica. Raises ConstraintError.
-    """
-    made = [grammar.guide(tokenizer)]
-    return lambda: made.pop() if made else grammar.guide(tokenizer)
-
-
 def expand(params: SamplingParams) -> list[SamplingParams]:
     """The params of each of a prompt's `n` requests; a seed counts up from the first."""
     if params.n == 1:
@@ -154,10 +146,11 @@ class Session:
         grammar = grammar_of(params)
         added = []
         try:
+            if grammar:  # what can't be held is the row's problem, and must not meet a replica
+                grammar.guide(self._tokenizer)
             for i, single in enumerate(expand(params)):
                 # The number is always there, so that no key with a slash can meet another's.
-                guide = {"guide": _guides(grammar, self._tokenizer)} if grammar else {}
-                self._engine.add_request(f"{key}/{i}", ids, single, **guide)
+                self._engine.add_request(f"{key}/{i}", ids, single)
                 added.append(f"{key}/{i}")
         except ValueError as error:
             for request_id in added:

@@ -7,9 +7,8 @@ of an engine, so that every mode is sampled by its own rules. Read next:
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 from lepton_jax.checkpoints import load as checkpoints
 from lepton_jax.config import RunConfig, SamplingParams
@@ -40,13 +39,9 @@ class _Recorder:
         self.requests: list[SampledRequest] = []
 
     def add_request(
-        self,
-        request_id: str,
-        prompt_ids: Sequence[int],
-        params: SamplingParams,
-        guide: Callable[[], Any] | None = None,
+        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams
     ) -> None:
-        self.requests.append(SampledRequest(tuple(prompt_ids), params, guide))
+        self.requests.append(SampledRequest(tuple(prompt_ids), params))
 
     def add_scoring(self, request_id: str, prompt_ids: Sequence[int], scoring: Scoring) -> None:
         self.requests.append(SampledRequest(tuple(prompt_ids), scoring))

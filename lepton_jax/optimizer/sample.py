@@ -7,8 +7,7 @@ import dataclasses
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from lepton_jax.config import SamplingParams
 from lepton_jax.engine.scored import ScoreSpec, Scoring
@@ -18,14 +17,10 @@ _SHARED = 16  # tokens that most prompts must begin with alike
 
 @dataclasses.dataclass(frozen=True)
 class SampledRequest:
-    """A prompt's ids and what is asked of it: outputs, or `Scoring`.
-
-    `guide` makes what prescribes the answer, where one is prescribed.
-    """
+    """A prompt's ids and what is asked of it: outputs, or `Scoring`."""
 
     prompt_ids: tuple[int, ...]
     asked: SamplingParams | Scoring
-    guide: Callable[[], Any] | None = None
 
     @property
     def work(self) -> tuple[int, SamplingParams | ScoreSpec]:

@@ -244,7 +244,7 @@ class Search:
             Models(self._shelf.model(config), draft),
             config,
             self._requests,
-            eos_ids=self._tokenizer.eos_ids,
+            tokenizer=self._tokenizer,
             plays=predictor.outlook(config).plays if self._tried else (),
             costs=costs,
             best=math.inf if latency or not self._tried else self._least() / devices,

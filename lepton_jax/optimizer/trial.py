@@ -1,6 +1,7 @@
 """Runs a sample of requests on real engines: seconds, latencies, lengths, what programs cost."""
 
 import dataclasses
+import functools
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,8 @@ from lepton_jax.optimizer.feedback import Feedback
 from lepton_jax.optimizer.play import Play, Tape
 from lepton_jax.optimizer.sample import SampledRequest
 from lepton_jax.telemetry import BeatStats
+from lepton_jax.text.constraints import guide_for
+from lepton_jax.text.tokenizer import Tokenizer
 
 _LOOK_AHEAD = 4  # times the engine's rows: requests in the queue, as in a job
 _HOPELESS = 1.2  # times the best seconds so far: a first run that takes longer is the only one
@@ -76,7 +79,7 @@ def try_out(
     config: RunConfig,
     requests: Sequence[SampledRequest],
     *,
-    eos_ids: Sequence[int],
+    tokenizer: Tokenizer,
     plays: Sequence[Play] = (),
     costs: Costs = UNIT,
     best: float = float("inf"),
@@ -89,7 +92,7 @@ def try_out(
       best: seconds that another config took: what is far from it is not repeated.
       progress: called before each run with its number.
     """
-    with Stand(models, config, requests, eos_ids=eos_ids, plays=plays, costs=costs) as stand:
+    with Stand(models, config, requests, tokenizer=tokenizer, plays=plays, costs=costs) as stand:
         runs, tape = [], stand.listen()
         while len(runs) < config.optimizer.repeats:
             progress(len(runs))
@@ -137,7 +140,7 @@ class Stand:
         config: RunConfig,
         requests: Sequence[SampledRequest],
         *,
-        eos_ids: Sequence[int],
+        tokenizer: Tokenizer,
         plays: Sequence[Play] = (),
         costs: Costs = UNIT,
     ):
@@ -149,7 +152,7 @@ class Stand:
         """
         self._requests = requests
         self._most = config.mesh.data * look_ahead(config)
-        self.engines = _engines(models, config, requests, eos_ids=eos_ids, costs=costs)
+        self.engines = _engines(models, config, requests, tokenizer=tokenizer, costs=costs)
         several = len(self.engines) > 1
         self._served = local_pool(self.engines, config) if several else self.engines[0]
         self._knobs: Mapping[str, float] = {}
@@ -228,7 +231,7 @@ def _engines(
     config: RunConfig,
     requests: Sequence[SampledRequest],
     *,
-    eos_ids: Sequence[int],
+    tokenizer: Tokenizer,
     costs: Costs,
 ) -> list[Engine]:
     """An engine for each replica."""
@@ -238,14 +241,16 @@ def _engines(
             loaded.model,
             loaded.leaves,
             section=section,
-            eos_ids=eos_ids,
+            eos_ids=tokenizer.eos_ids,
             workload=[request.work for request in requests],
             devices=devices,
         )
         for devices in device_groups(config.mesh.data, config.mesh.model)
     ]
-    for engine in engines if draft else ():
-        engine.draft_with(draft.model, draft.leaves, cost=section.draft_cost)
+    for engine in engines:
+        engine.guide_with(functools.partial(guide_for, tokenizer))
+        if draft:
+            engine.draft_with(draft.model, draft.leaves, cost=section.draft_cost)
     return engines
 
 
@@ -270,4 +275,4 @@ def _add(engine: TokenEngine, name: str, request: SampledRequest) -> None:
     if isinstance(request.asked, Scoring):
         engine.add_scoring(name, request.prompt_ids, request.asked)
     else:
-        engine.add_request(name, request.prompt_ids, request.asked, guide=request.guide)
+        engine.add_request(name, request.prompt_ids, request.asked)

@@ -66,18 +66,19 @@ class Grammar:
 
     def guide(self, tokenizer: Tokenizer) -> Guide:
         """A guide of one answer. Raises ConstraintError where the tokenizer can't spell it."""
-        vocabulary = _vocabulary(tokenizer)
-        guide = Guide(_llguidance().LLMatcher(vocabulary, self.source), vocabulary.vocab_size)
-        if guide.error:
-            raise ConstraintError(f"the constraint can't be held: {guide.error}")
-        return guide
+        return Guide(_matcher(tokenizer, self.source).deep_copy())
+
+
+def guide_for(tokenizer: Tokenizer, params: SamplingParams) -> Guide:
+    """A guide of an answer to `params`, which prescribe one. Raises ConstraintError as above."""
+    return Grammar.of(params).guide(tokenizer)
 
 
 class Guide:
     """The state of one answer."""
 
-    def __init__(self, matcher, vocab: int):
-        self._matcher, self._vocab = matcher, vocab
+    def __init__(self, matcher):
+        self._matcher = matcher
 
     @property
     def error(self) -> str:
@@ -112,6 +113,17 @@ def _problem(source: str) -> str:
     """What is wrong with a grammar; "" where nothing is."""
     failed, messages = _llguidance().LLMatcher.validate_grammar_with_warnings(source)
     return messages[0] if failed else ""
+
+
+@functools.lru_cache(maxsize=64)
+def _matcher(tokenizer: Tokenizer, source: str):
+    """llguidance's state of an answer that has not begun: guides are copies of it, because making
+    one takes longer.
+    """
+    matcher = _llguidance().LLMatcher(_vocabulary(tokenizer), source)
+    if matcher.get_error():
+        raise ConstraintError(f"the constraint can't be held: {matcher.get_error()}")
+    return matcher
 
 
 @functools.lru_cache(maxsize=8)
