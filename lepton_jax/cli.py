@@ -8,6 +8,8 @@ and exit code 2, never in a traceback. Read next: `config.py`, `run.py`.
 
 import contextlib
 import dataclasses
+import difflib
+import json
 import logging
 import os
 import signal
@@ -31,8 +33,6 @@ _NO_CONFIG = "--config is missing: give a config file, --config=FILE.py, before 
 _SINGLE = {f.name: f for f in dataclasses.fields(RunConfig) if f.default is not dataclasses.MISSING}
 _SECTIONS = {f.name: f.default_factory for f in dataclasses.fields(RunConfig)}
 _SECTIONS = {name: section for name, section in _SECTIONS.items() if name not in _SINGLE}
-# Fields that may be None with the types of their values, and dicts whose keys are no fields.
-_OPEN_FIELDS = dict(seed=int, logprobs=int, logit_bias=object, json_schema=object, recipes=object)
 
 
 def define_config() -> None:
@@ -44,12 +44,16 @@ def define_config() -> None:
 
 def describe_fields() -> str:
     """All fields as flags: type, default and meaning."""
-    lines = ["FILE.py[:arg] with get_config(arg=None). Any field of it can be overridden:"]
+    lines = [
+        "FILE.py[:arg] with get_config(arg=None). Any field of it can be overridden; none stands "
+        "for no value where that may be, () for an empty list:"
+    ]
     for name, section in _SECTIONS.items():
+        lines.append("")
         for field in dataclasses.fields(section):
             default = _default(field)
-            kind = "" if isinstance(field.type, type) else f"{field.type}"
-            kind = kind or field.type.__name__
+            kind = field.type.__name__ if isinstance(field.type, type) else f"{field.type}"
+            kind = kind.replace("collections.abc.", "").replace("typing.", "")
             meaning = field.metadata["doc"]
             lines.append(f"--config.{name}.{field.name} ({kind}, default {default!r}): {meaning}")
     for name, field in _SINGLE.items():
@@ -89,7 +93,8 @@ def run_config(config: config_dict.ConfigDict) -> RunConfig:
     """The frozen sections. Raises ValueError naming the field whose value is not allowed."""
     sections = {}
     for name, section in _SECTIONS.items():
-        values = {key: value for key, value in config[name].items() if value is not None}
+        values = {key: _value(config[name], key) for key in config[name]}
+        values = {key: value for key, value in values.items() if value is not None}
         sections[name] = from_mapping(section, values, where=f"config.{name}")
     return RunConfig(**sections, **{name: config[name] for name in _SINGLE})
 
@@ -251,9 +256,23 @@ def _default(field: dataclasses.Field) -> Any:
 
 
 def _typed(field: dataclasses.Field) -> Any:
-    if field.name in _OPEN_FIELDS:
-        return config_dict.placeholder(_OPEN_FIELDS[field.name])
-    return _default(field)
+    """The default; a field that may be None, or a dict whose keys are no fields, takes anything
+    until its section checks it.
+    """
+    default = _default(field)
+    is_open = default is None or isinstance(default, dict)
+    return config_dict.placeholder(object) if is_open else default
+
+
+def _value(section: config_dict.ConfigDict, name: str) -> Any:
+    """Of a field; None: its default. The command line gives open fields as texts: none, or JSON."""
+    value = section[name]
+    if section.get_type(name) is object and isinstance(value, str):
+        if value.lower() == "none":
+            return None
+        with contextlib.suppress(ValueError):
+            return json.loads(value)
+    return value
 
 
 def _set(section: config_dict.ConfigDict, name: str, value: Any, *, where: str) -> None:
@@ -272,7 +291,10 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     """absl's parsing with our way of failing."""
     with user_errors(flags.Error, ValueError, OSError):
         _check_overrides(argv)
-        rest = flags.FLAGS(argv)
+        try:
+            rest = flags.FLAGS(argv)
+        except flags.UnrecognizedFlagError as error:
+            raise ValueError(_unknown_flag(error.flagname)) from error
         if rest[1:]:
             raise ValueError(f"unknown arguments {' '.join(rest[1:])!r}: want --flag=value")
         return rest
@@ -294,6 +316,16 @@ def _check_overrides(argv: Sequence[str]) -> None:
                 continue
             known = [known.name for known in dataclasses.fields(_SECTIONS[section])]
             refuse_unknown([field], known, where=f"config.{section}")
+
+
+def _unknown_flag(name: str) -> str:
+    """What is wrong, with the field of that name, or else the flag that is nearest in spelling."""
+    fields = [f"config.{s}.{f.name}" for s, of in _SECTIONS.items() for f in dataclasses.fields(of)]
+    last = name.rpartition(".")[2]
+    near = [field for field in fields if field.rpartition(".")[2] == last]
+    near = near or difflib.get_close_matches(name, [*flags.FLAGS, *fields], n=1)
+    hint = f"; did you mean {' or '.join(f'--{n}' for n in near)}?" if near else ""
+    return f"unknown flag --{name}{hint} (--helpfull lists all)"
 
 
 def _refuse_parts(name: str, field: str) -> None:

@@ -38,7 +38,8 @@ def check_types(section: object) -> None:
             check(section, field.name, is_number(value, (int, float)), "a number")
         elif isinstance(default, int) or default is None:
             good = is_number(value, int) or (value is None and default is None)
-            check(section, field.name, good, "a whole number")
+            optional = " or none" if default is None else ""
+            check(section, field.name, good, f"a whole number{optional}")
 
 
 def listed(section: object, name: str, kind: type = str) -> None:

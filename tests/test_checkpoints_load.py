@@ -277,6 +277,7 @@ def test_paths_of_no_known_kind(tmp_path):
         (tmp_path / "w.safetensors", rf"one file of a checkpoint: give its directory, {tmp_path}"),
         ("demo:gpt5", "demo model 'gpt5' is unknown: allowed are 'smollm2', 'gemma3-270m'"),
         ("hf:gpt2", "'hf:gpt2' must be hf:org/name"),
+        ("published:llama-3.1-8b", "without weights: plan takes it"),
     ):
         with pytest.raises(CheckpointError, match=fault):
             load(path)

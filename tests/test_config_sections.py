@@ -102,19 +102,38 @@ def test_overrides_are_filled_up_with_the_defaults():
 
 
 @pytest.mark.parametrize(
+    ("field", "in_file", "flag", "meant"),
+    [
+        ("logprobs", 3, "none", None),
+        ("logprobs", 3, None, None),
+        ("logprobs", None, 2, 2),
+        ("seed", 7, "None", None),
+        ("json_schema", {"type": "object"}, "none", {}),
+        ("json_schema", {}, '{"additionalProperties": false}', {"additionalProperties": False}),
+        ("logit_bias", {3: 1.0}, '{"5": -1}', {5: -1.0}),
+        ("logit_bias", {3: 1.0}, {5: -1}, {5: -1.0}),
+    ],
+)
+def test_fields_that_may_be_none_take_it_from_the_command_line(field, in_file, flag, meant):
+    config = cli.whole_config({"sampling": {field: in_file}})
+    config.sampling[field] = flag  # as a flag sets it: a text where it is no literal of Python
+    assert getattr(cli.run_config(config).sampling, field) == meant
+
+
+@pytest.mark.parametrize(
     ("overrides", "says"),
     [
         ({"engin": {}}, "'engin'; did you mean 'engine'"),
         ({"engine": {"row": 1}}, "config.engine: unknown field 'row'; did you mean 'rows'"),
         ({"engine": 3}, "config.engine is 3: want a dict"),
         ({"engine": {"rows": "many"}}, "config.engine.rows='many' is not allowed: want int"),
-        ({"sampling": {"seed": "x"}}, "config.sampling.seed='x' is not allowed"),
+        ({"sampling": {"seed": "x"}}, "seed='x' is not allowed: want a whole number or none"),
         (None, "get_config returned None: want a dict"),
     ],
 )
 def test_overrides_that_fit_no_field_are_named(overrides, says):
     with pytest.raises(ValueError, match=says):
-        cli.whole_config(overrides)
+        cli.run_config(cli.whole_config(overrides))
 
 
 def test_drivers_of_one_engine_refuse_more():

@@ -75,7 +75,7 @@ def drive(tmp_path, *arguments, how=ONE):
 def filled(folder):
     """A config, and an input with a good row and a bad one."""
     job = {"input": "in.jsonl", "output": "out.jsonl"}
-    overrides = {"model": {"path": "echo"}, "job": job}
+    overrides = {"model": {"path": "echo"}, "job": job, "sampling": {"logprobs": 1}}
     (folder / "config.py").write_text(f"def get_config(arg=None):\n    return {overrides}\n")
     (folder / "broken.py").write_text("def get_config(arg=None):\n    return 1 / 0\n")
     (folder / "in.jsonl").write_text('{"id": "a", "prompt": "hi"}\n{"id": "b"}\n')
@@ -92,14 +92,15 @@ def test_answers_a_summary_and_the_exit_codes(files):
     assert done.returncode == 1, done.stderr
     assert done.stdout.strip().endswith("no knob was turned")
     rows = [json.loads(line) for line in (files / "out.jsonl").read_text().splitlines()]
-    assert rows[0]["text"] == "hi"
+    assert rows[0]["text"] == "hi" and len(rows[0]["logprobs"]) == 3
     assert rows[1]["error"]["type"] == "invalid_row"
     summary = json.loads((files / "out.jsonl.summary.json").read_text())
     assert (summary["rows"], summary["errors"]) == (2, 1)
     assert "2 (1 errors)" in done.stdout
     assert "2/2" in done.stderr
     (files / "in.jsonl").write_text('{"id": "a", "prompt": "hi"}\n')
-    assert drive(files, "--config=config.py").returncode == 0
+    assert drive(files, "--config=config.py", "--config.sampling.logprobs=none").returncode == 0
+    assert "logprobs" not in (files / "out.jsonl").read_text()
 
 
 MISTAKES = [
@@ -109,10 +110,14 @@ MISTAKES = [
     (["--config=config.py", "--config.engine.row=2"], "did you mean 'rows'"),
     (["--config=config.py", "--config.engine.rows=two"], "--config.engine.rows=two"),
     (["--config=config.py", "--config.engine.rows=0"], "rows=0 is not allowed: want 1"),
+    (["--config=config.py", "--config.sampling.seed=x"], "want a whole number or none"),
     (["--config=config.py", "--config.mesh.model=0"], "model=0 is not allowed"),
+    (["--config=config.py", "--input=x"], "--input; did you mean --config.job.input?"),
+    (["--config=config.py", "--explian"], "unknown flag --explian; did you mean --explain?"),
     (["--config=config.py", "stray"], "unknown arguments 'stray'"),
     (["--config=config.py", "--config.model.path=gone"], "'gone' doesn't exist"),
-    (["--config=config.py", "--config.job.input=gone"], "job.input='gone' can't be read"),
+    (["--config=config.py", "--config.job.input=gone"], "'gone' can't be read: No such file in /"),
+    (["--config=config.py", "--config.job.output=o.xlsx"], "ends in .xlsx: want .jsonl"),
     (["--config=config.py", "--config.job.output="], "job.output is empty"),
     (["--config=config.py", "--config.optimizer.feedback=on"], "set job.exact=false"),
     (["--config=config.py", "--config.optimizer.feedback=no"], "one of off, deterministic, on"),

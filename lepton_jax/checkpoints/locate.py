@@ -32,6 +32,11 @@ def locate(path: str | os.PathLike) -> tuple[str, Path]:
         return "gguf", demo_model(text.removeprefix("demo:"))
     if text.startswith("hf:"):
         return "hf", _from_hub(text.removeprefix("hf:"))
+    if text.startswith("published:"):
+        raise CheckpointError(
+            f"model path {text!r} is the config of a released model, without weights: plan takes "
+            f"it; here accepted are {ACCEPTED}"
+        )
     place = Path(text).expanduser()
     if not text or not place.exists():
         raise CheckpointError(f"model path {text!r} doesn't exist; accepted are {ACCEPTED}")
@@ -76,7 +81,8 @@ def _from_hub(name: str) -> Path:
             snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=["consolidated*"])
         )
     except Exception as error:  # the hub's client raises errors of several HTTP libraries
+        said = " ".join(str(error).split())[:300].rstrip(".")  # of several lines
         raise CheckpointError(
-            f"model path 'hf:{name}' can't be fetched: {type(error).__name__}: {str(error)[:300]}. "
-            "Check the name, the network, and for gated models the token (`hf auth login`)"
+            f"model path 'hf:{name}' can't be fetched: {type(error).__name__}: {said}. Check the "
+            "name, the network, and for gated models the token (`hf auth login`)"
         ) from error

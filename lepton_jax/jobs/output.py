@@ -42,9 +42,7 @@ class Output:
             raise JobError("job.output is empty: give a file to write, --config.job.output=FILE")
         self._remote = places.is_remote(job.output)
         self.path = job.output if self._remote else os.path.expanduser(job.output)
-        form, self._codec = places.form_of(self.path)
-        self.form = form or "jsonl"
-        writers.check_form(self.form, self._codec)
+        self.form, self._codec = writers.form_to_write(self.path)
         self._finished_order = job.order == "finished"
         self._partial = self.path + ".partial"
         self._meta = self.path + ".partial.meta"
@@ -211,9 +209,7 @@ class Unwritten:
     def __init__(self, job: JobSection):
         """Raises JobError where `job.output` names no form that can be written."""
         self.path = job.output
-        form, codec = places.form_of(self.path)
-        self.form = form or "jsonl"
-        writers.check_form(self.form, codec)
+        self.form, _ = writers.form_to_write(self.path)
 
     def begin(self, parts: Parts, *, restart: bool) -> None:
         """Host 0 makes sure of that."""

@@ -92,6 +92,9 @@ def open_stored(path: str) -> BinaryIO:
             files, inside = file_system(path)
             return files.open(inside, "rb")
         return open(path, "rb")
+    except FileNotFoundError as error:
+        where = "" if is_remote(path) or os.path.isabs(path) else f" in {os.getcwd()}"
+        raise JobError(f"job.input={path!r} can't be read: No such file{where}") from error
     except OSError as error:
         raise JobError(f"job.input={path!r} can't be read: {reason(error)}") from error
 

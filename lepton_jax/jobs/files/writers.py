@@ -10,10 +10,11 @@ import csv
 import io
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Any, BinaryIO
 
-from lepton_jax.jobs.files.places import compressed, need
+from lepton_jax.jobs.files.places import FORMATS, JobError, compressed, form_of, need
 
 Rows = Callable[[], Iterable[dict[str, Any]]]
 _GROUP = 4_096  # rows of Parquet written at once
@@ -44,12 +45,22 @@ def write_rows(rows: Rows, file: BinaryIO, *, form: str, codec: str) -> None:
                 stream.write(encode_row(row) + b"\n")
 
 
-def check_form(form: str, codec: str) -> None:
-    """Raises JobError now, not after the last row, where a package is missing."""
+def form_to_write(path: str) -> tuple[str, str]:
+    """(format, codec) of an output by its name, "jsonl" where that says nothing of a format.
+
+    Raises JobError now, not after the last row, on another ending or where a package is missing.
+    """
+    form, codec = form_of(path)
+    ending = os.path.splitext(path.lower().removesuffix(".gz").removesuffix(".zst"))[1]
+    if not form and ending not in ("", ".json", ".txt"):
+        raise JobError(
+            f"job.output={path!r} ends in {ending}: want {', '.join(FORMATS)}, or one and .gz, .zst"
+        )
     if form == "parquet":
         need("pyarrow.parquet", "files", why="Parquet")
     elif codec == "zstd":
         need("zstandard", "files", why=".zst")
+    return form or "jsonl", codec
 
 
 def _write_csv(rows: Rows, stream: IO[bytes]) -> None:
