@@ -93,8 +93,7 @@ class Engine:
         self.scheduler = Scheduler.of(sizes, backend.Q_TILE, section.prefix_cache)
         self._in_flight: InFlight | None = None
         self._beats, self._kv_dtype = Beats(self.scheduler), kv_dtype
-        self._guides: Callable[[SamplingParams], Guide] = _no_guide
-        self._wants_draft = section.speculation == "draft"
+        self._guides, self._wants_draft = _no_guide, section.speculation == "draft"
         rule = DraftRule(self.runner.drafts, self.runner.rungs.decode, cost=section.draft_cost)
         self._drafts = self._speculate(rule, sizes.draft if section.speculation == "lookup" else 0)
 
