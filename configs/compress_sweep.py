@@ -1,28 +1,47 @@
 """Many recipes on one model: a table, and a page of Pareto fronts: bytes and speed against KL.
 
     python -m lepton_jax.compress --config=configs/compress_sweep.py --config.output=outputs/sweep
+    python -m lepton_jax.compress --config=configs/compress_sweep.py:demo:gemma3-270m \\
+        --config.output=outputs/gemma --config.receipt.repeats=0 --config.receipt.prompts=0
 
 Each recipe gets a receipt in a folder of its own; an interrupted sweep goes on when the same
-command is given again. With sweep.keep=true the compressed weights are kept too.
+command is given again. With sweep.keep=true the compressed weights are kept too. The texts are
+short, so that a model of some hundred million parameters takes an hour of CPU time, a third of it
+for the two recipes that recover. README's table is `table.md` of the second form.
 """
 
 _TABLES = "embed|head -> weights=int8"
 _LAYERS = r"layers\..* -> "
+_UNIFORM = (
+    "weights=int8 group=32",
+    "weights=int8",
+    "weights=int4 group=64",
+    "weights=int4 group=128",
+)
+_RECOVERY = {"train": "all", "steps": 60, "windows": 64, "held_out": 4, "evaluate_every": 15}
 
 
 def _layers(scheme, **options):
     return {"rules": (_TABLES, _LAYERS + scheme)} | options
 
 
+def _everywhere(scheme):
+    return {"rules": (f".* -> {scheme}",)}
+
+
+def _automatic(share):
+    return {"auto_bytes": share, "candidates": _UNIFORM}
+
+
 def get_config(arg=None):
     recipes = {
         "int8": {"preset": "int8"},
+        "int8-g32": _everywhere("weights=int8 group=32"),
+        "int8-g32-gptq": _everywhere("weights=int8 group=32 rounding=gptq"),
         "w8a8": {"preset": "w8a8"},
         "w8a8-static": _layers("weights=int8 activations=static"),
         "w8a8-smoothquant": _layers("weights=int8 activations=static", smooth="smoothquant"),
         "fp8": {"preset": "fp8"},
-        "int8-gptq": {"rules": ("embed|head|layers.* -> weights=int8 rounding=gptq",)},
-        "int8-g32": {"rules": (".* -> weights=int8 group=32",)},
         "int4": _layers("weights=int4 group=128"),
         "int4-mse": _layers("weights=int4 group=128 rounding=mse"),
         "int4-awq": _layers("weights=int4 group=128 rounding=mse", smooth="awq"),
@@ -33,5 +52,21 @@ def get_config(arg=None):
         "magnitude-24": _layers("weights=keep prune=magnitude pattern=2:4 storage=sparse"),
         "wanda-24": _layers("weights=keep prune=wanda pattern=2:4 storage=sparse"),
         "sparsegpt-24": _layers("weights=keep prune=sparsegpt pattern=2:4 storage=sparse"),
+        "ffn-75": {"keep_ffn": 0.75},
+        "drop-4": {"drop_layers": 4},
+        "uniform-int4-g64": _everywhere("weights=int4 group=64"),
+        "uniform-int4-g128": _everywhere("weights=int4 group=128"),
+        "auto-25": _automatic(0.252),
+        "auto-20": _automatic(0.2),
+        "auto-14": _automatic(0.1335),
+        "drop-4-recovered": {"drop_layers": 4, "recovery": _RECOVERY},
+        "sparsegpt-24-recovered": _layers(
+            "weights=keep prune=sparsegpt pattern=2:4 storage=sparse", recovery=_RECOVERY
+        ),
     }
-    return {"model": {"path": arg or "demo:smollm2"}, "sweep": {"recipes": recipes}}
+    return {
+        "model": {"path": arg or "demo:smollm2"},
+        "calibration": {"windows": 8, "window_tokens": 256},
+        "receipt": {"windows": 8, "window_tokens": 256, "prompts": 8},
+        "sweep": {"recipes": recipes},
+    }

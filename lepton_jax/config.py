@@ -295,7 +295,9 @@ class ReceiptSection:
 @dataclasses.dataclass(frozen=True)
 class SweepSection:
     recipes: Mapping[str, Mapping[str, Any]] = _doc(
-        {}, "name to fields of compression: compress tries each of them on the model"
+        {},
+        "name to fields of compression, and under recovery to those of recovery: compress tries "
+        "each of them on the model",
     )
     keep: bool = _doc(False, "keep the compressed weights of each recipe, not just its receipt")
 
@@ -309,7 +311,22 @@ class SweepSection:
         for name, fields in self.recipes.items():
             plain = bool(name) and all(c.isalnum() or c in "-_" for c in name)
             _check(self, "recipes", plain, "names of letters, digits, - and _")
-            from_mapping(CompressionSection, fields, where=f"sweep.recipes[{name!r}]")
+            recipe_sections(name, fields)
+
+
+def recipe_sections(
+    name: str, fields: Mapping[str, Any]
+) -> tuple[CompressionSection, RecoverySection]:
+    """What one of `sweep.recipes` stands for. Raises ValueError naming the field that is wrong."""
+    where = f"sweep.recipes[{name!r}]"
+    compression = {key: value for key, value in fields.items() if key != "recovery"}
+    recovery = fields.get("recovery", {})
+    if not isinstance(recovery, Mapping):
+        raise ValueError(f"{where}: recovery is {recovery!r}: want a mapping of its fields")
+    return (
+        from_mapping(CompressionSection, compression, where=where),
+        from_mapping(RecoverySection, recovery, where=f"{where}['recovery']"),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

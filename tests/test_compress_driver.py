@@ -24,13 +24,10 @@ from lepton_jax.config import (
     CalibrationSection,
     CompressionSection,
     EngineSection,
-    ModelSection,
     ReceiptSection,
     RunConfig,
-    SweepSection,
+    recipe_sections,
 )
-from lepton_jax.jobs import compress as jobs
-from lepton_jax.jobs.sweep import SweepJob
 from lepton_jax.jobs.verify import failures, report, verify_receipt
 
 ROOT = Path(__file__).parents[1]
@@ -359,7 +356,7 @@ def test_shipped_configs_hold_recipes_that_fit(file, model):
     made = runpy.run_path(str(file))["get_config"]("a model")
     settings = cli.run_config(cli.whole_config(made))
     assert settings.model.path == "a model"
-    sections = [CompressionSection(**fields) for fields in settings.sweep.recipes.values()]
+    sections = [recipe_sections(*recipe)[0] for recipe in settings.sweep.recipes.items()]
     specs = load(model).model.specs
     weights = {path for path, spec in specs.items() if spec.inputs}
     for section in sections or [settings.compression]:
@@ -370,49 +367,6 @@ def test_shipped_configs_hold_recipes_that_fit(file, model):
         assert bool(recipe.calibrated) == measured or any(
             word in repr(section) for word in ("gpt", "wanda", "'awq", "smoothq", "static")
         )
-
-
-RECIPES = {"int8": {"preset": "int8"}, "int4": {"rules": (r"layers\..* -> weights=int4 group=16",)}}
-
-
-def test_a_sweep_goes_on_where_it_stopped(model, tmp_path, monkeypatch):
-    settings = RunConfig(
-        model=ModelSection(path=str(model)),
-        receipt=QUICK,
-        sweep=SweepSection(recipes=RECIPES),
-        output=str(tmp_path / "sweep"),
-    )
-    real, tried = jobs.compress, []
-
-    def interrupted(config, recipe, dense, *, progress):
-        tried.append(recipe.title)
-        if len(tried) == 2:
-            raise KeyboardInterrupt
-        return real(config, recipe, dense, progress=progress)
-
-    monkeypatch.setattr("lepton_jax.jobs.sweep.compress", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        SweepJob(settings).run()
-    assert (tmp_path / "sweep" / "int8" / "receipt.json").exists()
-    assert not (tmp_path / "sweep" / "int4").exists()
-    job = SweepJob(settings)
-    found = job.run()
-    assert tried == ["int8", "weights=int4 group=16", "weights=int4 group=16"]
-    assert list(found) == ["int8", "int4"]
-    assert found["int8"]["quality"]["kl"]["value"] < found["int4"]["quality"]["kl"]["value"]
-    table = json.loads((tmp_path / "sweep" / "table.json").read_text())
-    assert [row["recipe"] for row in table] == ["dense", "int8", "int4"]
-    assert job.table().splitlines()[2].startswith("int8")
-    assert "Pareto" in (tmp_path / "sweep" / "pareto.html").read_text()
-    assert not list((tmp_path / "sweep").rglob("manifest.json"))
-    with pytest.raises(ValueError, match="without its weights: sweep again with sweep.keep=true"):
-        verify_receipt(tmp_path / "sweep" / "int8")
-    other = dataclasses.replace(settings, receipt=ReceiptSection(**RECEIPT))
-    with pytest.raises(ValueError, match="holds a sweep of another receipt"):
-        SweepJob(other).run()
-    (tmp_path / "taken").mkdir()
-    with pytest.raises(ValueError, match=r"taken exists and is no sweep's"):
-        SweepJob(dataclasses.replace(settings, output=str(tmp_path / "taken"))).run()
 
 
 def test_the_command_line(model, tmp_path):

@@ -14,6 +14,7 @@ from lepton_jax.compression.quantize import quantize
 from lepton_jax.compression.receipt_page import page, pareto_front, pareto_page
 from lepton_jax.compression.recipe import Recipe, parse_rule, rule_text
 from lepton_jax.compression.scheme import Scheme
+from lepton_jax.compression.structure import Structure, planned_model
 from lepton_jax.config import CompressionSection
 from lepton_jax.html.svg_plots import Series, scatter
 
@@ -26,7 +27,7 @@ def estimate(value):
 
 
 def receipt(title="int8", kl=4e-3, kept=100):
-    speed = receipts.speed_row(100.0, 150.0, kept_fraction=kept / 100)
+    speed = receipts.speed_row(100.0, 150.0, compute_fraction=kept / 100)
     made = {
         "fingerprint": "f" * 16,
         "weights_sha256": "0" * 64,
@@ -41,6 +42,7 @@ def receipt(title="int8", kl=4e-3, kept=100):
             "parameters": 100,
             "kept": kept,
             "kept_fraction": kept / 100,
+            "compute_fraction": kept / 100,
         },
         "quality": {
             "places": 99,
@@ -161,12 +163,26 @@ def test_kept_weights_are_counted():
     errors = {"layers.0.down": {"weight": 0.5, "product": 0.25}}
     rows = receipts.weight_rows(MODEL, leaves, schemes=schemes, errors=errors)
     assert [row["path"] for row in rows] == [p for p, s in SPECS.items() if s.inputs]
-    size = receipts.sizes(MODEL, 10, rows=rows, bytes_now=5)
+    size = receipts.sizes(MODEL, 10, model=MODEL, rows=rows, bytes_now=5)
     down = next(row for row in rows if row["path"] == "layers.0.down")
     assert (down["kept"], down["error"], down["product_error"]) == (pruned.size // 2, 0.5, 0.25)
     total = sum(s.size for p, s in SPECS.items() if s.inputs and p != "embed")
     assert (size["parameters"], size["kept"]) == (total, total - pruned.size // 2)
     assert size["kept_fraction"] == pytest.approx(size["kept"] / total)
+    assert size["compute_fraction"] == size["kept_fraction"]
+
+
+def test_experts_left_out_save_memory_and_no_products():
+    model = tiny("qwen3_moe", layers=1)[0]
+    count = model.config.num_experts
+    smaller = planned_model(Structure(keep_experts=count - 2), model)
+    rows = [{"path": p, "kept": s.size} for p, s in smaller.specs.items() if s.inputs]
+    size = receipts.sizes(model, 10, model=smaller, rows=rows, bytes_now=5)
+    experts = sum(s.size for p, s in model.specs.items() if ".experts_" in p)
+    router = model.specs["layers.0.router"].size
+    assert size["parameters"] - size["kept"] == (experts + router) * 2 // count
+    used = size["parameters"] - experts * (1 - model.config.experts_per_token / count)
+    assert size["compute_fraction"] == pytest.approx(1 - router * 2 / count / used)
 
 
 def test_the_digest_line():

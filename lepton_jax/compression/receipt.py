@@ -24,8 +24,10 @@ import numpy as np
 
 from lepton_jax.checkpoints.loaded import digest
 from lepton_jax.compression.automatic import Choice
-from lepton_jax.compression.recipe import scheme_text
+from lepton_jax.compression.recipe import parse_scheme, scheme_text
+from lepton_jax.compression.sensitivity import Sensitivity
 from lepton_jax.models.build import Model
+from lepton_jax.models.config import ModelConfig
 from lepton_jax.tensors import CompressedTensor
 
 NAME = "receipt.json"
@@ -129,21 +131,44 @@ def sensitivity(choice: Choice) -> dict[str, Any]:
     }
 
 
-def sizes(dense: Model, dense_bytes: int, *, rows: Sequence[Mapping], bytes_now: int) -> dict:
-    """Bytes and kept parameters: k of the N that multiply a token in the dense model.
+def read_sensitivity(told: Mapping[str, Any]) -> Sensitivity:
+    """What was measured, from what `sensitivity` made of it."""
+    rows = told["weights"]
+    return Sensitivity(
+        paths=tuple(row["path"] for row in rows),
+        schemes=tuple(map(parse_scheme, told["schemes"])),
+        kl=np.array([row["kl"] for row in rows]),
+        bytes=np.array([row["bytes"] for row in rows], np.int64),
+    )
 
-    A table of embeddings that only looks rows up is no part of k and N.
+
+def sizes(
+    dense: Model, dense_bytes: int, *, model: Model, rows: Sequence[Mapping], bytes_now: int
+) -> dict:
+    """Bytes, kept parameters k of N, and what that makes of a token's products at best.
+
+    A table of embeddings that only looks rows up is no part of k and N. "compute_fraction" is k/N
+    of what multiplies one token: of experts as many as it visits, so that leaving experts out saves
+    memory and no products.
     """
     looked_up = () if dense.config.tie_embeddings else ("embed",)
     counts = {p: s.size for p, s in dense.specs.items() if s.inputs and p not in looked_up}
-    kept, total = sum(r["kept"] for r in rows if r["path"] not in looked_up), sum(counts.values())
+    kept = {row["path"]: row["kept"] for row in rows if row["path"] not in looked_up}
+    k, total = sum(kept.values()), sum(counts.values())
     return {
         "dense_bytes": dense_bytes,
         "device_bytes": bytes_now,
         "parameters": total,
-        "kept": kept,
-        "kept_fraction": kept / total,
+        "kept": k,
+        "kept_fraction": k / total,
+        "compute_fraction": _visited(kept, model.config) / _visited(counts, dense.config),
     }
+
+
+def _visited(counts: Mapping[str, int], config: ModelConfig) -> float:
+    """Parameters that multiply one token."""
+    share = config.experts_per_token / config.num_experts if config.num_experts else 1.0
+    return sum(n * (share if ".experts_" in path else 1.0) for path, n in counts.items())
 
 
 def environment() -> dict[str, Any]:
@@ -246,13 +271,13 @@ def of_loaded(path: str | Path, fingerprint: str) -> Receipt | None:
     return receipt
 
 
-def speed_row(dense: float, now: float, *, kept_fraction: float) -> dict[str, float]:
-    """Tokens/s of both and their ratio, beside that of ideal compute: N/k."""
+def speed_row(dense: float, now: float, *, compute_fraction: float) -> dict[str, float]:
+    """Tokens/s of both and their ratio, beside the ideal share of compute (`sizes`)."""
     return {
         "dense": dense,
         "compressed": now,
         "ratio": now / dense,
-        "ideal_compute_ratio": kept_fraction,
+        "ideal_compute_ratio": compute_fraction,
         "measured_time_ratio": dense / now,
     }
 

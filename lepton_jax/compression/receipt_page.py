@@ -40,7 +40,8 @@ _PAGE = """<h1>Receipt: {{ r.recipe.title }} of {{ r.source.path }}</h1>
 <td>{{ mib(r.size.disk_bytes) }}</td></tr>{% endif %}
 <tr><td>parameters kept, k of N</td><td>{{ "{:,} of {:,}".format(r.size.kept, r.size.parameters) }}
 </td></tr>
-<tr><td>ideal compute, k/N</td><td>{{ "{:.3f}".format(r.size.kept_fraction) }}</td></tr>
+<tr><td>ideal compute, k/N of what a token visits</td>
+<td>{{ "{:.3f}".format(r.size.compute_fraction) }}</td></tr>
 </table>
 {% if r.speed %}<h2>Speed on {{ r.speed.device }}</h2>
 <table><tr><th></th><th>dense, tokens/s</th><th>compressed, tokens/s</th><th>ratio</th>
@@ -87,7 +88,7 @@ def page(receipt: Mapping[str, Any]) -> str:
     """The page of one receipt."""
     speed, size = receipt["speed"], receipt["size"]
     slow = speed and any(
-        speed[name]["measured_time_ratio"] > min(1.0, 1.15 * size["kept_fraction"])
+        speed[name]["measured_time_ratio"] > min(1.0, 1.15 * size["compute_fraction"])
         for name in ("decode", "prefill")
     )
     shown = ("source", "measure", "held_out", "calibration", "environment", "fingerprint")

@@ -68,7 +68,7 @@ class Recipe:
         automatic = Automatic(
             section.auto_bytes,
             section.auto_kl,
-            tuple(_candidate(text) for text in section.candidates),
+            tuple(parse_scheme(text) for text in section.candidates),
         )
         if automatic and recipe.rules:
             raise ValueError(
@@ -121,7 +121,7 @@ class Recipe:
         if not self.automatic:
             return None
         candidates = [scheme_text(scheme) for scheme in self.automatic.candidates]
-        return dataclasses.asdict(self.automatic) | {"candidates": candidates}
+        return {"bytes": self.automatic.bytes, "kl": self.automatic.kl, "candidates": candidates}
 
     @property
     def title(self) -> str:
@@ -160,7 +160,8 @@ def parse_rule(text: str) -> Rule[Scheme]:
         raise ValueError(f"compression rule {text!r}: {error}") from None
 
 
-def _candidate(text: str) -> Scheme:
+def parse_scheme(text: str) -> Scheme:
+    """What `scheme_text` gives, read back."""
     return parse_rule(f".* -> {text}").action
 
 

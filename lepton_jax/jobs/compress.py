@@ -151,7 +151,9 @@ def compress(config: RunConfig, recipe: Recipe, dense: Dense, *, progress: Progr
     loaded = dataclasses.replace(loaded, fingerprint=fingerprint)
     schemes = scheme_of_each(recipe.rules, loaded.model.specs)
     rows = receipt.weight_rows(loaded.model, loaded.leaves, schemes=schemes, errors=result.errors)
-    size = receipt.sizes(dense.model, dense.bytes, rows=rows, bytes_now=loaded.bytes)
+    size = receipt.sizes(
+        dense.model, dense.bytes, model=loaded.model, rows=rows, bytes_now=loaded.bytes
+    )
     found, greedy, speed = None, None, None
     if dense.reference is not None:
         found, greedy, speed = _measured(config, dense, loaded, size=size, progress=progress)
@@ -235,11 +237,10 @@ def _measured(config: RunConfig, dense: Dense, loaded: Loaded, *, size: dict, pr
     greedy = prefix_row(ours.answers, dense.measures.answers, seed=asked.seed)
     speed = None
     if asked.repeats:
-        kept = size["kept_fraction"]
         speed = {"repeats": asked.repeats, "device": device_name()}
         for name in ("decode", "prefill"):
             best = [max(getattr(m, name)) for m in (dense.measures, ours)]
-            speed[name] = receipt.speed_row(*best, kept_fraction=kept)
+            speed[name] = receipt.speed_row(*best, compute_fraction=size["compute_fraction"])
     return found.as_dict(), greedy, speed
 
 

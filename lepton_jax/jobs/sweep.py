@@ -2,7 +2,7 @@
 
     DIR/sweep.json         what is compared, so that a rerun goes on where it was interrupted
     DIR/<recipe>/          receipt.json, receipt.html, and the checkpoint where weights are kept
-    DIR/table.json table.txt pareto.html
+    DIR/table.json table.md pareto.html
 
 The dense model is measured once. A recipe whose receipt is there is not tried again. Read next:
 `compress.py` (one recipe), `compression/receipt_page.py` (the page).
@@ -21,15 +21,15 @@ from lepton_jax.checkpoints import load as checkpoints
 from lepton_jax.compression import receipt as receipts
 from lepton_jax.compression.receipt_page import pareto_page
 from lepton_jax.compression.recipe import Recipe
-from lepton_jax.config import CompressionSection, RunConfig
+from lepton_jax.config import CompressionSection, RecoverySection, RunConfig, recipe_sections
 from lepton_jax.jobs.compress import compress, measure_dense, write, write_receipt
 from lepton_jax.jobs.compress_inputs import Progress, require_sense, silent
 from lepton_jax.jobs.recovery import folder_of
 
-_PLAN, _TABLE, _TEXT, _PAGE = "sweep.json", "table.json", "table.txt", "pareto.html"
+_PLAN, _TABLE, _TEXT, _PAGE = "sweep.json", "table.json", "table.md", "pareto.html"
 COLUMNS = (
-    "recipe", "MiB", "k/N", "KL", "perplexity", "top-1", "top-5", "greedy prefix",
-    "decode, times dense", "prefill, times dense",
+    "recipe", "MiB", "of dense", "k/N", "KL, nats a token", "perplexity", "times dense's", "top-1",
+    "top-5", "gap closed", "greedy prefix", "decode, times dense", "prefill, times dense",
 )  # fmt: skip
 
 
@@ -44,22 +44,31 @@ class SweepJob:
             raise ValueError("receipt.compare is false: a sweep has nothing to compare then")
         if config.compression != CompressionSection():
             raise ValueError("compression and sweep.recipes are both given: drop one")
+        if config.recovery != RecoverySection():
+            raise ValueError(
+                "recovery and sweep.recipes are both given: put its fields into the recipes that "
+                "are to recover, under recovery"
+            )
         self.config = config
         self.output = Path(config.output).expanduser().absolute()
-        self._configs = {
-            name: dataclasses.replace(
+        self._configs = {}
+        for name, fields in config.sweep.recipes.items():
+            compression, recovery = recipe_sections(name, fields)
+            self._configs[name] = dataclasses.replace(
                 config,
-                compression=CompressionSection(**fields),
+                compression=compression,
+                recovery=recovery,
                 output=str(self.output / name),  # beside which a recovery is kept
             )
-            for name, fields in config.sweep.recipes.items()
-        }
         self._recipes = {n: Recipe.from_config(c.compression) for n, c in self._configs.items()}
         self._receipts: dict[str, receipts.Receipt] = {}
 
     def run(self, progress: Progress = silent) -> dict[str, receipts.Receipt]:
         """Tries what isn't there yet, writes the table and the page; receipts by recipe."""
         require_sense(self.config, list(self._recipes.values()))
+        for config in self._configs.values():
+            if config.recovery.train != "none":
+                require_sense(config, [])
         self._begin()
         dense = None
         for number, (name, recipe) in enumerate(self._recipes.items(), 1):
@@ -69,7 +78,7 @@ class SweepJob:
             if dense is None:
                 dense = measure_dense(self.config, progress)
             told = _titled(progress, f"{number}/{len(self._recipes)} {name}")
-            made = compress(self._configs[name], recipe, dense, progress=told)
+            made = compress(self._configs[name], self._informed(recipe), dense, progress=told)
             self._receipts[name] = self._write(name, made)
             shutil.rmtree(folder_of(self.output / name), ignore_errors=True)
             self._write_results()
@@ -77,22 +86,23 @@ class SweepJob:
         return self._receipts
 
     def table(self) -> str:
-        """The rows in columns, for people."""
-        rows = [COLUMNS, *self._rows()]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        )
+        """Markdown, without the columns that nothing was measured for."""
+        rows = self._rows()
+        shown = [i for i in range(len(COLUMNS)) if any(row[i] for row in rows)]
+        rows = [COLUMNS, ("",) * len(COLUMNS), *rows]
+        widths = {i: max(len(row[i]) for row in rows) for i in shown}
+        lines = [[row[i].ljust(widths[i]) for i in shown] for row in rows]
+        lines[1] = ["-" * widths[i] for i in shown]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
     def _begin(self) -> None:
         """A new directory, or one of the same sweep. Raises ValueError on any other."""
         plan = {
             "source": checkpoints.identify(self.config.model.path),
             "model": dataclasses.asdict(self.config.model),
+            "calibration": dataclasses.asdict(self.config.calibration),
             "receipt": dataclasses.asdict(self.config.receipt),
-            "recovery": dataclasses.asdict(self.config.recovery),
-            "recipes": {name: recipe.as_dict() for name, recipe in self._recipes.items()},
+            "recipes": {name: self._recipe_dict(name) for name in self._recipes},
             "keep": self.config.sweep.keep,
         }
         place = self.output / _PLAN
@@ -111,7 +121,8 @@ class SweepJob:
         other += [
             f"recipe {name}"
             for name in found["recipes"]
-            if name in plan["recipes"] and found["recipes"][name] != plan["recipes"][name]
+            if name in plan["recipes"]
+            and found["recipes"][name] != json.loads(_text(plan["recipes"][name]))
         ]
         if other:
             raise ValueError(
@@ -119,6 +130,24 @@ class SweepJob:
                 "or remove it"
             )
         _replace(place, json.dumps(plan, indent=1) + "\n")
+
+    def _informed(self, recipe: Recipe) -> Recipe:
+        """With the sensitivities that another recipe's budget was met by, which are the same."""
+        for name, receipt in self._receipts.items():
+            other = self._recipes[name]
+            same = (other.structure, other.automatic.candidates) == (
+                recipe.structure,
+                recipe.automatic.candidates,
+            )
+            if recipe.automatic and receipt["sensitivity"] and same:
+                known = receipts.read_sensitivity(receipt["sensitivity"])
+                automatic = dataclasses.replace(recipe.automatic, known=known)
+                return dataclasses.replace(recipe, automatic=automatic)
+        return recipe
+
+    def _recipe_dict(self, name: str) -> dict[str, Any]:
+        recovery = dataclasses.asdict(self._configs[name].recovery)
+        return self._recipes[name].as_dict() | {"recovery": recovery}
 
     def _write(self, name: str, made: Any) -> receipts.Receipt:
         folder = self.output / name
@@ -146,8 +175,11 @@ class SweepJob:
             return []
         first = next(iter(self._receipts.values()))
         size, dense = first["size"]["dense_bytes"], first["quality"]["dense_perplexity"]["value"]
-        rows = [("dense", f"{size / 2**20:.1f}", "1", "0", f"{dense:.3f}", "1", "1", "", "1", "1")]
-        return rows + [_row(name, receipt) for name, receipt in self._receipts.items()]
+        top = {"recipe": "dense", "MiB": f"{size / 2**20:.1f}", "perplexity": f"{dense:.3f}"}
+        return [
+            tuple(top.get(name, "") for name in COLUMNS),
+            *(_row(name, receipt) for name, receipt in self._receipts.items()),
+        ]
 
 
 def _titled(progress: Progress, title: str) -> Progress:
@@ -156,19 +188,29 @@ def _titled(progress: Progress, title: str) -> Progress:
 
 def _row(name: str, receipt: receipts.Receipt) -> tuple[str, ...]:
     size, quality = receipt["size"], receipt["quality"]
-    prefix, speed = receipt["greedy_prefix"], receipt["speed"]
+    prefix, speed, recovery = receipt["greedy_prefix"], receipt["speed"], receipt["recovery"]
+    closed = recovery and recovery["gap_closed"]
     return (
         name,
         f"{size['device_bytes'] / 2**20:.1f}",
+        f"{size['device_bytes'] / size['dense_bytes']:.3f}",
         f"{size['kept_fraction']:.3f}",
-        f"{quality['kl']['value']:.4g}",
-        f"{quality['perplexity']['value']:.3f}",
+        _with_ends(quality["kl"], 2),
+        f"{quality['perplexity']['value']:.2f}",
+        _with_ends(quality["perplexity_ratio"], 4),
         f"{quality['top1']['value']:.3f}",
         f"{quality['top5']['value']:.3f}",
+        f"{closed:.0%}" if closed else "",
         f"{prefix['value']:.1f} of {prefix['of']}" if prefix else "",
         f"{speed['decode']['ratio']:.2f}" if speed else "",
         f"{speed['prefill']['ratio']:.2f}" if speed else "",
     )
+
+
+def _with_ends(estimate: dict[str, float], digits: int) -> str:
+    """A value and the ends of its interval, with so many significant digits."""
+    value, low, high = (f"{estimate[name]:#.{digits}g}" for name in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
 
 
 def _text(value: Any) -> str:

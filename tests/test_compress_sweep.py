@@ -1,0 +1,133 @@
+"""Sweeps of recipes over a tiny model: interrupted, recovered, with budgets, and mistakes."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from compress_makers import RECEIPT, model_folder
+
+from lepton_jax.compression import automatic
+from lepton_jax.compression import receipt as receipts
+from lepton_jax.config import (
+    CalibrationSection,
+    ModelSection,
+    ReceiptSection,
+    RecoverySection,
+    RunConfig,
+    SweepSection,
+)
+from lepton_jax.jobs import compress as jobs
+from lepton_jax.jobs.sweep import SweepJob
+from lepton_jax.jobs.verify import verify_receipt
+
+QUICK = ReceiptSection(**RECEIPT | {"prompts": 0})
+CALIBRATION = CalibrationSection(windows=4, window_tokens=32)
+RECIPES = {"int8": {"preset": "int8"}, "int4": {"rules": (r"layers\..* -> weights=int4 group=16",)}}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return model_folder(tmp_path_factory.mktemp("model") / "hf")
+
+
+def test_a_sweep_goes_on_where_it_stopped(model, tmp_path, monkeypatch):
+    settings = RunConfig(
+        model=ModelSection(path=str(model)),
+        receipt=QUICK,
+        sweep=SweepSection(recipes=RECIPES),
+        output=str(tmp_path / "sweep"),
+    )
+    real, tried = jobs.compress, []
+
+    def interrupted(config, recipe, dense, *, progress):
+        tried.append(recipe.title)
+        if len(tried) == 2:
+            raise KeyboardInterrupt
+        return real(config, recipe, dense, progress=progress)
+
+    monkeypatch.setattr("lepton_jax.jobs.sweep.compress", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        SweepJob(settings).run()
+    assert (tmp_path / "sweep" / "int8" / "receipt.json").exists()
+    assert not (tmp_path / "sweep" / "int4").exists()
+    job = SweepJob(settings)
+    found = job.run()
+    assert tried == ["int8", "weights=int4 group=16", "weights=int4 group=16"]
+    assert list(found) == ["int8", "int4"]
+    assert found["int8"]["quality"]["kl"]["value"] < found["int4"]["quality"]["kl"]["value"]
+    table = json.loads((tmp_path / "sweep" / "table.json").read_text())
+    assert [row["recipe"] for row in table] == ["dense", "int8", "int4"]
+    assert job.table().splitlines()[3].startswith("| int8")
+    assert "decode" not in job.table()  # nothing was timed
+    assert "Pareto" in (tmp_path / "sweep" / "pareto.html").read_text()
+    assert not list((tmp_path / "sweep").rglob("manifest.json"))
+    with pytest.raises(ValueError, match="without its weights: sweep again with sweep.keep=true"):
+        verify_receipt(tmp_path / "sweep" / "int8")
+    other = dataclasses.replace(settings, receipt=ReceiptSection(**RECEIPT))
+    with pytest.raises(ValueError, match="holds a sweep of another receipt"):
+        SweepJob(other).run()
+    other = dataclasses.replace(settings, calibration=CalibrationSection(seed=1))
+    with pytest.raises(ValueError, match="holds a sweep of another calibration"):
+        SweepJob(other).run()
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(ValueError, match=r"taken exists and is no sweep's"):
+        SweepJob(dataclasses.replace(settings, output=str(tmp_path / "taken"))).run()
+
+
+def test_a_sweep_measures_sensitivities_once(model, tmp_path, monkeypatch):
+    real, measured = automatic.measure_sensitivity, []
+
+    def noted(*arguments, **options):
+        measured.append(real(*arguments, **options))
+        return measured[-1]
+
+    monkeypatch.setattr(automatic, "measure_sensitivity", noted)
+    candidates = ("weights=int8", "weights=int4 group=8")
+    budgets = {"small": 0.2, "large": 0.24}
+    settings = RunConfig(
+        model=ModelSection(path=str(model)),
+        receipt=QUICK,
+        calibration=CALIBRATION,
+        sweep=SweepSection(
+            recipes={n: {"auto_bytes": b, "candidates": candidates} for n, b in budgets.items()}
+        ),
+        output=str(tmp_path / "sweep"),
+    )
+    found = SweepJob(settings).run()
+    assert len(measured) == 1
+    told = [found[name]["sensitivity"] for name in budgets]
+    assert told[0]["predicted_kl"] > told[1]["predicted_kl"]
+    for one in told:
+        read = receipts.read_sensitivity(one)
+        assert (read.paths, read.schemes) == (measured[0].paths, measured[0].schemes)
+        assert np.array_equal(read.kl, measured[0].kl)
+        assert np.array_equal(read.bytes, measured[0].bytes)
+
+
+def test_a_recipe_of_a_sweep_may_recover(model, tmp_path):
+    recovery = {"train": "norms", "steps": 2, "windows": 6, "held_out": 2, "evaluate_every": 1}
+    settings = RunConfig(
+        model=ModelSection(path=str(model)),
+        receipt=QUICK,
+        calibration=CALIBRATION,
+        sweep=SweepSection(
+            recipes={"drop": {"drop_layers": 1}}
+            | {"recovered": {"drop_layers": 1, "recovery": recovery}}
+        ),
+        output=str(tmp_path / "sweep"),
+    )
+    found = SweepJob(settings).run()
+    assert found["drop"]["recovery"] is None
+    told = found["recovered"]["recovery"]
+    assert told["steps_done"] == 2
+    assert told["before"]["perplexity"] == found["drop"]["quality"]["perplexity"]
+    assert sorted(p.name for p in (tmp_path / "sweep").iterdir() if p.is_dir()) == [
+        "drop",
+        "recovered",
+    ]
+    given = dataclasses.replace(settings, recovery=RecoverySection(train="norms"))
+    with pytest.raises(ValueError, match="recovery and sweep.recipes are both given: put its"):
+        SweepJob(given)
+    with pytest.raises(ValueError, match=r"'drop'\]: recovery is 'norms': want a mapping"):
+        SweepSection(recipes={"drop": {"drop_layers": 1, "recovery": "norms"}})
