@@ -6,8 +6,7 @@
 
 Each recipe gets a receipt in a folder of its own; an interrupted sweep goes on when the same
 command is given again. With sweep.keep=true the compressed weights are kept too. The texts are
-short, so that a model of some hundred million parameters takes an hour of CPU time, a third of it
-for the two recipes that recover. README's table is `table.md` of the second form.
+short: they tell methods apart, not their last per cent.
 """
 
 _TABLES = "embed|head -> weights=int8"
