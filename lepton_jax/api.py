@@ -155,7 +155,7 @@ class LeptonEngine:
                     "none: leave one of them out"
                 )
             return self._load_actors(dataclasses.replace(self._config, pool=PoolSection()))
-        devices = device_groups(self._config.mesh.data, self._config.mesh.model)[0]
+        devices = device_groups(self._config.mesh)[0]
         compile_cache.enable()
         self.loaded = load_compressed(section, recipe, progress=progress, devices=devices)
         model = self.loaded.model
@@ -213,7 +213,7 @@ class LeptonEngine:
                 devices=devices,
                 sync=self._sync,
             )
-            for devices in device_groups(config.mesh.data, config.mesh.model)
+            for devices in device_groups(config.mesh)
         ]
         draft = self._read_draft(section) if section.speculation == "draft" else None
         for engine in engines:

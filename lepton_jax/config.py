@@ -59,11 +59,17 @@ class ModelSection:
 class MeshSection:
     data: int = _doc(1, "replicas in this process, each on mesh.model devices of its own")
     model: int = _doc(1, "devices that share one model, each with a part of every weight")
+    expert: int = _doc(
+        1,
+        "of these, over how many experts are spread, a divisor of mesh.model; 1: each device has a "
+        "part of every expert",
+    )
 
     def __post_init__(self):
         _check_types(self)
-        for name in ("data", "model"):
+        for name in ("data", "model", "expert"):
             _check(self, name, 1 <= getattr(self, name) <= _MOST, "1 or more")
+        _check(self, "expert", self.model % self.expert == 0, f"a divisor of model={self.model}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -206,7 +206,7 @@ def test_real_engines_on_slices_of_the_devices():
     config = RunConfig(
         engine=section, mesh=MeshSection(data=2, model=2), job=JobSection(exact=True)
     )
-    groups = device_groups(2, 2)
+    groups = device_groups(config.mesh)
     engines = [Engine(model, leaves, section=section, devices=group) for group in groups]
     pool = local_pool(engines, config)
     draw = np.random.default_rng(0)
@@ -232,7 +232,7 @@ def test_real_engines_on_slices_of_the_devices():
 
 
 def test_too_few_devices_are_named():
-    assert len(device_groups(2, 3)) == 2
+    assert len(device_groups(MeshSection(data=2, model=3))) == 2
     count = len(jax.local_devices())
     with pytest.raises(ValueError, match=f"mesh.data=5 .* need 10, and there are {count} .cpu"):
-        device_groups(5, 2)
+        device_groups(MeshSection(data=5, model=2))

@@ -1,6 +1,7 @@
 """Memory and time from shapes alone, against arithmetic by hand and the runner's own allocation."""
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 import pytest
@@ -50,10 +51,10 @@ SECTION = EngineSection(page_size=16, prefill_chunk=32, decode_block=4)
 CHIP = Chip("by hand", memory=1 << 20, bandwidth=1.0, float32=0.5, bf16=1e3, int8=1e6)
 
 
-def served(preset="none", *, values=TINY, backend=attention_xla, shards=1):
+def served(preset="none", *, values=TINY, backend=attention_xla, shards=1, spread=1):
     model = abstract_model(config_from_hf(values), jnp.bfloat16, jnp.bfloat16)
     leaves = compress_specs(preset_rules(preset), model.specs)
-    return Served(model, leaves, backend, jnp.bfloat16, shards)
+    return Served(model, leaves, backend, jnp.bfloat16, shards, spread)
 
 
 def test_weights_by_hand():
@@ -131,6 +132,24 @@ def test_tokens_visit_some_experts_and_few_tokens_read_few():
     assert one.weight_bytes == others + 2 * 16 + experts // 4
     assert many.weight_bytes == others + 2 * TABLE + experts
     assert one.flops == 2 * (2 * (QKV + OUT + 8 * 16 + 2 * (GATE_UP + DOWN)) + TABLE)
+
+
+def test_spread_experts_take_as_long_as_the_device_with_the_most_to_do():
+    linked = dataclasses.replace(CHIP, link=4.0, hop=1.0)
+    cut, spread = (served(values=EXPERTS, shards=4, spread=n) for n in (1, 4))
+    assert cut.weight_bytes == spread.weight_bytes
+    few, same = (decode_cost(plan, linked, rows=1, context=0) for plan in (cut, spread))
+    experts = 2 * 8 * (GATE_UP + DOWN) * 2 // 4  # bytes of two layers on a device
+    # It has two of the experts; each is visited with a chance of 1/4.
+    most = 0.5 + math.sqrt(2 * math.log(4) * 0.5 * 0.75)
+    assert same.weight_bytes - few.weight_bytes == pytest.approx(
+        experts * (most / 2 - 1 / 4), abs=4
+    )
+    many, all_read = (decode_cost(plan, linked, rows=1000, context=0) for plan in (cut, spread))
+    assert many.weight_bytes == all_read.weight_bytes
+    visits = 2000 * (1 / 4) + math.sqrt(2 * math.log(4) * 2000 * (1 / 4) * (3 / 4))
+    more = 2 * 2 * (GATE_UP + DOWN) * (visits - 500)
+    assert all_read.flops - many.flops == pytest.approx(more, abs=4)
 
 
 def test_int8_activations_take_the_int8_peak():

@@ -165,6 +165,18 @@ def test_the_search_finds_the_smallest_slice_and_nothing_smaller_fits():
         search(dataclasses.replace(asked, plan=dataclasses.replace(asked.plan, target=1e9)))
 
 
+def test_spread_experts_are_planned_and_searched():
+    asked = config("published:mixtral-8x7b", "v5e:2x4", mesh={"model": 8, "expert": 4})
+    plan = make_plan(asked)
+    assert "mesh.model=8, mesh.expert=4, 1 replica" in text(plan)
+    assert as_json(plan)["mesh"] == {"model": 8, "expert": 4, "data": 1}
+    assert plan.served.piece("layers.0.experts_down").shape == (2, 4096, 14336 // 2)
+    with pytest.raises(ValueError, match=r"mesh.expert=16 does not divide the 8 experts"):
+        make_plan(config("published:mixtral-8x7b", "v5e:4x4", mesh={"model": 16, "expert": 16}))
+    with pytest.raises(ValueError, match=r"mesh.expert=2, but the model has no experts"):
+        make_plan(config(topology="v5e:2x2", mesh={"model": 4, "expert": 2}))
+
+
 def test_the_least_lossy_preset_that_fits_comes_first():
     asked = config(plan={"chips": ("v6e",)})
     first, *_ = search(asked)

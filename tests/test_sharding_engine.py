@@ -17,7 +17,7 @@ from lepton_jax.config import EngineSection, SamplingParams
 from lepton_jax.engine.loop import Engine
 from lepton_jax.engine.packing import DecodeShape, PrefillShape
 from lepton_jax.engine.scored import Scoring
-from lepton_jax.sharding import Placement, devices_for
+from lepton_jax.sharding import Placement
 
 LAYERS = 2
 MODEL, LEAVES = tiny("gemma3", layers=LAYERS)
@@ -183,9 +183,3 @@ def test_compressed_as_it_arrives_and_moved_to_other_devices(tmp_path):
         np.testing.assert_array_equal(np.asarray(after), np.asarray(before))
     with pytest.raises(ValueError, match="parts on 2 devices can't be moved to 4"):
         Placement(devices[:4], shared.model.units).put_all(specs, shared.leaves)
-
-
-def test_more_devices_than_there_are():
-    with pytest.raises(ValueError, match="mesh.model=9 needs as many devices, and there are 8"):
-        devices_for(9)
-    assert devices_for(3) == jax.devices()[:3]

@@ -15,7 +15,7 @@ from lepton_jax.compression.presets import compressor, preset_rules
 from lepton_jax.compression.rules import weights_of
 from lepton_jax.compression.scheme import Scheme
 from lepton_jax.models.build import abstract_model
-from lepton_jax.sharding import Placement
+from lepton_jax.sharding import Placement, grid_of
 from lepton_jax.sharding.placement import CUT_SPEC, WHOLE_SPEC, specs_of
 
 SPARSE = dict(prune="magnitude", storage="sparse")
@@ -27,9 +27,9 @@ SCHEMES = {
 }
 
 
-def logits_on(count, model, leaves, ids):
+def logits_on(count, model, leaves, ids, *, expert=1):
     """Logits `[T, V]` of leaves in the order of the specs, on `count` devices."""
-    placement = Placement(jax.devices()[:count], model.units)
+    placement = Placement(grid_of(jax.devices()[:count], expert), model.units)
     placed = placement.put_all(model.specs, leaves)
     shared = model.on(placement.axis)
 
@@ -62,6 +62,16 @@ def test_logits_of_transformers_from_several_devices(case, count):
     np.testing.assert_allclose(logits, fixture.expected, atol=2e-4)
 
 
+# Each device a whole expert; half of the experts on two devices each; five experts.
+@pytest.mark.parametrize(
+    ("case", "count", "expert"), [("mixtral", 4, 4), ("mixtral", 4, 2), ("qwen3_moe", 5, 5)]
+)
+def test_logits_of_transformers_with_experts_spread(case, count, expert):
+    fixture, model, leaves = model_of(case)
+    logits = logits_on(count, model, leaves, fixture.ids, expert=expert)
+    np.testing.assert_allclose(logits, fixture.expected, atol=2e-4)
+
+
 def drawn(case):
     """A model of two layers whose ffn every storage type can halve, its leaves and token ids."""
     config = dataclasses.replace(
@@ -76,17 +86,20 @@ def drawn(case):
     return model, [jnp.asarray(leaf) for leaf in leaves], rng.integers(0, config.vocab_size, 24)
 
 
+def compressed(name, model, dense):
+    """Leaves in the order of the specs, by a scheme for all weights or by a preset."""
+    pairs = zip(model.specs.items(), dense, strict=True)
+    if name in SCHEMES:
+        weights = weights_of(model.specs)
+        return [compress_weight(a, SCHEMES[name]) if p in weights else a for (p, _), a in pairs]
+    compress = compressor(preset_rules(name), model.specs)
+    return [compress(path, spec, leaf) for (path, spec), leaf in pairs]
+
+
 @pytest.mark.parametrize("name", [*SCHEMES, "int8", "w8a8", "fp8"])
 def test_logits_of_one_device_from_compressed_leaves(name):
     model, dense, ids = drawn("mixtral" if name in ("int8", "n_of_m") else "llama")
-    if name in SCHEMES:
-        weights = weights_of(model.specs)
-        pairs = zip(model.specs, dense, strict=True)
-        leaves = [compress_weight(a, SCHEMES[name]) if p in weights else a for p, a in pairs]
-    else:
-        compress = compressor(preset_rules(name), model.specs)
-        pairs = zip(model.specs.items(), dense, strict=True)
-        leaves = [compress(path, spec, leaf) for (path, spec), leaf in pairs]
+    leaves = compressed(name, model, dense)
     one, two = (logits_on(count, model, leaves, ids) for count in (1, 2))
     if name in ("w8a8", "fp8"):
         # Activations of 8 bits are scaled by what a device has of a row: other rounding, no worse.
@@ -95,3 +108,11 @@ def test_logits_of_one_device_from_compressed_leaves(name):
         assert np.std(two - exact) < 1.1 * np.std(one - exact)
     else:
         assert np.abs(one - two).max() < (0.03 if name == "int4_g16" else 2e-3) * one.std()
+
+
+@pytest.mark.parametrize("name", ["int8", "int4_g16", "bitmask", "tiles"])
+def test_logits_of_one_device_with_compressed_experts_spread(name):
+    model, dense, ids = drawn("mixtral")
+    leaves = compressed(name, model, dense)
+    one, four = logits_on(1, model, leaves, ids), logits_on(4, model, leaves, ids, expert=2)
+    assert np.abs(one - four).max() < (0.03 if name == "int4_g16" else 2e-3) * one.std()

@@ -15,7 +15,7 @@ from lepton_jax.compression.leaf import compress_weight
 from lepton_jax.compression.scheme import Scheme
 from lepton_jax.sharding import MeshAxis, Placement
 from lepton_jax.sharding.partition import cut_of, padding_costs, piece_plan, pieces_of
-from lepton_jax.tensors import BitmaskTensor, Cut, ParamSpec
+from lepton_jax.tensors import BitmaskTensor, Cut, CutTwice, ParamSpec
 
 OUT, WIDTH = 24, 96
 SPEC = ParamSpec((3, OUT, WIDTH), jnp.float32, ("kv_heads", "qkv", "embed"), inputs=1)
@@ -39,6 +39,9 @@ CUTS = {
     "padded outputs": Cut(0, 2, 2),
     "inputs": Cut(2, 2, 48),
     "padded inputs": Cut(2, 2, 64),
+    "groups of outputs": CutTwice(1, 6, 12, Cut(0, 3, 1)),
+    "groups of inputs": CutTwice(2, 6, 48, Cut(0, 3, 1)),
+    "padded groups": CutTwice(2, 4, 64, Cut(0, 2, 2)),
 }
 
 
@@ -56,8 +59,16 @@ def dense(leaf):
 
 def padded(array, cut):
     widths = [(0, 0)] * array.ndim
-    widths[cut.dim] = (0, cut.parts * cut.share - array.shape[cut.dim])
+    for one in (cut, cut.outer) if isinstance(cut, CutTwice) else (cut,):
+        widths[one.dim] = (0, one.along * one.share - array.shape[one.dim])
     return np.pad(array, widths)
+
+
+def joined(parts, cut):
+    if isinstance(cut, CutTwice):
+        rows = [parts[i : i + cut.along] for i in range(0, cut.parts, cut.along)]
+        return np.concatenate([np.concatenate(row, cut.dim) for row in rows], cut.outer.dim)
+    return np.concatenate(parts, cut.dim)
 
 
 @pytest.mark.parametrize("how", CUTS)
@@ -67,7 +78,7 @@ def test_parts_side_by_side_are_the_weight(name, how):
     pieces = pieces_of(leaf, cut)
     shapes = [jax.tree.map(jnp.shape, piece) for piece in pieces]
     assert len(pieces) == cut.parts and all(shape == shapes[0] for shape in shapes)
-    whole = np.concatenate([dense(piece) for piece in pieces], axis=cut.dim)
+    whole = joined([dense(piece) for piece in pieces], cut)
     np.testing.assert_array_equal(whole, padded(dense(leaf), cut))
 
 

@@ -9,7 +9,6 @@ weights are streamed in `stream.py`, our own directories are restored by `orbax_
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,8 @@ from lepton_jax.checkpoints.locate import MANIFEST_NAME, locate
 from lepton_jax.checkpoints.manifest import Manifest
 from lepton_jax.checkpoints.stream import Compress, Progress, match, open_foreign, stream
 from lepton_jax.models.build import Model
-from lepton_jax.sharding import Placement
+from lepton_jax.sharding import Devices, Placement
+from lepton_jax.sharding.partition import check_experts
 
 __all__ = ["Loaded", "describe", "dtypes_here", "identify", "load", "tokenizer_source"]
 
@@ -40,7 +40,7 @@ def load(
     activation_dtype: Any = None,
     compress: Compress | None = None,
     progress: Progress | None = None,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Devices | None = None,
 ) -> Loaded:
     """Loads a model onto its devices, one parameter at a time.
 
@@ -53,7 +53,8 @@ def load(
       activation_dtype: of the residual stream; by default that of the weights.
       compress: `(path, spec, array) -> leaf`, applied to each parameter right after its transfer.
       progress: called with `(done_bytes, total_bytes, parameter)` after each one.
-      devices: that share the model, each with its part of every weight; by default the first one.
+      devices: that share the model, each with its part of every weight, as `Placement` takes them;
+        by default the first one.
 
     On the host, loading holds the sources of one parameter and their combination at a time.
     Raises CheckpointError naming the file and what is wrong with it.
@@ -72,13 +73,15 @@ def load(
     weights = weight_dtype(dtype, files.weights_dtype())
     model = build_model(place, config, dtype=weights, activation_dtype=activation_dtype)
     mappings = match(model, files, kind=kind)
+    placement = Placement(jax.local_devices()[:1] if devices is None else devices, model.units)
+    check_experts(config.num_experts, placement.axis)
     leaves = stream(
         model,
         files,
         mappings=mappings,
         compress=compress,
         progress=progress,
-        placement=Placement(devices or jax.local_devices()[:1], model.units),
+        placement=placement,
     )
     return Loaded(
         config=config,

@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ from lepton_jax.checkpoints.manifest import Manifest, leaf_row
 from lepton_jax.checkpoints.source import FLOAT_DTYPES
 from lepton_jax.checkpoints.stream import Compress, Progress, placed
 from lepton_jax.models.build import Model
-from lepton_jax.sharding import Placement
+from lepton_jax.sharding import Devices, Placement
+from lepton_jax.sharding.partition import check_experts
 from lepton_jax.tensors import CompressedTensor
 
 _LEAVES, _TOKENIZER = "leaves", "tokenizer"
@@ -140,7 +141,7 @@ def restore(
     activation_dtype: Any = None,
     compress: Compress | None = None,
     progress: Progress | None = None,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Devices | None = None,
 ) -> Loaded:
     """Reads a directory that `save` wrote; arguments as those of `load.load`.
 
@@ -154,7 +155,8 @@ def restore(
             "compression.preset=none, or compress the original checkpoint"
         )
     model = model_of(path, manifest, dtype=dtype, activation_dtype=activation_dtype)
-    placement = Placement(devices or jax.local_devices()[:1], model.units)
+    placement = Placement(jax.local_devices()[:1] if devices is None else devices, model.units)
+    check_experts(model.config.num_experts, placement.axis)
     abstract = manifest.abstract_leaves(path, model.specs)
     total, done, leaves = sum(map(_abstract_bytes, abstract.values())), 0, []
     with orbax_arrays.reading(path / _LEAVES) as reader:

@@ -7,19 +7,19 @@ from collections.abc import Sequence
 
 import jax
 
-from lepton_jax.config import RunConfig
+from lepton_jax.config import MeshSection, RunConfig
 from lepton_jax.distributed.pool import Pool
 from lepton_jax.distributed.replicas import Replica, ThreadReplica
 from lepton_jax.engine.loop import Engine
+from lepton_jax.sharding import Devices, grid_of
 
 
-def device_groups(
-    data: int, model: int, found: Sequence[jax.Device] | None = None
-) -> list[list[jax.Device]]:
-    """The devices of each of `data` replicas. Raises ValueError where there are too few.
+def device_groups(mesh: MeshSection, found: Sequence[jax.Device] | None = None) -> list[Devices]:
+    """The devices of each of `mesh.data` replicas. Raises ValueError where there are too few.
 
     Several replicas are of this process; a single one may span hosts.
     """
+    data, model = mesh.data, mesh.model
     if found is None:
         found = jax.devices() if data == 1 else jax.local_devices()
     if data * model > len(found):
@@ -29,7 +29,7 @@ def device_groups(
             f"there are {len(found)} ({found[0].platform}): lower one of them, or run where there "
             f"are more{cpu}"
         )
-    return [found[n * model : (n + 1) * model] for n in range(data)]
+    return [grid_of(found[n * model : (n + 1) * model], mesh.expert) for n in range(data)]
 
 
 def local_pool(engines: Sequence[Engine], config: RunConfig) -> Pool:

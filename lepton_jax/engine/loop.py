@@ -25,7 +25,7 @@ from lepton_jax.engine.scored import ScoreSpec, Scoring
 from lepton_jax.engine.sizing import cache_budget, kv_dtype_of, plan_sizes
 from lepton_jax.kernels.attention import backend_for
 from lepton_jax.models.build import Model
-from lepton_jax.sharding import Placement
+from lepton_jax.sharding import Devices, Placement
 from lepton_jax.tensors import CompressedTensor
 
 Workload = Sequence[tuple[int, SamplingParams | ScoreSpec]]  # (prompt tokens, what is asked)
@@ -45,7 +45,7 @@ class Engine:
         eos_ids: Sequence[int] = (),
         workload: Workload = (),
         strict: bool = False,
-        devices: Sequence[jax.Device] | None = None,
+        devices: Devices | None = None,
         sync: Sync | None = None,
     ):
         """Plans memory; compiles nothing yet.
@@ -56,8 +56,8 @@ class Engine:
           eos_ids: ids that end a text unless a row ignores them.
           workload: of the coming requests, where they are known: it bounds the cache.
           strict: a program that the warm-up did not compile is an error instead of a warning.
-          devices: to run on; several share the model, each with its part of every weight. By
-            default where the leaves are. Leaves that lie elsewhere are cut and sent there.
+          devices: to run on, as `Placement` takes them; several share the model, each with its part
+            of every weight. By default where the leaves are; others are cut and sent there.
           sync: of the other hosts, where the devices are those of several.
         """
         placement = Placement.holding(leaves, model.units)

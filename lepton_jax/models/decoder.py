@@ -84,10 +84,11 @@ class Layer(nnx.Module):
         c = self.config
         F, D, E = c.ffn_size, c.hidden_size, c.num_experts
         if E:
-            axes = ("experts", "gate_up", "ffn", "embed")
-            self.router = param((E, D), ("experts", "embed"), dtype, inputs=1)
+            axes = ("experts", "gate_up", "expert_ffn", "embed")
+            self.router = param((E, D), ("routes", "embed"), dtype, inputs=1)
             self.experts_gate_up = param((E, 2, F, D), axes, dtype, inputs=1)
-            self.experts_down = param((E, D, F), ("experts", "embed", "ffn"), dtype, inputs=1)
+            axes = ("experts", "embed", "expert_ffn")
+            self.experts_down = param((E, D, F), axes, dtype, inputs=1)
             return
         self.gate_up = param((2, F, D), ("gate_up", "ffn", "embed"), dtype, inputs=1)
         self.down = param((D, F), ("embed", "ffn"), dtype, inputs=1)
@@ -143,7 +144,9 @@ class Layer(nnx.Module):
         if c.num_experts:
             leaves = (self.router, self.experts_gate_up, self.experts_down)
             leaves = tuple(leaf.get_value() for leaf in leaves)
-            return self.axis.sum(experts_ffn(x, *leaves, config=c, activation=activation))
+            experts = self.axis.experts
+            y = experts_ffn(x, *leaves, config=c, activation=activation, axis=experts)
+            return self.axis.sum(y)
         gate, up = einsum_parts("TD,CFD->CTF", x, self.gate_up.get_value())
         if c.ffn_bias:
             gate_bias, up_bias = self.gate_up_bias.get_value().astype(x.dtype)

@@ -175,8 +175,10 @@ class Predictor:
             leaves = compress_specs(rules, specs) if rules else specs
             own, compressed = specs["embed"].dtype, bool(rules)
             kv_dtype = kv_dtype_of(config.engine, own, compressed=compressed)
-            shards = config.mesh.model
-            self._served[kind] = Served(self._model, leaves, self._backend, kv_dtype, shards)
+            mesh = config.mesh
+            self._served[kind] = Served(
+                self._model, leaves, self._backend, kv_dtype, mesh.model, mesh.expert
+            )
         return self._served[kind]
 
     def _roofline(self, config: RunConfig) -> Costs:

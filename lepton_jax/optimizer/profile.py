@@ -41,7 +41,8 @@ class Key:
       model: fingerprint of the weights as they are on disk.
       compression: that was asked for; "free" where the search could choose.
       device: kind of device, and of the host's CPU where that is the device.
-      mesh: replicas x devices of a model; the devices where the search could choose.
+      mesh: replicas x devices of a model / those over which experts are spread; the devices where
+        the search could choose.
       jax: version.
       workload: its class (`sample.workload_class`).
     """
@@ -60,7 +61,9 @@ class Key:
         chosen = {"compression.preset", "compression.rules"} & set(given) or section.rules
         asked = json.dumps([section.preset, *section.rules]) if chosen else "free"
         mesh, devices = f"{config.mesh.data}x{config.mesh.model}", jax.local_device_count()
-        if devices > 1 and not {"mesh.data", "mesh.model"} & set(given):
+        if config.mesh.expert > 1:
+            mesh += f"/{config.mesh.expert}"
+        if devices > 1 and not {"mesh.data", "mesh.model", "mesh.expert"} & set(given):
             mesh = f"free, of {devices}"
         return cls(model, asked, device_name(), mesh, jax.__version__, workload)
 

@@ -173,6 +173,7 @@ class Search:
             precisions=list(itertools.product(presets, kv_dtypes)) if free else [],
             devices=len(jax.local_devices()),
             shared=shares_beginnings(self._requests),
+            expert=self._config.mesh.expert,
         )
 
     def _refine(self, predictor: Predictor) -> None:

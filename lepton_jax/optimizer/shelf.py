@@ -9,15 +9,15 @@ import jax
 from lepton_jax.checkpoints.loaded import Loaded
 from lepton_jax.compression.load import load_compressed
 from lepton_jax.compression.recipe import Recipe
-from lepton_jax.config import CompressionSection, ModelSection, RunConfig
-from lepton_jax.sharding import devices_for
+from lepton_jax.config import CompressionSection, MeshSection, ModelSection, RunConfig
+from lepton_jax.distributed.local import device_groups
 
 
 @dataclasses.dataclass(frozen=True)
 class _Wanted:
     model: ModelSection
     compression: CompressionSection
-    shards: int
+    mesh: MeshSection
 
 
 class Shelf:
@@ -30,13 +30,15 @@ class Shelf:
 
     def model(self, config: RunConfig) -> Loaded:
         """A config's model on its devices."""
-        return self._take(_Wanted(config.model, config.compression, config.mesh.model))
+        mesh = dataclasses.replace(config.mesh, data=1)
+        return self._take(_Wanted(config.model, config.compression, mesh))
 
     def draft(self, config: RunConfig) -> Loaded:
         """The draft model of a config that speculates with one."""
         engine = config.engine
         model = dataclasses.replace(config.model, path=engine.draft_model or config.model.path)
-        return self._take(_Wanted(model, CompressionSection(preset=engine.draft_preset), 1))
+        compression = CompressionSection(preset=engine.draft_preset)
+        return self._take(_Wanted(model, compression, MeshSection()))
 
     def _take(self, wanted: _Wanted) -> Loaded:
         for place, (other, loaded) in enumerate(self._held):
@@ -50,7 +52,7 @@ class Shelf:
         def progress(done: int, total: int, path: str) -> None:
             self._progress(f"load {wanted.compression.preset}", done, total, path)
 
-        recipe, devices = Recipe.from_config(wanted.compression), devices_for(wanted.shards)
+        recipe, (devices,) = Recipe.from_config(wanted.compression), device_groups(wanted.mesh)
         loaded = load_compressed(wanted.model, recipe, progress=progress, devices=devices)
         self._held.append((wanted, loaded))
         return loaded

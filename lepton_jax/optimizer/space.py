@@ -70,7 +70,12 @@ def field_of(config: RunConfig, name: str) -> Any:
 
 
 def axes(
-    *, requests: int, precisions: Sequence[tuple[str, str]], devices: int, shared: bool
+    *,
+    requests: int,
+    precisions: Sequence[tuple[str, str]],
+    devices: int,
+    shared: bool,
+    expert: int = 1,
 ) -> Axes:
     """What varies.
 
@@ -79,6 +84,7 @@ def axes(
       precisions: (preset, dtype of the cache) that keep the accuracy, besides the config's own.
       devices: that the model may be spread over.
       shared: prompts begin alike.
+      expert: `mesh.expert`, which stays and divides the devices of a model.
     """
     lines = DIMENSIONS | (SHARING if shared else {})
     found: dict[tuple[str, ...], Sequence[tuple]] = {
@@ -86,7 +92,8 @@ def axes(
     }
     found["engine.rows",] = [(n,) for n in DIMENSIONS["engine.rows"] if n < 2 * requests]
     counts = [2**n for n in range(devices.bit_length())]
-    found[MESH] = [pair for pair in itertools.product(counts, counts) if math.prod(pair) <= devices]
+    pairs = itertools.product(counts, counts)
+    found[MESH] = [p for p in pairs if math.prod(p) <= devices and p[1] % expert == 0]
     found[PRECISION] = precisions
     return found
 

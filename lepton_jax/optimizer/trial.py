@@ -245,7 +245,7 @@ def _engines(
             workload=[request.work for request in requests],
             devices=devices,
         )
-        for devices in device_groups(config.mesh.data, config.mesh.model)
+        for devices in device_groups(config.mesh)
     ]
     for engine in engines:
         engine.guide_with(functools.partial(guide_for, tokenizer))

@@ -29,6 +29,7 @@ from lepton_jax.models.registry import config_from_hf
 from lepton_jax.planning.chips import TPUS, Chip, chip_here
 from lepton_jax.planning.served import Served
 from lepton_jax.planning.topology import split_name, topology_devices
+from lepton_jax.sharding.partition import check_experts
 from lepton_jax.tensors import CompressedTensor
 from lepton_jax.tensors.leaves import LEAF_TYPES
 
@@ -98,7 +99,10 @@ def served_of(config: RunConfig, chip: Chip) -> Served:
     compressed = any(isinstance(leaf, CompressedTensor) for leaf in leaves.values())
     kv_dtype = kv_dtype_of(config.engine, model.specs["embed"].dtype, compressed=compressed)
     backend = backend_for(chip.platform)
-    return Served(model, leaves, backend, kv_dtype, config.mesh.model)
+    mesh = config.mesh
+    served = Served(model, leaves, backend, kv_dtype, mesh.model, mesh.expert)
+    check_experts(served.config.num_experts, served.axis)
+    return served
 
 
 def _model(config: RunConfig, platform: str) -> Model:

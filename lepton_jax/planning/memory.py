@@ -112,7 +112,7 @@ def _temporaries(served: Served, sizes: Sizes) -> int:
     c = served.config
     logits = 2 * sizes.rows * served.axis.share(c.vocab_size) * 4
     heads = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
-    visits = max(1, c.experts_per_token)
+    visits = max(1, c.experts_per_token) * served.spread
     wide = 3 * (c.ffn_size * visits + heads) // served.shards + 4 * c.hidden_size
     return logits + max(sizes.prefill_chunk, sizes.rows) * wide * 4
 

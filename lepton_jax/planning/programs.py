@@ -24,7 +24,7 @@ from lepton_jax.planning.roofline import is_expert, visited_share
 from lepton_jax.planning.served import Served
 from lepton_jax.planning.topology import compile_absent
 from lepton_jax.planning.traffic import Traffic, traffic
-from lepton_jax.sharding import Placement
+from lepton_jax.sharding import Placement, grid_of
 
 
 class OutOfMemoryError(ValueError):
@@ -77,7 +77,7 @@ def _shapes(runner: Runner, kind: type) -> list:
 
 def _runner(served: Served, sizes: Sizes, devices, spec: SampleSpec) -> Runner:
     model = served.model.with_context(sizes.max_len)
-    placement = Placement(devices[: served.shards], model.units)
+    placement = Placement(grid_of(devices[: served.shards], served.spread), model.units)
     leaves = [placement.planned(model.specs[p], leaf) for p, leaf in served.leaves.items()]
     runner = Runner(
         model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from lepton_jax.planning.from_config import chips_of, served_of
 from lepton_jax.planning.memory import full_sizes, memory_of
@@ -26,14 +27,14 @@ def remedies(plan: Plan) -> list[str]:
         if preset != compression.preset and not compression.rules:
             tried = dataclasses.replace(compression, preset=preset)
             config = dataclasses.replace(plan.config, compression=tried)
-            smaller = dataclasses.replace(served_of(config, plan.chip), shards=plan.served.shards)
-            if memory_of(smaller, sizes).total <= plan.budget:
+            if memory_of(served_of(config, plan.chip), sizes).total <= plan.budget:
                 found.append(f"compression.preset={preset}")
                 break
     for shards in (2, 4, 8, 16, 32, 64):
-        spread = dataclasses.replace(plan.served, shards=shards)
+        spread = math.gcd(plan.served.spread, shards)
+        shared = dataclasses.replace(plan.served, shards=shards, spread=spread)
         wider = shards > plan.served.shards
-        if wider and memory_of(spread, sizes).total <= plan.budget:
+        if wider and memory_of(shared, sizes).total <= plan.budget:
             found.append(f"mesh.model={shards}" + _slice_for(plan, shards))
             break
     return found or _elsewhere(plan)
@@ -50,7 +51,8 @@ def _elsewhere(plan: Plan) -> list[str]:
         if best.preset == plan.config.compression.preset
         else (f" and compression.preset={best.preset}")
     )
-    return [f"plan.topology={best.topology} with mesh.model={best.shards}{preset}"]
+    spread = f", mesh.expert={best.spread}" if best.spread > 1 else ""
+    return [f"plan.topology={best.topology} with mesh.model={best.shards}{spread}{preset}"]
 
 
 def _slice_for(plan: Plan, shards: int) -> str:

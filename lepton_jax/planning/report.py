@@ -25,10 +25,11 @@ def headline(plan: Plan) -> str:
     """The model and where it runs."""
     c, devices = plan.config, len(plan.target.devices)
     compression = "rules" if c.compression.rules else c.compression.preset
+    spread = f" mesh.expert={plan.served.spread}," if plan.served.spread > 1 else ""
     return (
         f"{c.model.path}, compression {compression}, on {plan.target.name}: {devices} "
-        f"device{'s' * (devices > 1)} ({plan.chip.name}), mesh.model={plan.served.shards}, "
-        f"{plan.replicas} replica{'s' * (plan.replicas > 1)}"
+        f"device{'s' * (devices > 1)} ({plan.chip.name}), mesh.model={plan.served.shards},"
+        f"{spread} {plan.replicas} replica{'s' * (plan.replicas > 1)}"
     )
 
 
@@ -151,7 +152,11 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "compression": plan.config.compression.preset,
         "target": plan.target.name,
         "devices": len(plan.target.devices),
-        "mesh": {"model": plan.served.shards, "data": plan.replicas},
+        "mesh": {
+            "model": plan.served.shards,
+            "expert": plan.served.spread,
+            "data": plan.replicas,
+        },
         "rows": plan.rows,
         "max_len": plan.max_len,
         "context": plan.context,

@@ -133,18 +133,30 @@ def _head(config: ModelConfig) -> str:
 
 
 def _work(served: Served, path: str, *, tokens: int) -> tuple[int, int]:
-    """Bytes that a step reads of a weight, and operations with it, on one device."""
+    """Bytes that a step reads of a weight, and operations with it, on one device; of experts that
+    are spread, on the device with the most to do.
+    """
     c, leaf = served.config, served.piece(path)
     nbytes = served.piece_bytes(path)
     if path == "embed" and not c.tie_embeddings:  # only the tokens' rows
         return nbytes * min(tokens, c.vocab_size) // c.vocab_size, 0
     if not isinstance(leaf, CompressedTensor) and not leaf.inputs:
         return nbytes, 0
-    operations = 2 * math.prod(leaf.shape) * tokens
+    operations = 2 * math.prod(leaf.shape)
     if is_expert(path):
-        share = c.experts_per_token / c.num_experts
-        return int(nbytes * visited_share(c, tokens)), int(operations * share)
-    return nbytes, operations
+        held, visits = c.num_experts // served.spread, tokens * c.experts_per_token
+        visited = _most(held, visited_share(c, tokens), devices=served.spread)
+        lines = _most(visits, 1 / served.spread, devices=served.spread)
+        return int(nbytes * visited / held), int(operations * lines / held)
+    return nbytes, operations * tokens
+
+
+def _most(draws: int, chance: float, *, devices: int) -> float:
+    """Of as many devices with this chance at each of so many draws, the count of the one with the
+    most, as is expected at most (of sub-Gaussian variables: Boucheron et al., 2013, 2.5).
+    """
+    mean = draws * chance
+    return min(draws, mean + math.sqrt(2 * math.log(devices) * mean * (1 - chance)))
 
 
 def is_expert(path: str) -> bool:

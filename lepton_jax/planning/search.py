@@ -7,6 +7,7 @@ tried in an instant. Plan the winner, `--topology=...`, to have it compiled.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,6 +31,7 @@ class Found:
     chips: int
     preset: str
     shards: int
+    spread: int
     replicas: int
     tokens_per_second: float
     spare: int
@@ -73,13 +75,18 @@ def _candidates(config: RunConfig, kind: str) -> Iterator[Found]:
         sizes = full_sizes(config.engine, rows=config.engine.rows, max_len=max_len)
         context = min(config.plan.context or max_len, max_len)
         for shards in (1, 2, 4, 8, 16, 32, 64):
-            spread = dataclasses.replace(served, shards=shards)
             if served.config.num_kv_heads < shards:
                 break  # heads would be padded: memory and time stop falling
-            spare = budget_of(chip) - memory_of(spread, sizes).total
-            if spare < 0:
+            fitting = []
+            for spread in _spreads(served.config.num_experts, shards):
+                shared = dataclasses.replace(served, shards=shards, spread=spread)
+                spare = budget_of(chip) - memory_of(shared, sizes).total
+                if spare >= 0:
+                    cost = decode_cost(shared, chip, rows=config.engine.rows, context=context)
+                    fitting.append((cost.seconds, spread, spare, cost))
+            if not fitting:
                 continue
-            cost = decode_cost(spread, chip, rows=config.engine.rows, context=context)
+            _, spread, spare, cost = min(fitting, key=lambda found: found[:2])
             for size in SLICES[kind]:
                 chips = chips_of(size)
                 devices = chips * _DEVICES.get(kind, 1)
@@ -91,6 +98,7 @@ def _candidates(config: RunConfig, kind: str) -> Iterator[Found]:
                     chips=chips,
                     preset=preset,
                     shards=shards,
+                    spread=spread,
                     replicas=replicas,
                     tokens_per_second=replicas * config.engine.rows / cost.seconds,
                     spare=spare,
@@ -98,12 +106,20 @@ def _candidates(config: RunConfig, kind: str) -> Iterator[Found]:
                 )
 
 
+def _spreads(experts: int, shards: int) -> list[int]:
+    """What mesh.expert may be."""
+    both = math.gcd(experts, shards) if experts else 1
+    return [n for n in range(1, both + 1) if both % n == 0]
+
+
 def as_text(found: list[Found]) -> str:
     """A table, best first."""
-    lines = [f"{'topology':<12} {'preset':<8} mesh.model replicas  tokens/s  a chip  bound by"]
+    lines = [
+        f"{'topology':<12} {'preset':<8} mesh.model .expert replicas  tokens/s  a chip  bound by"
+    ]
     for f in found:
         lines.append(
-            f"{f.topology:<12} {f.preset:<8} {f.shards:>10} {f.replicas:>8} "
+            f"{f.topology:<12} {f.preset:<8} {f.shards:>10} {f.spread:>7} {f.replicas:>8} "
             f"{f.tokens_per_second:>9,.0f} {f.tokens_per_second / f.chips:>7,.0f}  {f.bound}"
         )
     return "\n".join(lines)

@@ -25,6 +25,7 @@ class Served:
       backend: of attention; it lays the cache out.
       kv_dtype: of the cache.
       shards: devices that share the model, each with its part (`lepton_jax/sharding`).
+      spread: of them, over how many experts are spread.
     """
 
     model: Model
@@ -32,6 +33,7 @@ class Served:
     backend: ModuleType
     kv_dtype: Any
     shards: int = 1
+    spread: int = 1
 
     @property
     def config(self) -> ModelConfig:
@@ -39,7 +41,8 @@ class Served:
 
     @property
     def axis(self) -> Axis:
-        return MeshAxis(size=self.shards) if self.shards > 1 else WHOLE
+        several = MeshAxis(size=self.shards, spread=self.spread)
+        return several if self.shards > 1 else WHOLE
 
     def piece(self, path: str) -> ParamSpec | CompressedTensor:
         """One device's part of a weight, padding included.

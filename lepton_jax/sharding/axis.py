@@ -3,7 +3,8 @@
 `Axis` is a model on one device, for which there is nothing to ask: its methods give back what they
 got and cost nothing. `MeshAxis` asks, inside `shard_map`; every device gets the same answers, so
 all take the same decisions. A dimension that is cut lies in equal shares, the first on the first
-device. Read next: `partition.py`.
+device. Devices that share a model lie in a grid: experts may be spread over its first dimension
+(`experts`), all else over both. Read next: `partition.py`.
 """
 
 from __future__ import annotations
@@ -14,18 +15,27 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+GRID = ("expert", "rest")  # the mesh axes that all devices of a model lie along
+
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
     """The axis of one device.
 
     Attributes:
-      name: of the mesh axis.
       size: devices on it.
+      spread: of them, over how many experts are spread.
+      name: of the mesh axes that they lie along.
     """
 
-    name: str = "model"
     size: int = 1
+    spread: int = 1
+    name: str | tuple[str, ...] = GRID
+
+    @property
+    def experts(self) -> Axis:
+        """The devices over which experts are spread."""
+        return self
 
     def share(self, count: int) -> int:
         """What each device has of `count` things; the last devices' may be padding."""
@@ -48,6 +58,10 @@ class Axis:
     def whole(self, ids: jax.Array, share: int) -> jax.Array:
         """The ids in the whole dimension of places in this device's share."""
         return ids
+
+    def own(self, y: jax.Array, places: jax.Array) -> jax.Array:
+        """`y [*places, ...]`, zeros where a place is -1."""
+        return y
 
     def lookup(self, look: Callable, ids: jax.Array, share: int) -> jax.Array:
         """`look(ids)` `[*ids, ...]` of whole ids, where each device can look up its share only."""
@@ -89,7 +103,11 @@ WHOLE = Axis()
 
 @dataclasses.dataclass(frozen=True)
 class MeshAxis(Axis):
-    """The axis of `size` devices inside a `shard_map` over a mesh axis `name`."""
+    """The axis of `size` devices inside a `shard_map` over mesh axes `name`."""
+
+    @property
+    def experts(self):
+        return MeshAxis(size=self.spread, name=GRID[0]) if self.spread > 1 else WHOLE
 
     @property
     def index(self) -> jax.Array:
@@ -111,16 +129,18 @@ class MeshAxis(Axis):
     def whole(self, ids, share):
         return ids + self.index * share
 
+    def own(self, y, places):
+        here = (places >= 0).reshape(*places.shape, *[1] * (y.ndim - places.ndim))
+        return jnp.where(here, y, 0)
+
     def lookup(self, look, ids, share):
         places = self.local(ids, share)
-        found = look(jnp.maximum(places, 0))
-        here = (places >= 0).reshape(*places.shape, *[1] * (found.ndim - places.ndim))
-        return self.sum(jnp.where(here, found, 0))
+        return self.sum(self.own(look(jnp.maximum(places, 0)), places))
 
     def pick(self, values, ids):
         places = self.local(ids, values.shape[-1])
         found = jnp.take_along_axis(values, jnp.maximum(places, 0), axis=-1)
-        return self.sum(jnp.where(places >= 0, found, 0))
+        return self.sum(self.own(found, places))
 
     def top_k(self, values, k):
         share = values.shape[-1]

@@ -1,4 +1,4 @@
-"""Which dimension of a weight is cut, said once: a table from logical axes to the mesh's axis.
+"""Which dimension of a weight is cut, said once: a table from logical axes to those of the mesh.
 
 Every other dimension is whole on each device. Sizes that don't divide are padded with zeros, which
 changes no result: kv heads of zeros attend to nothing, and what they give is multiplied by zeros.
@@ -9,18 +9,22 @@ Read next: `placement.py`, `tensors/cut.py`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from lepton_jax.sharding.axis import Axis
-from lepton_jax.tensors import CompressedTensor, Cut, ParamSpec
+from lepton_jax.sharding.axis import GRID, Axis
+from lepton_jax.tensors import CompressedTensor, Cut, CutTwice, ParamSpec
 
 # "heads" are the outputs of attention, kv head by kv head, as inputs of the projection after it.
+# "model" are all devices; experts are cut along the two dimensions of their grid (`axis.GRID`).
 RULES: Mapping[str, str] = {
     "kv_heads": "model",
     "heads": "model",
     "ffn": "model",
     "vocab": "model",
+    "experts": "expert",
+    "expert_ffn": "rest",
 }
 
 
@@ -34,17 +38,36 @@ def cut_of(spec: ParamSpec, axis: Axis, units: Mapping[str, int]) -> Cut | None:
 
     Raises ValueError where two dimensions of a weight would be cut along one axis.
     """
-    dims = [dim for dim, name in enumerate(spec.axes) if RULES.get(name) == axis.name]
-    if axis.size == 1 or not dims:
-        return None
-    if len(dims) > 1:
+    parts = {"model": axis.size, "expert": axis.spread, "rest": axis.size // axis.spread}
+    dims = {dim: RULES[name] for dim, name in enumerate(spec.axes) if name in RULES}
+    dims = {dim: along for dim, along in dims.items() if parts[along] > 1}
+    if len(dims) > 1 and sorted(dims.values()) != sorted(GRID):
         raise ValueError(
             f"axes {spec.axes} of {spec.shape}: {[spec.axes[dim] for dim in dims]} would all be "
-            f"cut along mesh.{axis.name}: let one of them out of sharding/partition.py's RULES"
+            "cut along mesh.model: let one of them out of sharding/partition.py's RULES"
         )
-    (dim,) = dims
-    unit = units.get(spec.axes[dim], 1)
-    return Cut(dim, axis.size, axis.share(spec.shape[dim] // unit) * unit)
+    cuts = []
+    for dim, along in dims.items():
+        unit, count = units.get(spec.axes[dim], 1), parts[along]
+        cuts.append(Cut(dim, count, -(-spec.shape[dim] // unit // count) * unit))
+    if len(cuts) < 2:
+        return cuts[0] if cuts else None
+    outer, inner = cuts
+    return CutTwice(inner.dim, axis.size, inner.share, outer)
+
+
+def check_experts(count: int, axis: Axis) -> None:
+    """Raises ValueError where a model of `count` experts, 0 if it is dense, can't be spread so."""
+    if axis.spread == 1 or (count and count % axis.spread == 0):
+        return
+    if not count:
+        raise ValueError(f"mesh.expert={axis.spread}, but the model has no experts: leave it out")
+    both = math.gcd(count, axis.size)
+    raise ValueError(
+        f"mesh.expert={axis.spread} does not divide the {count} experts: want one of "
+        f"{[n for n in range(1, both + 1) if both % n == 0]}, which divide mesh.model={axis.size} "
+        "too"
+    )
 
 
 def piece_plan(leaf: Any, spec: ParamSpec, cut: Cut | None) -> Any:
@@ -76,11 +99,12 @@ def padding_costs(
         if cut is None or spec.axes[cut.dim] == "heads":  # they say the same as kv_heads
             continue
         name, size = spec.axes[cut.dim], spec.shape[cut.dim]
-        padded = cut.parts * cut.share
+        padded = cut.along * cut.share
         if padded > size:
-            what = "attention and cache" if name == "kv_heads" else f"of what works on the {name}"
+            told = name.replace("_", " ")
+            what = "attention and cache" if name == "kv_heads" else f"of what works on the {told}"
             costs[name] = (
-                f"{size} {name.replace('_', ' ')} padded to {padded} for mesh.{axis.name}="
-                f"{axis.size}: {100 * (padded / size - 1):.2g} % more {what}"
+                f"{size} {told} padded to {padded} for mesh.model={axis.size}: "
+                f"{100 * (padded / size - 1):.2g} % more {what}"
             )
     return list(costs.values())

@@ -9,6 +9,7 @@ Read next: `partition.py`, `engine/runner.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,26 +18,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from lepton_jax.sharding.axis import WHOLE, Axis, MeshAxis
+from lepton_jax.sharding.axis import GRID, WHOLE, Axis, MeshAxis
 from lepton_jax.sharding.partition import cut_of, piece_plan, pieces_of
 from lepton_jax.tensors import ParamSpec
 
-CUT_SPEC, WHOLE_SPEC = PartitionSpec(WHOLE.name), PartitionSpec()
+CUT_SPEC, WHOLE_SPEC = PartitionSpec(GRID), PartitionSpec()
+Devices = Sequence[jax.Device] | np.ndarray  # as Placement takes them
 
 
-def devices_for(count: int, found: Sequence[jax.Device] | None = None) -> list[jax.Device]:
-    """The first `count` devices. Raises ValueError where there are fewer."""
-    found = list(jax.devices() if found is None else found)
-    if count > len(found):
-        raise ValueError(
-            f"mesh.model={count} needs as many devices, and there are {len(found)} "
-            f"({found[0].platform}): lower mesh.model, or run where there are more"
-        )
-    return found[:count]
+def grid_of(devices: Sequence[jax.Device], expert: int) -> np.ndarray:
+    """Devices as a grid `[expert, rest]`."""
+    return np.array(devices).reshape(expert, -1)
 
 
 class Placement:
     """An ordered set of devices for one model.
+
+    Args:
+      devices: a sequence, or a grid of numpy with experts spread over its first dimension.
+      units: as below.
 
     Attributes:
       devices: in the order of the pieces.
@@ -44,19 +44,20 @@ class Placement:
       units: what `partition.cut_of` takes.
     """
 
-    def __init__(self, devices: Sequence[jax.Device], units: Mapping[str, int] | None = None):
-        self.devices, self.units = tuple(devices), dict(units or {})
-        count = len(self.devices)
-        self.axis: Axis = MeshAxis(size=count) if count > 1 else WHOLE
-        self.mesh = Mesh(np.array(self.devices), (self.axis.name,))
+    def __init__(self, devices: Devices, units: Mapping[str, int] | None = None):
+        grid = np.atleast_2d(np.array(devices))
+        self.devices, self.units = tuple(grid.flat), dict(units or {})
+        several = MeshAxis(size=grid.size, spread=grid.shape[0])
+        self.axis: Axis = several if grid.size > 1 else WHOLE
+        self.mesh = Mesh(grid, GRID)
 
     @classmethod
     def holding(cls, leaves: Sequence[Any], units: Mapping[str, int]) -> Placement:
         """Where leaves lie; the default device where they aren't on any yet."""
         for array in jax.tree.leaves(leaves):
             sharding = getattr(array, "sharding", None)
-            if isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == (WHOLE.name,):
-                return cls(tuple(sharding.mesh.devices.flat), units)
+            if isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == GRID:
+                return cls(sharding.mesh.devices, units)
         arrays = [array for array in jax.tree.leaves(leaves) if isinstance(array, jax.Array)]
         return cls(tuple(arrays[0].devices())[:1] if arrays else jax.local_devices()[:1], units)
 
@@ -83,10 +84,11 @@ class Placement:
         try:
             pieces = pieces_of(leaf, cut)
         except ValueError as error:
+            higher = " or mesh.expert higher" if "experts" in spec.axes else ""
             raise ValueError(
                 f"a {type(leaf).__name__} of {spec.shape} can't be cut along {spec.axes[cut.dim]} "
-                f"into {cut.parts} parts of {cut.share} for mesh.{self.axis.name}={cut.parts}: "
-                f"{error}. Set mesh.{self.axis.name} lower, or compress this weight otherwise"
+                f"into {cut.along} parts of {cut.share} for mesh.model={cut.parts}: {error}. Set "
+                f"mesh.model lower{higher}, or compress this weight otherwise"
             ) from error
         return jax.tree.map(lambda *parts: self._joined(parts), *pieces)
 
@@ -146,15 +148,19 @@ class Placement:
 
     def _lies_cut(self, leaf: Any) -> bool:
         shardings = [getattr(array, "sharding", None) for array in jax.tree.leaves(leaf)]
-        meshes = {
-            s.mesh.size for s in shardings if isinstance(s, NamedSharding) and s.spec == CUT_SPEC
+        grids = {
+            s.mesh.devices.shape
+            for s in shardings
+            if isinstance(s, NamedSharding) and s.spec == CUT_SPEC
         }
-        for size in meshes - {self.axis.size}:
+        here = self.mesh.devices.shape
+        for grid in grids - {here}:
+            spread = "" if grid[0] == here[0] else f", experts from {grid[0]} to {here[0]}"
             raise ValueError(
-                f"leaves that lie in parts on {size} devices can't be moved to {self.axis.size}: "
-                "load the model for these devices"
+                f"leaves that lie in parts on {math.prod(grid)} devices can't be moved to "
+                f"{self.axis.size}{spread}: load the model for these devices"
             )
-        return bool(meshes)
+        return bool(grids)
 
     def _joined(self, parts: Sequence[Any]) -> jax.Array:
         """The devices' own arrays as one; each is sent to its device only."""

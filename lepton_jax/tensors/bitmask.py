@@ -83,7 +83,7 @@ class BitmaskTensor(SparseTensor):
 
     def planned_piece(self, part: ParamSpec, cut: Cut) -> Self:
         """As if what is kept were spread evenly."""
-        kept = min(part.size, -(-math.prod(self.values.shape) // cut.parts))
+        kept = -(-math.prod(self.values.shape) * part.size // math.prod(self.shape))
         return self.planned(part, **self.static() | dict(kept=kept))
 
     def static(self) -> dict[str, Any]:

@@ -92,9 +92,8 @@ class BlockSparseTensor(SparseTensor):
     def planned_piece(self, part: ParamSpec, cut: Cut) -> Self:
         """As if the tiles were spread evenly over the inputs."""
         static = self.static()
-        if cut.dim == len(self.shape) - 1:
-            static["kept"] = -(-static["kept"] // cut.parts)
-        return self.planned(part, **static)
+        kept = -(-static["kept"] * part.shape[-1] // self.inputs)
+        return self.planned(part, **static | dict(kept=kept))
 
     def static(self) -> dict[str, Any]:
         tile_rows, kept = self.tiles.shape[-2:]

@@ -15,12 +15,18 @@ import numpy as np
 class Cut:
     """Dimension `dim` of a weight in `parts` of `share` each; the last ones are filled with zeros.
 
-    Arrays that begin with the weight's dimensions, such as scales by output, are cut alike.
+    Arrays that begin with the weight's dimensions, such as scales by output, are cut alike; those
+    that end before `dim` are the same for all parts.
     """
 
     dim: int
     parts: int
     share: int
+
+    @property
+    def along(self) -> int:
+        """How many parts there are along `dim`."""
+        return self.parts
 
     def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
         """Of a part of a weight of this shape."""
@@ -28,6 +34,8 @@ class Cut:
 
     def split(self, array: Any) -> list[Any]:
         """The parts of a numpy or jax array."""
+        if self.dim >= array.ndim:
+            return [array] * self.parts
         missing = self.parts * self.share - array.shape[self.dim]
         if missing:
             widths = [(0, 0)] * array.ndim
@@ -42,3 +50,21 @@ class Cut:
     def of(self, share: int) -> "Cut":
         """The cut of an array that holds `share` things where a part of the weight has its own."""
         return dataclasses.replace(self, share=share)
+
+
+@dataclasses.dataclass(frozen=True)
+class CutTwice(Cut):
+    """`parts` in all: what `outer` cuts is cut further along `dim`."""
+
+    outer: Cut
+
+    @property
+    def along(self):
+        return self.parts // self.outer.parts
+
+    def shape(self, whole):
+        return super().shape(self.outer.shape(whole))
+
+    def split(self, array):
+        inner = Cut(self.dim, self.along, self.share)
+        return [part for wide in self.outer.split(array) for part in inner.split(wide)]

@@ -61,7 +61,7 @@ def ragged_einsum(subscripts: str, x: jax.Array, w, group_sizes: jax.Array) -> j
       subscripts: as in `einsum`; the weight's first letter is the group and is not in the result.
       x: `[T, in]`, rows sorted by group.
       w: `[E, *out, in]`.
-      group_sizes: int32 `[E]`, summing to T.
+      group_sizes: int32 `[E]`, summing to T at most; what rows beyond give is undefined.
     """
     lead, outs = _parse(subscripts, grouped=True)
     if len(lead) != 1 or x.ndim != 2 or len(w.shape) != len(outs) + 2:

@@ -117,14 +117,13 @@ class QTensor(CompressedTensor):
         whole, cuts = self, dict.fromkeys(("values", "scale", "offset"), cut)
         if cut.dim == len(self.values.shape) - 1:
             whole = self._with_group(self._group_within(cut))
-            groups = cut.of(cut.share // whole.group) if whole.grouped else None
+            groups = cut.of(cut.share // whole.group) if whole.grouped else cut
             values = cut.of(cut.share // 2) if whole.packed else cut
             cuts = dict(values=values, scale=groups, offset=groups)
         parts = {}
         for name, how in cuts.items():
             array = getattr(whole, name)
-            uncut = array is None or how is None
-            parts[name] = [array] * cut.parts if uncut else how.split(array)
+            parts[name] = [None] * cut.parts if array is None else how.split(array)
         return [
             dataclasses.replace(whole, **{name: arrays[i] for name, arrays in parts.items()})
             for i in range(cut.parts)

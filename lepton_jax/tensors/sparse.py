@@ -44,8 +44,7 @@ class SparseTensor(CompressedTensor):
 
     def pieces(self, cut: Cut) -> list[Self]:
         """Packed anew: what is kept isn't spread evenly, and a part has its own places."""
-        by_outputs = self.scale is not None and cut.dim < len(self.shape) - 1
-        scales = cut.split(self.scale) if by_outputs else [self.scale] * cut.parts
+        scales = [None] * cut.parts if self.scale is None else cut.split(self.scale)
         return self.like(cut.split(self.spread()), scales)
 
     def flat(self, keep: int = 0) -> Self:
