@@ -58,7 +58,7 @@ from lepton_jax.optimizer.costs import Costs, assumed, settled
 from lepton_jax.optimizer.feedback import Feedback
 from lepton_jax.optimizer.profile import Profile
 from lepton_jax.sharding import Placement
-from lepton_jax.sharding.partition import padding_costs
+from lepton_jax.sharding.partition import uneven_costs
 from lepton_jax.text import tokenizer as tokenizers
 from lepton_jax.text.constraints import guide_for
 
@@ -159,7 +159,7 @@ class LeptonEngine:
         compile_cache.enable()
         self.loaded = load_compressed(section, recipe, progress=progress, devices=devices)
         model = self.loaded.model
-        for cost in padding_costs(model.specs, Placement(devices).axis, model.units):
+        for cost in uneven_costs(model.specs, Placement(devices).axis, model.heads):
             log.warning("%s", cost)
         self.receipt = receipts.of_loaded(section.path, self.loaded.fingerprint)
         self.tokenizer = tokenizers.load(section.tokenizer or self.loaded.tokenizer_source)

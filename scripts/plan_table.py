@@ -65,7 +65,7 @@ def compiled(plan: Plan) -> Program:
     """Its decode block, greedy, with places for four ids that end a row."""
     return compile_decode(
         plan.served,
-        full_sizes(plan.config.engine, rows=plan.rows, max_len=plan.max_len),
+        full_sizes(plan.served, plan.config.engine, rows=plan.rows, max_len=plan.max_len),
         devices=plan.target.devices,
         spec=SampleSpec(stop_ids=4),
     )

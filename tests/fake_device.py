@@ -13,7 +13,8 @@ import zlib
 import numpy as np
 
 from lepton_jax.config import SamplingParams
-from lepton_jax.engine.request import BlockResult, Chunk, Plan, Request
+from lepton_jax.engine.request import BlockResult, Chunk, Entry, Plan, Request
+from lepton_jax.engine.rungs import Sizes
 from lepton_jax.engine.scheduler import Scheduler
 
 STOP = 0
@@ -55,7 +56,8 @@ class Line:
 class FakeDevice:
     def __init__(self, *, page_size: int, tile: int = 1):
         self.page_size, self.tile = page_size, tile
-        self.cells: dict[tuple[int, int], tuple[int, int]] = {}  # (page, offset): (place, token)
+        # (bank, page, offset): (place, token)
+        self.cells: dict[tuple[int, int, int], tuple[int, int]] = {}
         self.lines: dict[int, Line] = {}
         self.plans: list[Plan] = []
 
@@ -66,10 +68,10 @@ class FakeDevice:
 
     def _prefill(self, chunks: tuple[Chunk, ...]) -> None:
         assert len({chunk.slot for chunk in chunks}) == len(chunks)
-        writers: dict[int, Chunk] = {}
+        writers: dict[tuple[int, int], Chunk] = {}
         for chunk in chunks:
             for place, token in enumerate(chunk.tokens, chunk.start):
-                page = self._write(chunk.pages, place, token)
+                page = self._write(chunk, place, token)
                 assert writers.setdefault(page, chunk) is chunk, f"two chunks write page {page}"
         for chunk in chunks:
             if chunk.final:
@@ -85,7 +87,7 @@ class FakeDevice:
         tokens[:, 0] = [line.token for line in lines]
         before = [line.produced for line in lines]
         for _ in range(plan.steps):
-            writers: dict[int, int] = {}
+            writers: dict[tuple[int, int], int] = {}
             for number, (line, entry) in enumerate(zip(lines, plan.rows, strict=True)):
                 if line.finish == RUNNING:
                     new, pages = self._verify(line, entry, plan.draft)
@@ -102,31 +104,38 @@ class FakeDevice:
             top_logprobs=np.stack([-tokens - float(n) for n in range(_TOPS)], -1),
         )
 
-    def _verify(self, line: Line, entry, draft: int) -> tuple[list[int], set[int]]:
+    def _verify(
+        self, line: Line, entry: Entry, draft: int
+    ) -> tuple[list[int], set[tuple[int, int]]]:
         """A step of a row: its new tokens and the pages that it wrote."""
         room = min(draft, entry.row.limit - line.produced - 1)
         accepted = min(room, zlib.crc32(repr((line.token, line.length)).encode()) % (1 + draft))
         begin, new, pages = line.length, [], set()
         while line.finish == RUNNING and len(new) <= accepted:
-            pages.add(self._write(entry.pages, line.length, line.token))
+            pages.add(self._write(entry, line.length, line.token))
             line.length += 1
             self._sample(line, entry)
             new.append(line.token)
         for place in range(line.length, begin + 1 + room):
-            pages.add(self._write(entry.pages, place, -5))
+            pages.add(self._write(entry, place, -5))
         return new, pages
 
-    def _write(self, pages: tuple[int, ...], place: int, token: int) -> int:
-        page = pages[place // self.page_size]
+    def _write(self, where: Chunk | Entry, place: int, token: int) -> tuple[int, int]:
+        """The bank and page that it wrote to."""
+        bank, page, offset = self._cell(where, place)
         assert page != 0, "the null page is no row's"
-        self.cells[page, place % self.page_size] = place, token
-        return page
+        self.cells[bank, page, offset] = place, token
+        return bank, page
 
-    def _sample(self, line: Line, where) -> None:
+    def _cell(self, where: Chunk | Entry, place: int) -> tuple[int, int, int]:
+        page = where.pages[place // self.page_size]
+        return where.row.bank, page, place % self.page_size
+
+    def _sample(self, line: Line, where: Chunk | Entry) -> None:
         """The next token after those in the pages; `where` is the chunk or entry with the row."""
         row, tokens = where.row, []
         for place in range(line.length):
-            cell = where.pages[place // self.page_size], place % self.page_size
+            cell = self._cell(where, place)
             found, token = self.cells[cell]
             assert found == place, f"cell {cell} holds place {found}, want {place}"
             tokens.append(token)
@@ -139,11 +148,11 @@ class FakeDevice:
 
 
 class FakeEngine:
-    """The loop over a scheduler and the fake device. Sizes as of `Scheduler`."""
+    """The loop over a scheduler and the fake device, of `Sizes`."""
 
-    def __init__(self, *, q_tile: int = 1, draft: int = 0, **sizes):
+    def __init__(self, *, q_tile: int = 1, draft: int = 0, prefix_cache: bool = True, **sizes):
         self.max_len, self.tile = sizes["max_len"], q_tile
-        self.scheduler = Scheduler(q_tile=q_tile, **sizes)
+        self.scheduler = Scheduler(Sizes(**sizes), q_tile=q_tile, prefix_cache=prefix_cache)
         self.scheduler.speculate(draft)
         self.device = FakeDevice(page_size=sizes["page_size"], tile=q_tile)
         self.outputs: dict[str, list[int]] = {}

@@ -99,7 +99,7 @@ def drain(engine: Engine, into: dict[str, StepOutput], beats: int = 400) -> dict
         beats -= 1
         assert beats, "the engine goes on without an end"
         collect(engine.step(), into)
-    pool = engine.scheduler._pool
+    pool = engine.scheduler._pools[0]
     assert pool.available == pool.num_pages - 1
     return into
 

@@ -78,6 +78,7 @@ def test_results_carry_logprobs_only_where_asked():
 
 def test_a_prefill_by_hand():
     new, resumed = row([10, 11, 12, 13, 14], []), row([20, 21], [22, 23, 24], max_tokens=9)
+    resumed.bank = 1
     chunks = (
         Chunk(new, slot=2, pages=(7, 8), start=0, tokens=(10, 11, 12, 13, 14), final=True),
         Chunk(resumed, slot=0, pages=(3, 4), start=3, tokens=(23,), final=False),
@@ -99,6 +100,7 @@ def test_a_prefill_by_hand():
     assert got["produced"].tolist() == [0, 3, 0]
     assert got["limit"].tolist() == [128, 9, 0]
     assert got["page_table"].tolist() == [[7, 8, 0, 0, 0, 0], [3, 4, 0, 0, 0, 0], [0] * 6]
+    assert got["banks"].tolist() == [0, 1, 0]
 
 
 def test_a_block_by_hand():
@@ -110,6 +112,7 @@ def test_a_block_by_hand():
         Entry(r, slot=slot, pages=pages, cached=1)
         for r, slot, pages in zip(rows, (1, 0), ((5,), (6, 9)), strict=True)
     )
+    rows[0].bank = 1
     shape = DecodeShape(rows=3, steps=5, pages=2, spec=SPEC)
     buffer = packing.pack_decode(Plan(rows=entries, steps=4), shape, slots=3, eos_ids=EOS)
     got = packing.decode_layout(shape).split(buffer)
@@ -117,6 +120,7 @@ def test_a_block_by_hand():
     assert got["slots"].tolist() == [1, 0, 3]
     assert got["limit"].tolist() == [6, 7, 0]
     assert got["page_table"].tolist() == [[5, 0], [6, 9], [0, 0]]
+    assert got["banks"].tolist() == [1, 0, 0]
     params = unpack(jnp.asarray(got["params"]), SPEC)
     assert params.seed[:2].tolist() == [[7, 9], [7, 9]]
     assert params.temperature.tolist() == [0.5, 0, 0]

@@ -45,6 +45,7 @@ class Runs(RuleBasedStateMachine):
         max_len=st.integers(10, 24),
         prefix_cache=st.sampled_from([True, True, True, False]),
         draft=st.sampled_from([0, 0, 1, 4]),
+        banks=st.sampled_from([1, 1, 2, 3]),
     )
     def start(self, spare_pages, tiles, **sizes):
         sizes["num_pages"] = (
@@ -58,7 +59,7 @@ class Runs(RuleBasedStateMachine):
 
     @rule(news=NEW_REQUESTS)
     def add(self, news):
-        e, pool = self.engine, self.engine.scheduler._pool
+        e, pool = self.engine, self.engine.scheduler._pools[0]
         for new in news:
             r = request(f"r{len(self.requests)}", **new)
             count = len(r.prompt_ids)
@@ -118,15 +119,16 @@ class Runs(RuleBasedStateMachine):
         if not hasattr(self, "engine"):
             return
         s = self.engine.scheduler
-        pool, running = s._pool, s._running
-        counts = Counter(page for row in running for page in row.pages)
-        assert sorted([*pool._free, *pool._cached, *counts]) == list(range(1, pool.num_pages))
-        assert all(pool.references(page) == count for page, count in counts.items())
-        for row in running:
-            computed = row.computed - (row.bound - row.least)
-            writable = row.pages[computed // pool.page_size :]
-            assert all(counts[page] == 1 and page not in pool._key_of for page in writable)
-        assert sorted([*s._slots, *(row.slot for row in running)]) == list(
+        for bank, pool in enumerate(s._pools):
+            running = [row for row in s._running if row.bank == bank]
+            counts = Counter(page for row in running for page in row.pages)
+            assert sorted([*pool._free, *pool._cached, *counts]) == list(range(1, pool.num_pages))
+            assert all(pool.references(page) == count for page, count in counts.items())
+            for row in running:
+                computed = row.computed - (row.bound - row.least)
+                writable = row.pages[computed // pool.page_size :]
+                assert all(counts[page] == 1 and page not in pool._key_of for page in writable)
+        assert sorted([*s._slots, *(row.slot for row in s._running)]) == list(
             range(self.most.live_rows)
         )
 
@@ -148,7 +150,7 @@ class Runs(RuleBasedStateMachine):
             if name not in self.aborted:
                 assert (e.outputs[name], e.reasons[name]) == expected_tokens(r, e.max_len)
         assert not self.aborted & set(e.reasons)
-        assert e.scheduler._pool.available == e.scheduler._pool.num_pages - 1
+        assert e.scheduler.load.free_pages == e.scheduler.load.pages
         generated = sum(len(tokens) for tokens in e.outputs.values())
         assert e.scheduler.counters.generated_tokens == generated
 

@@ -72,7 +72,7 @@ def serve(engine: Engine, requests: dict) -> dict[str, Scored]:
         for output in engine.step():
             assert output.finish_reason == "scored" and output.request_id not in got
             got[output.request_id] = output.scored
-    pool = engine.scheduler._pool
+    pool = engine.scheduler._pools[0]
     assert pool.available == pool.num_pages - 1
     return got
 

@@ -14,7 +14,7 @@ from tpu_topology import topology_mesh as mesh_of
 from lepton_jax import compat
 from lepton_jax.kernels import attention_reference as reference
 from lepton_jax.kernels import attention_tpu as tpu
-from lepton_jax.kernels.attention import PagedBatch, decode_batch
+from lepton_jax.kernels.attention import PagedBatch, decode_batch, held
 
 PAGE = 16
 QUICK = {"xla_backend_optimization_level": 0}  # compiling an interpreted kernel outlasts running it
@@ -116,6 +116,14 @@ def test_prefill_of_ragged_sequences_equals_the_reference(interpreted, heads):
 def test_prefill_in_bfloat16_with_five_heads_padded_to_eight(interpreted):
     batch = prefill_batch([37, 5, 64], [20, 5, 1], tokens=32)
     assert_parity(batch, (5, 1, 80), decode=False, dtype=jnp.bfloat16, atol=3e-2)
+
+
+def test_prefill_of_sequences_some_of_which_another_bank_has(interpreted):
+    whole = prefill_batch([37, 30, 5, 64], [12, 9, 5, 1], tokens=32)
+    batch = held(whole, jnp.array([True, False, True, False]))
+    assert_parity(batch, (1, 4, 128), decode=False, atol=1e-5)
+    out = run(tpu, batch, (1, 4, 128), decode=False)
+    assert not out[12:21].any() and not out[26:].any()
 
 
 @pytest.mark.parametrize("heads", [(2, 4, 128), (3, 3, 64)], ids=str)

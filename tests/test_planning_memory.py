@@ -64,7 +64,7 @@ def test_weights_by_hand():
 
 
 def test_a_shard_holds_its_part_of_weights_and_cache_and_all_norms():
-    sizes = full_sizes(SECTION, rows=3, max_len=40)
+    sizes = full_sizes(served(), SECTION, rows=3, max_len=40)
     whole, half = memory_of(served(), sizes), memory_of(served(shards=2), sizes)
     assert half.weights == (whole.weights - 4 * NORMS) // 2 + 4 * NORMS
     assert half.cache == whole.cache // 2
@@ -72,7 +72,8 @@ def test_a_shard_holds_its_part_of_weights_and_cache_and_all_norms():
 
 @pytest.mark.parametrize("backend", [attention_xla, attention_tpu])
 def test_the_cache_is_what_the_runner_allocates(backend):
-    plan, sizes = served(backend=backend), full_sizes(SECTION, rows=3, max_len=40)
+    plan = served(backend=backend)
+    sizes = full_sizes(plan, SECTION, rows=3, max_len=40)
     assert sizes.num_pages == 1 + 3 * (3 + 1)
     runner = Runner(
         plan.model,
@@ -88,11 +89,11 @@ def test_the_cache_is_what_the_runner_allocates(backend):
 def test_the_largest_rows_and_length_fit_and_one_more_does_not():
     plan, budget = served(), 200_000
     rows = largest_rows(plan, SECTION, max_len=40, budget=budget)
-    assert fits(plan, full_sizes(SECTION, rows=rows, max_len=40), budget=budget)
-    assert not fits(plan, full_sizes(SECTION, rows=rows + 1, max_len=40), budget=budget)
+    assert fits(plan, full_sizes(plan, SECTION, rows=rows, max_len=40), budget=budget)
+    assert not fits(plan, full_sizes(plan, SECTION, rows=rows + 1, max_len=40), budget=budget)
     length = largest_len(plan, SECTION, rows=rows, budget=budget)
     assert length + 16 >= 40 and length % 16 == 0
-    assert not fits(plan, full_sizes(SECTION, rows=rows, max_len=length + 16), budget=budget)
+    assert not fits(plan, full_sizes(plan, SECTION, rows=rows, max_len=length + 16), budget=budget)
     assert largest_rows(plan, SECTION, max_len=40, budget=plan.weight_bytes) == 0
 
 

@@ -181,6 +181,6 @@ def test_the_least_lossy_preset_that_fits_comes_first():
     asked = config(plan={"chips": ("v6e",)})
     first, *_ = search(asked)
     assert (first.topology, first.preset) == ("v6e:1x1", "none")
-    sizes = full_sizes(asked.engine, rows=32, max_len=1024)
     plan = make_plan(config(topology="v6e:1x1", preset="none"))
+    sizes = full_sizes(plan.served, asked.engine, rows=32, max_len=1024)
     assert memory_of(plan.served, sizes).total + first.spare == plan.budget

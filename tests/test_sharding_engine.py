@@ -2,11 +2,13 @@
 programs in which the devices tell each other no more than they must.
 """
 
+import dataclasses
 import math
 import re
 
 import checkpoint_makers as make
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from engine_reference import tiny
@@ -17,6 +19,7 @@ from lepton_jax.config import EngineSection, SamplingParams
 from lepton_jax.engine.loop import Engine
 from lepton_jax.engine.packing import DecodeShape, PrefillShape
 from lepton_jax.engine.scored import Scoring
+from lepton_jax.models.build import abstract_model
 from lepton_jax.sharding import Placement
 
 LAYERS = 2
@@ -82,7 +85,7 @@ def alone():
     return served(engine), scored(engine)
 
 
-# 4 devices: two kv heads are padded to four; the last devices of the eight, not the first.
+# 4 devices: two banks of two; the last devices of the eight, not the first.
 @pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_what_one_device_gives(alone, count):
     devices = jax.devices()[8 - count :]
@@ -114,6 +117,18 @@ def test_compressed_and_speculating():
         engine.add_request("a", LONG[:20], params(max_tokens=24))
         answers.append([i for output in _until_idle(engine) for i in output.token_ids])
     assert answers[0] == answers[1]
+
+
+def test_a_draft_model_is_cut_by_its_own_heads():
+    config = dataclasses.replace(MODEL.config, num_heads=6)  # 3 for each kv head, not 2
+    draft = abstract_model(config, jnp.float32, jnp.float32)
+    leaves = tuple(jnp.zeros(spec.shape, spec.dtype) for spec in draft.specs.values())
+    section = dataclasses.replace(SECTION, speculation="draft")
+    engine = Engine(MODEL, LEAVES, section=section, devices=jax.devices()[:2])
+    engine.draft_with(draft, leaves)
+    held = dict(zip(draft.specs, engine.runner._draft_leaves, strict=True))
+    (_, width), *others = {s.data.shape for s in held["layers.0.out"].addressable_shards}
+    assert (width, others) == (3 * config.head_dim, [])
 
 
 def collectives(text):
@@ -176,10 +191,10 @@ def test_compressed_as_it_arrives_and_moved_to_other_devices(tmp_path):
     folder, devices = make.hf_folder(tmp_path), jax.devices()
     specs = load(folder).model.specs
     shared = load(folder, compress=compressor(preset_rules("w8a8"), specs), devices=devices[:2])
-    placement = Placement(devices[4:6], shared.model.units)
+    placement = Placement(devices[4:6], shared.model.heads)
     moved = placement.put_all(specs, shared.leaves)
     for before, after in zip(jax.tree.leaves(shared.leaves), jax.tree.leaves(moved), strict=True):
         assert after.sharding.device_set == set(devices[4:6])
         np.testing.assert_array_equal(np.asarray(after), np.asarray(before))
     with pytest.raises(ValueError, match="parts on 2 devices can't be moved to 4"):
-        Placement(devices[:4], shared.model.units).put_all(specs, shared.leaves)
+        Placement(devices[:4], shared.model.heads).put_all(specs, shared.leaves)

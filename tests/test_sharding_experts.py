@@ -114,4 +114,4 @@ def test_what_cannot_be_spread_names_the_flag_and_what_can():
 def test_experts_do_not_move_to_another_spread():
     shared = load(FOLDER / "mixtral", devices=grid(4, 2))
     with pytest.raises(ValueError, match="4 devices can't be moved to 4, experts from 2 to 4"):
-        Placement(grid(4, 4), shared.model.units).put_all(shared.model.specs, shared.leaves)
+        Placement(grid(4, 4), shared.model.heads).put_all(shared.model.specs, shared.leaves)

@@ -29,7 +29,7 @@ SCHEMES = {
 
 def logits_on(count, model, leaves, ids, *, expert=1):
     """Logits `[T, V]` of leaves in the order of the specs, on `count` devices."""
-    placement = Placement(grid_of(jax.devices()[:count], expert), model.units)
+    placement = Placement(grid_of(jax.devices()[:count], expert), model.heads)
     placed = placement.put_all(model.specs, leaves)
     shared = model.on(placement.axis)
 
@@ -54,7 +54,7 @@ VARIANTS = ("llama_", "phi3_long", "gemma3_multimodal")  # of positions or names
 CASES = [case for case in tiny_models.CASES if not case.startswith(VARIANTS)] + ["llama_bias"]
 
 
-# Three and four devices divide nothing here: kv heads, ffn or vocabulary are padded.
+# Three devices divide nothing here: kv heads, ffn or vocabulary are padded. Four make two banks.
 @pytest.mark.parametrize(("case", "count"), [(c, 2 + i % 3) for i, c in enumerate(CASES)])
 def test_logits_of_transformers_from_several_devices(case, count):
     fixture, model, leaves = model_of(case)

@@ -14,7 +14,8 @@ import pytest
 from lepton_jax.compression.leaf import compress_weight
 from lepton_jax.compression.scheme import Scheme
 from lepton_jax.sharding import MeshAxis, Placement
-from lepton_jax.sharding.partition import cut_of, padding_costs, piece_plan, pieces_of
+from lepton_jax.sharding.heads import Heads
+from lepton_jax.sharding.partition import cut_of, piece_plan, pieces_of, uneven_costs
 from lepton_jax.tensors import BitmaskTensor, Cut, CutTwice, ParamSpec
 
 OUT, WIDTH = 24, 96
@@ -39,6 +40,8 @@ CUTS = {
     "padded outputs": Cut(0, 2, 2),
     "inputs": Cut(2, 2, 48),
     "padded inputs": Cut(2, 2, 64),
+    "outputs twice": Cut(0, 6, 1, copies=2),
+    "inputs twice": Cut(2, 4, 48, copies=2),
     "groups of outputs": CutTwice(1, 6, 12, Cut(0, 3, 1)),
     "groups of inputs": CutTwice(2, 6, 48, Cut(0, 3, 1)),
     "padded groups": CutTwice(2, 4, 64, Cut(0, 2, 2)),
@@ -78,8 +81,9 @@ def test_parts_side_by_side_are_the_weight(name, how):
     pieces = pieces_of(leaf, cut)
     shapes = [jax.tree.map(jnp.shape, piece) for piece in pieces]
     assert len(pieces) == cut.parts and all(shape == shapes[0] for shape in shapes)
-    whole = joined([dense(piece) for piece in pieces], cut)
-    np.testing.assert_array_equal(whole, padded(dense(leaf), cut))
+    for copy in range(cut.copies):
+        whole = joined([dense(piece) for piece in pieces[copy :: cut.copies]], cut)
+        np.testing.assert_array_equal(whole, padded(dense(leaf), cut))
 
 
 @pytest.mark.parametrize("how", CUTS)
@@ -145,22 +149,41 @@ def test_what_cannot_be_cut_says_why_and_what_to_change(name, parts, said):
 def test_the_table_names_one_dimension_and_keeps_heads_together():
     axis = MeshAxis(size=2)
     heads = ParamSpec((32, 3 * 4 * 16), jnp.float32, ("embed", "heads"), inputs=1)
-    assert cut_of(heads, axis, {"heads": 64}) == Cut(1, 2, 128)
-    assert cut_of(SPEC, axis, {}) == Cut(0, 2, 2)
-    assert cut_of(ParamSpec((8,), jnp.float32, ("embed",)), axis, {}) is None
+    assert cut_of(heads, axis, Heads(3, 4, 16)) == Cut(1, 2, 128)
+    assert cut_of(SPEC, axis, Heads(3, 4, 16)) == cut_of(SPEC, axis, None) == Cut(0, 2, 2)
+    assert cut_of(ParamSpec((8,), jnp.float32, ("embed",)), axis, None) is None
+    axis = MeshAxis(size=8, banks=2)  # four devices a bank: three kv heads and one of zeros
+    assert cut_of(heads, axis, Heads(3, 4, 16)) == Cut(1, 8, 64, copies=2)
+    assert cut_of(SPEC, axis, Heads(3, 4, 16)) == Cut(0, 8, 1, copies=2)
     both = ParamSpec((8, 8), jnp.float32, ("ffn", "vocab"))
     with pytest.raises(ValueError, match="'ffn', 'vocab'.* would all be cut along mesh.model"):
-        cut_of(both, axis, {})
+        cut_of(both, axis, None)
 
 
-def test_padding_says_what_it_costs():
+# kv heads of Llama 3.1 70B, Qwen2.5 7B, Gemma 3 1B, SmolLM2; devices; banks.
+@pytest.mark.parametrize(
+    ("kv_heads", "devices", "banks"),
+    [(8, 8, 1), (8, 16, 2), (4, 8, 2), (1, 4, 4), (3, 4, 1), (3, 8, 2), (3, 7, 1), (2, 6, 3)],
+)
+def test_as_many_banks_as_leave_no_device_without_a_kv_head(kv_heads, devices, banks):
+    assert Heads(kv_heads, 4, 64).banks(devices) == banks
+    axis = Placement(jax.devices()[:devices], Heads(kv_heads, 4, 64)).axis if devices < 9 else None
+    assert axis is None or (axis.banks, axis.kv_share(kv_heads)) == (banks, 1)
+
+
+def test_what_does_not_divide_says_what_it_costs():
     specs = {
         "qkv": SPEC,
         "gate_up": ParamSpec((2, 56, 32), jnp.float32, ("gate_up", "ffn", "embed")),
     }
-    assert padding_costs(specs, MeshAxis(size=2), {}) == [
-        "3 kv heads padded to 4 for mesh.model=2: 33 % more attention and cache"
+    heads = Heads(3, OUT - 2, 16)
+    assert uneven_costs(specs, MeshAxis(size=2), heads) == [
+        "mesh.model=2 for 3 kv heads: padded to 4, 33 % more attention and cache"
     ]
-    assert padding_costs(specs, MeshAxis(size=3), {}) == [
+    assert uneven_costs(specs, MeshAxis(size=3), heads) == [
         "56 ffn padded to 57 for mesh.model=3: 1.8 % more of what works on the ffn"
+    ]
+    assert uneven_costs({}, MeshAxis(size=8, banks=2), heads) == [
+        "mesh.model=8 for 3 kv heads: 2 banks, each with its own rows' cache and with all weights "
+        "around attention; padded to 4, 33 % more attention and cache"
     ]

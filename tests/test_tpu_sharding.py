@@ -36,7 +36,7 @@ def compiled():
     """(program, its text, bytes of weights and of the cache on a chip, the layer's cache)."""
     config = config_from_hf(PUBLISHED["llama-3.1-8b-instruct"])
     model = abstract_model(config, jnp.bfloat16, jnp.bfloat16)
-    place = Placement(topology_devices("v5e:2x2"), model.units)
+    place = Placement(topology_devices("v5e:2x2"), model.heads)
     plans = compress_specs(preset_rules("int8"), model.specs)
     leaves = tuple(place.planned(model.specs[path], plan) for path, plan in plans.items())
     runner = Runner(

@@ -87,7 +87,13 @@ def run(config: ModelConfig, leaves: dict[str, Any], ids: np.ndarray) -> np.ndar
 def forward(model: Model, leaves: tuple, ids: jax.Array) -> jax.Array:
     """Logits float32 `[T, V]` of one text from bound leaves; may run inside jit."""
     decoder, caches = model.bind(leaves), (None,) * model.config.num_layers
-    hidden, _ = decoder(ids, jnp.arange(ids.shape[0]), caches, causal_attend)
+    here = model.axis.holds(jnp.ones(1, jnp.int32))  # the text is in the second bank
+
+    def attend(*operands, **options):
+        out, cache = causal_attend(*operands, **options)
+        return jnp.where(here, out, 0), cache
+
+    hidden, _ = decoder(ids, jnp.arange(ids.shape[0]), caches, attend)
     return decoder.logits(hidden)
 
 

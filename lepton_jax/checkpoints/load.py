@@ -73,7 +73,7 @@ def load(
     weights = weight_dtype(dtype, files.weights_dtype())
     model = build_model(place, config, dtype=weights, activation_dtype=activation_dtype)
     mappings = match(model, files, kind=kind)
-    placement = Placement(jax.local_devices()[:1] if devices is None else devices, model.units)
+    placement = Placement(jax.local_devices()[:1] if devices is None else devices, model.heads)
     check_experts(config.num_experts, placement.axis)
     leaves = stream(
         model,

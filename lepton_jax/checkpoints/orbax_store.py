@@ -155,7 +155,7 @@ def restore(
             "compression.preset=none, or compress the original checkpoint"
         )
     model = model_of(path, manifest, dtype=dtype, activation_dtype=activation_dtype)
-    placement = Placement(jax.local_devices()[:1] if devices is None else devices, model.units)
+    placement = Placement(jax.local_devices()[:1] if devices is None else devices, model.heads)
     check_experts(model.config.num_experts, placement.axis)
     abstract = manifest.abstract_leaves(path, model.specs)
     total, done, leaves = sum(map(_abstract_bytes, abstract.values())), 0, []

@@ -48,12 +48,14 @@ class Drafter:
       decoder: the draft model, bound.
       backend: of attention.
       table: i32 `[B, W]`, pages of the rows.
+      here: bool `[B]`, the rows whose pages this device's bank has, or True.
       params: of the rows, without penalties; `spec` is theirs.
     """
 
     decoder: Decoder
     backend: ModuleType
     table: jax.Array
+    here: jax.Array | bool
     params: RowParams
     spec: SampleSpec
 
@@ -72,7 +74,7 @@ class Drafter:
             last = lines.texts.shape[1] - 1
             tokens = jnp.take_along_axis(lines.texts, jnp.minimum(places, last), 1)
             batch = side_by_side(jnp.where(running, seen, 0), positions, self.table)
-            attend = attend_pages(self.backend, batch, decode=False)
+            attend = attend_pages(self.backend, batch, decode=False, here=self.here)
             _, caches = self.decoder(tokens.reshape(-1), batch.positions, caches, attend)
             return jnp.minimum(seen + _CATCH_UP, lines.lengths), caches
 
@@ -91,7 +93,7 @@ class Drafter:
             tokens, proposed, caches = carry
             there = jax.lax.dynamic_index_in_dim(valid, place, axis=1, keepdims=False)
             batch = decode_batch(lines.lengths + place, there, self.table)
-            attend = attend_pages(self.backend, batch, decode=True)
+            attend = attend_pages(self.backend, batch, decode=True, here=self.here)
             hidden, caches = self.decoder(tokens, batch.positions, caches, attend)
             new = sample(
                 self.decoder.logits(hidden),

@@ -60,9 +60,9 @@ class Engine:
             of every weight. By default where the leaves are; others are cut and sent there.
           sync: of the other hosts, where the devices are those of several.
         """
-        placement = Placement.holding(leaves, model.units)
+        placement = Placement.holding(leaves, model.heads)
         if devices is not None:
-            placement = Placement(devices, model.units)
+            placement = Placement(devices, model.heads)
         leaves, model = placement.put_all(model.specs, leaves), model.on(placement.axis)
         backend = backend_for(placement.devices[0].platform)
         compressed = any(isinstance(leaf, CompressedTensor) for leaf in leaves)
@@ -90,7 +90,7 @@ class Engine:
             strict=strict,
             placement=placement,
         )
-        self.scheduler = Scheduler.of(sizes, backend.Q_TILE, section.prefix_cache)
+        self.scheduler = Scheduler(sizes, q_tile=backend.Q_TILE, prefix_cache=section.prefix_cache)
         self._in_flight: InFlight | None = None
         self._beats, self._kv_dtype = Beats(self.scheduler), kv_dtype
         self._guides, self._wants_draft = _no_guide, section.speculation == "draft"
@@ -117,7 +117,7 @@ class Engine:
                 "want the same tokenizer, such as the model compressed"
             )
         model = model.on(runner.placement.axis)
-        leaves = runner.placement.put_all(model.specs, leaves)
+        leaves = runner.placement.beside(model.heads).put_all(model.specs, leaves)
         context = model.with_context(self.max_len)
         runner.draft_with(context, leaves, kv_dtype=self._kv_dtype)
         share = _nbytes(leaves) / _nbytes(runner.leaves)
@@ -245,7 +245,8 @@ class Engine:
         s = self.runner.sizes
         totals = (min(s.max_len, count + params.max_tokens) for count, params in workload)
         pages = sorted((-(-total // s.page_size) for total in totals), reverse=True)
-        return sum(pages[: s.rows]) > s.num_pages - 1
+        unlucky = (s.banks - 1) * pages[0] if pages else 0  # room that is in other banks
+        return sum(pages[: s.rows]) + unlucky > s.banks * (s.num_pages - 1)
 
     def listen(self, listener: Listener) -> None:
         """Tells a listener of every beat from now on, after its results are committed."""

@@ -90,6 +90,7 @@ def chunk_pieces(tokens: int, rows: int, pages: int) -> dict[str, tuple[int, ...
         cu_q_lens=(R + 1,),
         kv_lens=(R,),
         page_table=(R, pages),
+        banks=(R,),  # where those pages are
     )
 
 
@@ -108,6 +109,7 @@ def place_chunks(view: dict[str, np.ndarray], chunks: Sequence[Chunk], *, tile: 
         view["rows"][start:start_next] = line
         view["cu_q_lens"][line + 1 :] = start_next
         view["kv_lens"][line] = stop
+        view["banks"][line] = chunk.row.bank
         view["page_table"][line, : len(chunk.pages)] = chunk.pages
         start = start_next
     return starts
@@ -150,6 +152,7 @@ def decode_layout(shape: DecodeShape) -> Layout:
         slots=(B,),
         limit=(B,),
         page_table=(B, shape.pages),
+        banks=(B,),  # where those pages are
         params=(B, width(shape.spec)),
     )
 
@@ -217,6 +220,7 @@ def pack_decode(
         view["slots"][line] = entry.slot
         view["limit"][line] = entry.row.limit
         view["page_table"][line, : len(entry.pages)] = entry.pages
+        view["banks"][line] = entry.row.bank
     _pack_params(view, [entry.row for entry in plan.rows], shape.spec, eos_ids)
     return buffer
 

@@ -54,13 +54,16 @@ class PagePool:
             keys.append(digest.digest())
         return keys
 
+    def known(self, keys: Sequence[bytes]) -> int:
+        """How many pages hold the longest known beginning of these keys."""
+        unknown = (place for place, key in enumerate(keys) if key not in self._page_of)
+        return next(unknown, len(keys))
+
     def match(self, keys: Sequence[bytes]) -> list[int]:
-        """References and returns the pages that hold the longest known beginning of these keys."""
+        """References and returns these pages."""
         pages = []
-        for key in keys:
-            page = self._page_of.get(key)
-            if page is None:
-                break
+        for key in keys[: self.known(keys)]:
+            page = self._page_of[key]
             self._references[page] += 1
             self._cached.pop(page, None)
             pages.append(page)

@@ -68,6 +68,7 @@ class Row:
         without speculation.
       computed: tokens whose keys and values are cached, or will be at most once all dispatched has
         run.
+      bank: where its pages are.
       pages: the row's pages in order; `keys` the hashes of those full of known tokens.
       slot: line of the device's row state; None while the row has none.
       entering: its first token is sampled but not read.
@@ -83,6 +84,7 @@ class Row:
     bound: int = 0
     least: int = 0
     computed: int = 0
+    bank: int = 0
     pages: list[int] = dataclasses.field(default_factory=list)
     keys: list[bytes] = dataclasses.field(default_factory=list)
     slot: int | None = None
@@ -114,8 +116,8 @@ class Row:
 class Chunk:
     """A piece of a row's tokens to prefill, from place `start`; `final` samples the token after it.
 
-    `counted`: its tokens were sampled in a prefill, so penalties know them. Slot and pages are
-    copies: the row may give its own up in the beat of its final chunk.
+    `counted`: its tokens were sampled in a prefill, so penalties know them. Slot and pages, which
+    are of the row's bank, are copies: the row may give its own up in the beat of its final chunk.
     """
 
     row: Row

@@ -11,7 +11,10 @@ SMALLEST_VIEW, VIEW_STEP = 256, 64  # tokens
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What is fixed for the life of a runner, in rows, tokens and pages."""
+    """What is fixed for the life of a runner, in rows, tokens and pages.
+
+    `num_pages` are those of each of the `banks`, among which rows are dealt out.
+    """
 
     rows: int
     page_size: int
@@ -21,6 +24,7 @@ class Sizes:
     max_len: int
     draft: int = 0
     prefill_sizes: tuple[int, ...] = ()
+    banks: int = 1
 
     @property
     def pages_per_row(self) -> int:

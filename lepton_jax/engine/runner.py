@@ -92,7 +92,7 @@ class Runner:
         strict: bool = False,
         placement: Placement | None = None,
     ):
-        self.placement = placement or Placement.holding(leaves, model.units)
+        self.placement = placement or Placement.holding(leaves, model.heads)
         self.model, self.sizes = model.on(self.placement.axis), sizes
         self.spec = SampleSpec(text=sizes.max_len if sizes.draft else 0)
         self.score_spec = ScoreSpec()
@@ -101,7 +101,7 @@ class Runner:
         self._cache_layer = backend.cache_layer(
             sizes.num_pages,
             sizes.page_size,
-            self.model.axis.share(model.config.num_kv_heads),
+            self.model.axis.kv_share(model.config.num_kv_heads),
             model.config.head_dim,
             dtype=kv_dtype,
         )
@@ -126,7 +126,7 @@ class Runner:
     def draft_with(self, model: Model, leaves: tuple, *, kv_dtype: Any) -> None:
         """Lets a second model propose; before any program is made."""
         c, s = model.config, self.sizes
-        heads = model.axis.share(c.num_kv_heads)
+        heads = model.axis.kv_share(c.num_kv_heads)
         pages = s.num_pages, s.page_size
         self._draft, self._draft_leaves = model, tuple(leaves)
         self._draft_layer = self.backend.cache_layer(*pages, heads, c.head_dim, dtype=kv_dtype)

@@ -66,37 +66,27 @@ class Scheduler:
     with a slot and the knob `draft`.
     """
 
-    def __init__(
-        self,
-        *,
-        rows: int,
-        page_size: int,
-        num_pages: int,
-        prefill_chunk: int,
-        decode_block: int,
-        max_len: int,
-        q_tile: int = 1,
-        prefix_cache: bool = True,
-    ):
-        chunk = -(-prefill_chunk // q_tile) * q_tile
+    def __init__(self, sizes: Sizes, *, q_tile: int = 1, prefix_cache: bool = True):
+        chunk = -(-sizes.prefill_chunk // q_tile) * q_tile
         self.counters = Counters()
         self.draft_policy: Callable[[Sequence[Row], int], int] = longest_draft
-        self._knobs = Knobs(decode_block, chunk, rows)
+        self._knobs = Knobs(sizes.decode_block, chunk, sizes.rows)
         self._most = dataclasses.replace(
             self._knobs,
-            admit_together=rows,
-            reserve_pages=num_pages,
+            admit_together=sizes.rows,
+            reserve_pages=sizes.banks * sizes.num_pages,
             beat_cost=math.inf,
             longest_first=True,
         )
         self._draft = 0  # of the block that is being planned
-        self._max_len, self._tile, self._prefix_cache = max_len, q_tile, prefix_cache
-        self._pages = num_pages, page_size
+        self._max_len, self._tile, self._prefix_cache = sizes.max_len, q_tile, prefix_cache
+        self._sizes = sizes
         self.reset()
 
     def reset(self) -> None:
         """As new: no requests, no plans, no cache of prompts. Knobs and counters stay."""
-        self._pool = PagePool(*self._pages)
+        pages = self._sizes.num_pages, self._sizes.page_size
+        self._pools = [PagePool(*pages) for _ in range(self._sizes.banks)]
         self._slots = list(range(self._most.live_rows))
         self._waiting: deque[Row] = deque()
         self._running: list[Row] = []  # rows with a slot, oldest first
@@ -105,20 +95,6 @@ class Scheduler:
         self._starved = False  # a waiting row found too few pages in this beat
         self._admitting = False  # enough slots were free, and rows have been admitted since
         self._passed = 0  # rows admitted before the one at the head of the queue
-
-    @classmethod
-    def of(cls, sizes: Sizes, q_tile: int, prefix_cache: bool) -> "Scheduler":
-        """For an engine of these sizes."""
-        return cls(
-            rows=sizes.rows,
-            page_size=sizes.page_size,
-            num_pages=sizes.num_pages,
-            prefill_chunk=sizes.prefill_chunk,
-            decode_block=sizes.decode_block,
-            max_len=sizes.max_len,
-            q_tile=q_tile,
-            prefix_cache=prefix_cache,
-        )
 
     @property
     def knobs(self) -> Knobs:
@@ -155,17 +131,16 @@ class Scheduler:
     @property
     def load(self) -> Load:
         """Rows and pages as they are now."""
-        pool = self._pool
         return Load(
             running=len(self._running),
             waiting=len(self._waiting),
-            free_pages=pool.available,
-            pages=pool.num_pages - 1,
+            free_pages=sum(pool.available for pool in self._pools),
+            pages=sum(pool.num_pages - 1 for pool in self._pools),
         )
 
     def add(self, request: Request) -> None:
         """Queues a request. Raises ValueError, with the numbers, on one that can never run."""
-        count, pool = len(request.prompt_ids), self._pool
+        count, pool = len(request.prompt_ids), self._pools[0]
         if request.id in self._rows:
             raise ValueError(f"request id {request.id!r} is already running: ids must differ")
         limit = check_room(
@@ -229,36 +204,43 @@ class Scheduler:
     # Room
 
     def _make_room(self) -> bool:
-        """Preempts the youngest rows until the others' next blocks have pages.
+        """Preempts the youngest rows of each bank until the others' next blocks have pages.
 
         False where something in flight must be committed first: it may end rows, and outputs that
-        weren't read couldn't be prefilled again. The oldest row alone always fits (see `add`). A
-        block is plain before a row is sent away for the pages that a speculative one may need.
+        weren't read couldn't be prefilled again. A bank's oldest row alone always fits (see `add`).
+        A block is plain before a row is sent away for the pages that a speculative one may need.
         """
         self._draft = self.draft_policy(self._running, self._knobs.draft) if self._running else 0
-        if self._growth() > self._pool.available:
+        if self._crowded():
             self._draft = 0
-        while self._growth() > self._pool.available:
+        while crowded := self._crowded():
             if self._unread:
                 return False
-            self._preempt(self._running[-1])
+            self._preempt(crowded[-1])
         return True
 
-    def _growth(self) -> int:
-        """Pages that the running rows need besides their own for a whole next block of each."""
-        return sum(self._pages_short(row) for row in self._running)
+    def _crowded(self) -> list[Row]:
+        """The running rows of a bank with too few pages for their next blocks; none: all fit."""
+        for bank, pool in enumerate(self._pools):
+            if self._growth(bank) > pool.available:
+                return [row for row in self._running if row.bank == bank]
+        return []
+
+    def _growth(self, bank: int) -> int:
+        """Pages that a bank's running rows need besides theirs for a whole next block of each."""
+        return sum(self._pages_short(row) for row in self._running if row.bank == bank)
 
     def _pages_short(self, row: Row, steps: int | None = None) -> int:
         """Pages that a row lacks for a block, by whose end all outputs but the last are cached."""
         steps = self._knobs.decode_block if steps is None else steps
         most = steps * (1 + self._draft)
         outputs = min(row.limit, (row.bound or len(row.outputs) + 1) + most)
-        needed = self._pool.pages_for(len(row.request.prompt_ids) + max(outputs - 1, 0))
+        needed = self._pools[0].pages_for(len(row.request.prompt_ids) + max(outputs - 1, 0))
         return max(0, needed - len(row.pages))
 
     def _preempt(self, row: Row) -> None:
         """Sends a row back to the front of the queue; its tokens will be prefilled again."""
-        row.keys = self._pool.keys(row.tokens, row.keys)
+        row.keys = self._pools[0].keys(row.tokens, row.keys)
         self._register(row)
         self._release(row)
         row.bound, row.least, row.computed = 0, 0, 0
@@ -269,9 +251,10 @@ class Scheduler:
     def _register(self, row: Row) -> None:
         """Lets later rows share the row's computed pages of known tokens."""
         if self._prefix_cache:
-            full = row.keys[: row.computed // self._pool.page_size]
+            pool = self._pools[row.bank]
+            full = row.keys[: row.computed // pool.page_size]
             for page, key in zip(row.pages, full, strict=False):
-                self._pool.register(page, key)
+                pool.register(page, key)
 
     # Prefill
 
@@ -281,7 +264,7 @@ class Scheduler:
         self._starved = False
         for row in self._running:
             if not row.ready and budget and _joins(row, chunks):
-                row.pages += self._pool.allocate(self._pages_short(row, 0))  # of a guided row
+                self._extend(row, 0)  # of a guided row
                 chunks.append(self._chunk(row, budget * self._tile))
                 budget -= self._tiles(chunks[-1])
         while budget and self._may_admit():
@@ -320,17 +303,25 @@ class Scheduler:
         return limits.index(max(limits))
 
     def _admit(self, row: Row) -> bool:
-        """Gives a waiting row a slot and the pages of its known tokens; False if there are too few.
+        """Gives a waiting row a slot and the pages of its known tokens in the bank that will have
+        most left; False if there are too few.
+        """
+        row.keys = self._pools[0].keys(row.tokens, row.keys)
+        usable = row.keys[: self._shareable(row) // self._pools[0].page_size]
+        left = [pool.available + pool.known(usable) for pool in self._pools]
+        banks = sorted(range(len(left)), key=left.__getitem__, reverse=True)
+        return any(self._admit_to(bank, row, usable) for bank in banks)
+
+    def _admit_to(self, bank: int, row: Row, usable: Sequence[bytes]) -> bool:
+        """As `_admit`, to a bank, where pages with the `usable` keys may be shared.
 
         The pages for the next blocks, its own and those of the running rows, must be left over.
         """
-        tokens, pool = row.tokens, self._pool
-        row.keys = pool.keys(tokens, row.keys)
-        usable = row.keys[: self._shareable(row) // pool.page_size]
-        row.pages = pool.match(usable)
+        tokens, pool = row.tokens, self._pools[bank]
+        row.bank, row.pages = bank, pool.match(usable)
         hits = len(row.pages)
-        reserved = self._knobs.reserve_pages if self._running else 0
-        if self._pages_short(row) + self._growth() + reserved > pool.available:
+        reserved = -(-self._knobs.reserve_pages // len(self._pools)) if self._running else 0
+        if self._pages_short(row) + self._growth(bank) + reserved > pool.available:
             pool.release(row.pages)
             row.pages = []
             return False
@@ -384,11 +375,15 @@ class Scheduler:
         return entries, steps
 
     def _enter(self, row: Row, steps: int) -> Entry:
-        row.pages += self._pool.allocate(self._pages_short(row, steps))
+        self._extend(row, steps)
         entry = Entry(row, row.slot, tuple(row.pages), cached=row.computed)
         row.ahead.append((steps, steps * (1 + self._draft)))
         row.recount()
         return entry
+
+    def _extend(self, row: Row, steps: int) -> None:
+        """Gives a row the pages that it lacks for a block of so many steps."""
+        row.pages += self._pools[row.bank].allocate(self._pages_short(row, steps))
 
     # Endings
 
@@ -472,7 +467,7 @@ class Scheduler:
         """Takes slot and pages back: all dispatched for the row runs before they are used again."""
         if row.slot is None:
             return
-        self._pool.release(row.pages)
+        self._pools[row.bank].release(row.pages)
         heapq.heappush(self._slots, row.slot)
         row.pages, row.slot = [], None
         self._running.remove(row)

@@ -72,7 +72,7 @@ def score(
     batch = PagedBatch(
         **{field.name: inputs[field.name] for field in dataclasses.fields(PagedBatch)}
     )
-    attend = attend_pages(backend, batch, decode=False)
+    attend = attend_pages(backend, batch, decode=False, here=model.axis.holds(inputs["banks"]))
     inner = _Inner(inputs) if shape.spec.inner else None
     tapped = {"tap": inner.tap} if inner else {}
     hidden, caches = decoder(inputs["tokens"], inputs["positions"], caches, attend, **tapped)

@@ -52,12 +52,12 @@ def max_len_of(section: EngineSection, positions: int) -> int:
     return section.max_len or min(positions, _DEFAULT_MAX_LEN)
 
 
-def wanted_pages(tokens: Sequence[int], *, rows: int, page_size: int) -> int:
-    """Pages with which none of `rows` rows waits, the longest of these together: those that they
-    fill, one more for each, and the null page.
+def wanted_pages(tokens: Sequence[int], *, rows: int, page_size: int, banks: int = 1) -> int:
+    """Pages of a bank with which none of `rows` rows waits, the longest of these together: those
+    that they fill, one more for each, and the null page.
     """
-    longest = sorted(tokens, reverse=True)[:rows]
-    return 1 + rows + sum(-(-count // page_size) for count in longest)
+    dealt = sorted(tokens, reverse=True)[:rows:banks]  # the longest first: no bank has more
+    return 1 + -(-rows // banks) + sum(-(-count // page_size) for count in dealt)
 
 
 def plan_sizes(
@@ -86,7 +86,7 @@ def plan_sizes(
     if longest and not section.max_len:
         max_len = max(longest)
     full = longest or [max_len] * section.rows
-    kv_heads = model.axis.share(config.num_kv_heads)
+    kv_heads = model.axis.kv_share(config.num_kv_heads)
     layer = backend.cache_layer(1, page, kv_heads, config.head_dim, dtype=kv_dtype)
     page_bytes = config.num_layers * sum(spec.nbytes for spec in jax.tree.leaves(layer))
     caches = 2 if section.speculation == "draft" else 1  # a draft model's is no larger
@@ -98,7 +98,8 @@ def plan_sizes(
             f"{least * page_bytes >> 20} MiB of cache, but {budget >> 20} MiB are free "
             "for it: lower engine.max_len or set engine.num_pages"
         )
-    wanted = wanted_pages(full, rows=section.rows, page_size=page)
+    banks = model.axis.banks
+    wanted = wanted_pages(full, rows=section.rows, page_size=page, banks=banks)
     return Sizes(
         rows=section.rows,
         page_size=page,
@@ -108,4 +109,5 @@ def plan_sizes(
         max_len=max_len,
         draft=section.draft_tokens if section.speculation != "off" else 0,
         prefill_sizes=section.prefill_sizes,
+        banks=banks,
     )

@@ -23,7 +23,7 @@ from lepton_jax.engine.lookup import lookup
 from lepton_jax.engine.packing import DecodeShape, float_bits
 from lepton_jax.engine.row_params import SampleSpec, unpack
 from lepton_jax.engine.sampling import History, Sampled, sample
-from lepton_jax.engine.steps import RUNNING, RowState, attend_pages, open_views
+from lepton_jax.engine.steps import RUNNING, RowState, attend_pages, attend_view, open_views
 from lepton_jax.models.build import Model
 from lepton_jax.models.decoder import Decoder
 from lepton_jax.sharding import Axis
@@ -76,7 +76,8 @@ def _drafter(
 ) -> Drafter:
     params = unpack(inputs["params"], spec)
     plain = dataclasses.replace(spec, penalties=False, logprobs=-1)
-    return Drafter(decoder, backend, table=inputs["page_table"], params=params, spec=plain)
+    table, here = inputs["page_table"], decoder.axis.holds(inputs["banks"])
+    return Drafter(decoder, backend, table=table, here=here, params=params, spec=plain)
 
 
 class _Step(NamedTuple):
@@ -105,6 +106,11 @@ class _Block:
     inputs: dict[str, jax.Array]
     entry: RowState
     drafter: Drafter | None
+
+    @property
+    def here(self) -> jax.Array | bool:
+        """The rows whose cache this device's bank has."""
+        return self.decoder.axis.holds(self.inputs["banks"])
 
     def begin(self, caches: tuple, drafting: tuple) -> _Step:
         shape, lengths = self.shape, self.entry.lengths
@@ -159,7 +165,7 @@ class _Block:
             return end.working
         lengths, table = self.entry.lengths, self.inputs["page_table"]
         options = dict(
-            written=end.lines.lengths - lengths,
+            written=jnp.where(self.here, end.lines.lengths - lengths, 0),
             steps=self.shape.tail,
             order=_kept_first(end.places[:, self.shape.view :]),
         )
@@ -182,12 +188,12 @@ class _Block:
         if self.shape.view:
             carry = carry._replace(places=self._place(carry, positions))
             span = carry.places, positions, self._next_place(carry)
-            attend = _attend_view(self.backend, span)
+            attend = attend_view(self.backend.verify_view, span, here=self.here)
         else:
             running, lengths = carry.lines.finish == RUNNING, carry.lines.lengths
             starts = jnp.where(running, lengths, 0)
             batch = side_by_side(starts, positions, self.inputs["page_table"])
-            attend = attend_pages(self.backend, batch, decode=False)
+            attend = attend_pages(self.backend, batch, decode=False, here=self.here)
         hidden, working = self.decoder(
             tokens.reshape(-1), positions.reshape(-1), carry.working, attend
         )
@@ -201,15 +207,6 @@ class _Block:
         if not self.shape.view:
             return carry.places
         return jax.lax.dynamic_update_slice(carry.places, positions, (0, self._next_place(carry)))
-
-
-def _attend_view(backend: ModuleType, span: tuple[jax.Array, jax.Array, jax.Array]):
-    """The decoder's `attend` of several tokens a row over one layer's view."""
-
-    def attend(q, k, v, view, **options):
-        return backend.verify_view(q, k, v, view, span=span, **options)
-
-    return attend
 
 
 def _histories(history: History | None, proposed: jax.Array, axis: Axis) -> History | None:

@@ -9,6 +9,7 @@ Read next: `packing.py` (inputs), `sampling.py`, `runner.py`.
 """
 
 import dataclasses
+from collections.abc import Callable
 from types import ModuleType
 
 import jax
@@ -18,7 +19,7 @@ from lepton_jax.engine import packing
 from lepton_jax.engine.packing import DecodeShape, PrefillShape, float_bits
 from lepton_jax.engine.row_params import SampleSpec, unpack
 from lepton_jax.engine.sampling import History, Sampled, sample
-from lepton_jax.kernels.attention import PagedBatch, decode_batch
+from lepton_jax.kernels.attention import PagedBatch, decode_batch, held
 from lepton_jax.models.build import Model
 from lepton_jax.sharding import Axis
 from lepton_jax.sharding.placement import CUT_SPEC, WHOLE_SPEC
@@ -154,7 +155,7 @@ def prefill(
     batch = PagedBatch(
         **{field.name: inputs[field.name] for field in dataclasses.fields(PagedBatch)}
     )
-    attend = attend_pages(backend, batch, decode=False)
+    attend = attend_pages(backend, batch, decode=False, here=model.axis.holds(inputs["banks"]))
     hidden, caches = decoder(inputs["tokens"], inputs["positions"], caches, attend)
     logits = decoder.logits(hidden[inputs["last"]])
 
@@ -219,16 +220,17 @@ def decode_block(
     steps, table = inputs["steps"][0], inputs["page_table"]
     decoder = model.bind(leaves)
     params = unpack(inputs["params"], shape.spec)
-    entry = state.at(inputs["slots"])
+    entry, here = state.at(inputs["slots"]), model.axis.holds(inputs["banks"])
 
     def step(carry):
         index, lines, working, record = carry
         running = lines.finish == RUNNING
         batch = decode_batch(lines.lengths, running, table)
         if shape.view:
-            attend = _attend_view(backend, (shape.view - entry.lengths, shape.view + index))
+            span = shape.view - entry.lengths, shape.view + index
+            attend = attend_view(backend.attend_view, span, here=here)
         else:
-            attend = attend_pages(backend, batch, decode=True)
+            attend = attend_pages(backend, batch, decode=True, here=here)
         hidden, working = decoder(lines.tokens, batch.positions, working, attend)
         new = sample(
             decoder.logits(hidden),
@@ -252,10 +254,10 @@ def decode_block(
     ran, lines, working, record = jax.lax.while_loop(
         unfinished, step, (jnp.int32(0), entry, working, record)
     )
-    caches = _close(backend, caches, working, table, entry=entry, left=lines, shape=shape)
-    pieces = dict(
-        steps=ran[None], count=lines.produced - entry.produced, finish=lines.finish, **record
-    )
+    written = jnp.where(here, lines.lengths - entry.lengths, 0)
+    caches = _close(backend, caches, working, table, entry=entry, written=written, shape=shape)
+    count = lines.produced - entry.produced
+    pieces = dict(steps=ran[None], count=count, finish=lines.finish, **record)
     result = packing.result_layout(shape).join(pieces)
     memory = caches, working if shape.view else scratch
     return memory, state.put(inputs["slots"], lines), result
@@ -279,8 +281,9 @@ def view_shapes(backend: ModuleType, caches: tuple, shape: DecodeShape) -> tuple
     return jax.eval_shape(views, caches)
 
 
-def attend_pages(backend: ModuleType, batch: PagedBatch, *, decode: bool):
-    """The decoder's `attend` over the paged cache of one layer."""
+def attend_pages(backend: ModuleType, batch: PagedBatch, *, decode: bool, here: jax.Array | bool):
+    """The decoder's `attend` over the paged cache of one layer, of the rows that are `here`."""
+    batch = held(batch, here)
 
     def attend(q, k, v, cache, *, scale, window, soft_cap):
         cache = backend.write(cache, k, v, batch)
@@ -292,13 +295,19 @@ def attend_pages(backend: ModuleType, batch: PagedBatch, *, decode: bool):
     return attend
 
 
-def _attend_view(backend: ModuleType, span: tuple[jax.Array, jax.Array]):
-    """The decoder's `attend` over one layer's view."""
+def attend_view(attend: Callable, span: tuple, *, here: jax.Array | bool):
+    """The decoder's `attend` over one layer's view, by a backend's function of these places; of
+    the rows `[B]` that are `here`.
+    """
 
-    def attend(q, k, v, view, **options):
-        return backend.attend_view(q, k, v, view, span=span, **options)
+    def attend_here(q, k, v, view, **options):
+        out, view = attend(q, k, v, view, span=span, **options)
+        if here is not True:
+            here_too = jnp.repeat(here, out.shape[0] // here.shape[0])  # several tokens a row
+            out = jnp.where(here_too[:, None, None, None], out, 0)
+        return out, view
 
-    return attend
+    return attend_here
 
 
 def _open(
@@ -320,11 +329,10 @@ def open_views(backend: ModuleType, caches: tuple, table: jax.Array, *, lengths,
     )
 
 
-def _close(backend: ModuleType, caches, working, table, *, entry, left, shape: DecodeShape):
+def _close(backend: ModuleType, caches, working, table, *, entry, written, shape: DecodeShape):
     """The caches after a block."""
     if not shape.view:
         return working
-    written = left.lengths - entry.lengths
     return tuple(
         backend.close_view(cache, view, table, entry.lengths, written=written, steps=shape.steps)
         for cache, view in zip(caches, working, strict=True)

@@ -62,6 +62,17 @@ def decode_batch(lengths: jax.Array, active: jax.Array, page_table: jax.Array) -
     )
 
 
+def held(batch: PagedBatch, here: jax.Array | bool) -> PagedBatch:
+    """The batch without the rows whose cache isn't `here`, bool `[R]` or True: these are idle."""
+    if here is True:
+        return batch
+    return dataclasses.replace(
+        batch,
+        positions=jnp.where(here[batch.rows], batch.positions, -1),
+        kv_lens=jnp.where(here, batch.kv_lens, 0),
+    )
+
+
 def backend_for(platform: str) -> ModuleType:
     """The attention backend of a platform name as jax gives it ("cpu", "gpu", "tpu")."""
     if platform == "tpu":

@@ -16,6 +16,7 @@ from flax import nnx
 from lepton_jax.models.config import ModelConfig
 from lepton_jax.models.decoder import Decoder
 from lepton_jax.sharding.axis import WHOLE, Axis
+from lepton_jax.sharding.heads import Heads
 from lepton_jax.tensors import ParamSpec
 
 
@@ -79,9 +80,9 @@ class Model:
         return Model(self.config, self.dtype, self.activation_dtype, axis)
 
     @property
-    def units(self) -> dict[str, int]:
-        """By logical axis of the specs, how many neighbours a cut must keep together."""
-        return {"heads": self.config.group * self.config.head_dim}
+    def heads(self) -> Heads:
+        """Of its attention: devices that share the model lay these out together."""
+        return Heads(self.config.num_kv_heads, self.config.group, self.config.head_dim)
 
 
 def abstract_model(config: ModelConfig, dtype: Any, activation_dtype: Any) -> Model:

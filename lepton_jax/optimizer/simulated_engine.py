@@ -74,7 +74,7 @@ class SimulatedEngine:
         self.seconds, self.tokens, self.beats = 0.0, 0, 0
         self._sizes, self._noise, self._random = sizes, noise, random.Random(seed)
         self._costs = costs if callable(costs) else lambda _: costs
-        self.scheduler = Scheduler.of(sizes, sizes.tile, sizes.prefix_cache)
+        self.scheduler = Scheduler(sizes, q_tile=sizes.tile, prefix_cache=sizes.prefix_cache)
         self.runner = self  # a Feedback reads `engine.runner.rungs`
         self.rungs = Rungs.of(sizes, tile=sizes.tile, has_views=sizes.has_views)
         self._beats = Beats(self.scheduler)

@@ -35,9 +35,10 @@ class Memory:
         return self.weights + self.cache + self.temporaries + self.code + self.other
 
 
-def full_sizes(section: EngineSection, *, rows: int, max_len: int) -> Sizes:
+def full_sizes(served: Served, section: EngineSection, *, rows: int, max_len: int) -> Sizes:
     """The engine's sizes, with pages for `rows` rows of `max_len` tokens and one more for each."""
-    pages = wanted_pages([max_len] * rows, rows=rows, page_size=section.page_size)
+    banks, page = served.axis.banks, section.page_size
+    pages = wanted_pages([max_len] * rows, rows=rows, page_size=page, banks=banks)
     return Sizes(
         rows=rows,
         page_size=section.page_size,
@@ -47,6 +48,7 @@ def full_sizes(section: EngineSection, *, rows: int, max_len: int) -> Sizes:
         max_len=max_len,
         draft=section.draft_tokens if section.speculation != "off" else 0,
         prefill_sizes=section.prefill_sizes,
+        banks=banks,
     )
 
 
@@ -66,22 +68,23 @@ def fits(served: Served, sizes: Sizes, *, budget: int) -> bool:
 
 def largest_rows(served: Served, section: EngineSection, *, max_len: int, budget: int) -> int:
     """The most `engine.rows` of `max_len` tokens that fit into `budget` bytes; 0: not even one."""
-    return _largest(
-        lambda rows: fits(served, full_sizes(section, rows=rows, max_len=max_len), budget=budget)
-    )
+
+    def holds(rows: int) -> bool:
+        return fits(served, full_sizes(served, section, rows=rows, max_len=max_len), budget=budget)
+
+    return _largest(holds)
 
 
 def largest_len(served: Served, section: EngineSection, *, rows: int, budget: int) -> int:
     """The most `engine.max_len`, in whole pages, that fits for `rows` rows; 0: not one page."""
     page = section.page_size
     longest = served.config.max_position // page
-    pages = _largest(
-        lambda count: (
-            count <= longest
-            and fits(served, full_sizes(section, rows=rows, max_len=count * page), budget=budget)
-        )
-    )
-    return pages * page
+
+    def holds(pages: int) -> bool:
+        sizes = full_sizes(served, section, rows=rows, max_len=pages * page)
+        return pages <= longest and fits(served, sizes, budget=budget)
+
+    return _largest(holds) * page
 
 
 def token_bytes(served: Served) -> int:

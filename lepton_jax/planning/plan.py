@@ -102,7 +102,7 @@ def make_plan(config: RunConfig) -> Plan:
     max_len = max_len_of(engine, served.config.max_position)
     context = min(config.plan.context or max_len, max_len)
     budget = budget_of(target.chip)
-    sizes = full_sizes(engine, rows=engine.rows, max_len=max_len)
+    sizes = full_sizes(served, engine, rows=engine.rows, max_len=max_len)
     plan = Plan(
         config=config,
         target=target,
@@ -125,7 +125,7 @@ def _free(engine: EngineSection) -> EngineSection:
 
 
 def _compiled(plan: Plan) -> Plan:
-    sizes = full_sizes(plan.config.engine, rows=plan.rows, max_len=plan.max_len)
+    sizes = full_sizes(plan.served, plan.config.engine, rows=plan.rows, max_len=plan.max_len)
     options = dict(devices=plan.target.devices, spec=SampleSpec.of(plan.config.sampling, (0, 1, 2)))
     try:
         decode = compile_decode(plan.served, sizes, **options)

@@ -77,7 +77,7 @@ def _shapes(runner: Runner, kind: type) -> list:
 
 def _runner(served: Served, sizes: Sizes, devices, spec: SampleSpec) -> Runner:
     model = served.model.with_context(sizes.max_len)
-    placement = Placement(grid_of(devices[: served.shards], served.spread), model.units)
+    placement = Placement(grid_of(devices[: served.shards], served.spread), model.heads)
     leaves = [placement.planned(model.specs[p], leaf) for p, leaf in served.leaves.items()]
     runner = Runner(
         model,

@@ -6,9 +6,10 @@ import dataclasses
 import math
 
 from lepton_jax.planning.from_config import chips_of, served_of
-from lepton_jax.planning.memory import full_sizes, memory_of
+from lepton_jax.planning.memory import fits, full_sizes
 from lepton_jax.planning.plan import Plan
 from lepton_jax.planning.search import search
+from lepton_jax.planning.served import Served
 from lepton_jax.planning.topology import SLICES, split_name
 
 
@@ -21,23 +22,27 @@ def remedies(plan: Plan) -> list[str]:
         found.append(f"engine.rows={min(plan.largest_rows, plan.rows)}")
     if plan.largest_len:
         found.append(f"engine.max_len={min(plan.largest_len, plan.max_len)}")
-    sizes = full_sizes(plan.config.engine, rows=plan.rows, max_len=plan.max_len)
     compression = plan.config.compression
     for preset in ("int8", "int4"):
         if preset != compression.preset and not compression.rules:
             tried = dataclasses.replace(compression, preset=preset)
             config = dataclasses.replace(plan.config, compression=tried)
-            if memory_of(served_of(config, plan.chip), sizes).total <= plan.budget:
+            if _holds(plan, served_of(config, plan.chip)):
                 found.append(f"compression.preset={preset}")
                 break
     for shards in (2, 4, 8, 16, 32, 64):
         spread = math.gcd(plan.served.spread, shards)
         shared = dataclasses.replace(plan.served, shards=shards, spread=spread)
-        wider = shards > plan.served.shards
-        if wider and memory_of(shared, sizes).total <= plan.budget:
+        if shards > plan.served.shards and _holds(plan, shared):
             found.append(f"mesh.model={shards}" + _slice_for(plan, shards))
             break
     return found or _elsewhere(plan)
+
+
+def _holds(plan: Plan, served: Served) -> bool:
+    """Whether the model stored or spread so serves what the plan asks for."""
+    sizes = full_sizes(served, plan.config.engine, rows=plan.rows, max_len=plan.max_len)
+    return fits(served, sizes, budget=plan.budget)
 
 
 def _elsewhere(plan: Plan) -> list[str]:

@@ -50,6 +50,8 @@ def memory_rows(plan: Plan) -> list[tuple[str, str, str]]:
     """(what, GiB, how it is known) on one device."""
     m, known = plan.memory, "compiled" if plan.decode else "estimated"
     cache = f"{plan.rows} rows x {plan.max_len} tokens, {plan.served.kv_dtype}"
+    if (banks := plan.served.axis.banks) > 1:
+        cache += f", dealt out to {banks} banks of devices"
     rows = [
         ("weights", m.weights, "from shapes"),
         ("cache", m.cache, cache),
@@ -243,8 +245,9 @@ def _step_plot(plan: Plan, counts: Sequence[int]) -> str:
 
 
 def _memory_plot(plan: Plan, counts: Sequence[int]) -> str:
+    served, engine = plan.served, plan.config.engine
     used = [
-        memory_of(plan.served, full_sizes(plan.config.engine, rows=n, max_len=plan.max_len)).total
+        memory_of(served, full_sizes(served, engine, rows=n, max_len=plan.max_len)).total
         for n in counts
     ]
     points = [(n, nbytes / _GIB) for n, nbytes in zip(counts, used, strict=True)]

@@ -52,15 +52,15 @@ class StepCost:
 
 def decode_cost(served: Served, chip: Chip, *, rows: int, context: int) -> StepCost:
     """One decode step of `rows` rows with `context` cached tokens each."""
-    c = served.config
+    c, own = served.config, -(-rows // served.axis.banks)
     seen = sum(min(window or context, context) for window in c.layer_windows)
     return _cost(
         served,
         chip,
         tokens=rows,
         sampled=rows,
-        pairs=rows * seen,
-        cached=rows * seen * token_bytes(served),
+        pairs=own * seen,
+        cached=own * seen * token_bytes(served),
     )
 
 
@@ -98,7 +98,7 @@ def _cost(
         weight_bytes, flops = weight_bytes + nbytes, flops + operations
         multiplied += multiplying
         seconds += max(nbytes / chip.bandwidth, multiplying)
-    scores = 4 * pairs * c.head_dim * c.group * served.axis.share(c.num_kv_heads)
+    scores = 4 * pairs * c.head_dim * c.group * served.axis.kv_share(c.num_kv_heads)
     attending = scores / (chip.float32 if _is_float32(served.kv_dtype) else chip.bf16)
     reduced = (
         _reductions(c) * tokens * c.hidden_size * jnp.dtype(served.model.activation_dtype).itemsize

@@ -72,14 +72,14 @@ def _candidates(config: RunConfig, kind: str) -> Iterator[Found]:
         compression = dataclasses.replace(config.compression, preset=preset, rules=())
         served = served_of(dataclasses.replace(config, compression=compression), chip)
         max_len = max_len or max_len_of(config.engine, served.config.max_position)
-        sizes = full_sizes(config.engine, rows=config.engine.rows, max_len=max_len)
         context = min(config.plan.context or max_len, max_len)
         for shards in (1, 2, 4, 8, 16, 32, 64):
-            if served.config.num_kv_heads < shards:
-                break  # heads would be padded: memory and time stop falling
+            if served.config.num_heads < shards:
+                break  # parts of a head: nobody cuts so finely
             fitting = []
             for spread in _spreads(served.config.num_experts, shards):
                 shared = dataclasses.replace(served, shards=shards, spread=spread)
+                sizes = full_sizes(shared, config.engine, rows=config.engine.rows, max_len=max_len)
                 spare = budget_of(chip) - memory_of(shared, sizes).total
                 if spare >= 0:
                     cost = decode_cost(shared, chip, rows=config.engine.rows, context=context)

@@ -10,8 +10,9 @@ import jax
 
 from lepton_jax.models.build import Model
 from lepton_jax.models.config import ModelConfig
-from lepton_jax.sharding import WHOLE, Axis, MeshAxis
+from lepton_jax.sharding import Axis
 from lepton_jax.sharding.partition import cut_of, piece_plan
+from lepton_jax.sharding.placement import axis_of
 from lepton_jax.tensors import CompressedTensor, ParamSpec
 
 
@@ -41,8 +42,7 @@ class Served:
 
     @property
     def axis(self) -> Axis:
-        several = MeshAxis(size=self.shards, spread=self.spread)
-        return several if self.shards > 1 else WHOLE
+        return axis_of(self.shards, self.model.heads, spread=self.spread)
 
     def piece(self, path: str) -> ParamSpec | CompressedTensor:
         """One device's part of a weight, padding included.
@@ -50,7 +50,7 @@ class Served:
         Raises ValueError where its storage type can't be cut so.
         """
         spec = self.model.specs[path]
-        return piece_plan(self.leaves[path], spec, cut_of(spec, self.axis, self.model.units))
+        return piece_plan(self.leaves[path], spec, cut_of(spec, self.axis, self.model.heads))
 
     def piece_bytes(self, path: str) -> int:
         """Of one device's part of a weight."""
@@ -63,5 +63,5 @@ class Served:
 
     def cache_layer(self, pages: int, page_size: int) -> Any:
         """One layer's cache on one device, as a tree of ParamSpecs."""
-        kv_heads, head_dim = self.axis.share(self.config.num_kv_heads), self.config.head_dim
+        kv_heads, head_dim = self.axis.kv_share(self.config.num_kv_heads), self.config.head_dim
         return self.backend.cache_layer(pages, page_size, kv_heads, head_dim, dtype=self.kv_dtype)

@@ -25,11 +25,13 @@ class Axis:
     Attributes:
       size: devices on it.
       spread: of them, over how many experts are spread.
+      banks: sets of them with all kv heads, by turns: device i is in bank i % banks (`heads.py`).
       name: of the mesh axes that they lie along.
     """
 
     size: int = 1
     spread: int = 1
+    banks: int = 1
     name: str | tuple[str, ...] = GRID
 
     @property
@@ -40,6 +42,14 @@ class Axis:
     def share(self, count: int) -> int:
         """What each device has of `count` things; the last devices' may be padding."""
         return -(-count // self.size)
+
+    def kv_share(self, kv_heads: int) -> int:
+        """What each device has of all kv heads; the last devices' may be padding."""
+        return -(-kv_heads * self.banks // self.size)
+
+    def holds(self, banks: jax.Array) -> jax.Array | bool:
+        """Of rows in these banks `[B]`, whether this device's bank has their cache."""
+        return True
 
     def sum(self, y: jax.Array) -> jax.Array:
         """Over the devices."""
@@ -112,6 +122,9 @@ class MeshAxis(Axis):
     @property
     def index(self) -> jax.Array:
         return jax.lax.axis_index(self.name)
+
+    def holds(self, banks):
+        return True if self.banks == 1 else banks == self.index % self.banks
 
     def sum(self, y):
         return jax.lax.psum(y, self.name)

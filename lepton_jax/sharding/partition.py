@@ -3,7 +3,7 @@
 Every other dimension is whole on each device. Sizes that don't divide are padded with zeros, which
 changes no result: kv heads of zeros attend to nothing, and what they give is multiplied by zeros.
 Storage types follow from the weight: a piece is planned like a weight of its own.
-Read next: `placement.py`, `tensors/cut.py`.
+Read next: `heads.py`, `placement.py`, `tensors/cut.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lepton_jax.sharding.axis import GRID, Axis
+from lepton_jax.sharding.heads import Heads
 from lepton_jax.tensors import CompressedTensor, Cut, CutTwice, ParamSpec
 
 # "heads" are the outputs of attention, kv head by kv head, as inputs of the projection after it.
@@ -28,13 +29,13 @@ RULES: Mapping[str, str] = {
 }
 
 
-def cut_of(spec: ParamSpec, axis: Axis, units: Mapping[str, int]) -> Cut | None:
+def cut_of(spec: ParamSpec, axis: Axis, heads: Heads | None) -> Cut | None:
     """How a weight of this spec is cut; None where every device holds all of it.
 
     Args:
       spec: of the whole weight.
       axis: the devices.
-      units: by logical axis, how many neighbours stay together (a kv head's inputs); 1 if absent.
+      heads: of the model's attention; None: kv heads are cut like anything else.
 
     Raises ValueError where two dimensions of a weight would be cut along one axis.
     """
@@ -48,8 +49,11 @@ def cut_of(spec: ParamSpec, axis: Axis, units: Mapping[str, int]) -> Cut | None:
         )
     cuts = []
     for dim, along in dims.items():
-        unit, count = units.get(spec.axes[dim], 1), parts[along]
-        cuts.append(Cut(dim, count, -(-spec.shape[dim] // unit // count) * unit))
+        if heads and spec.axes[dim] in ("kv_heads", "heads"):
+            share = axis.kv_share(heads.kv_heads) * (spec.shape[dim] // heads.kv_heads)
+            cuts.append(Cut(dim, axis.size, share, copies=axis.banks))
+        else:
+            cuts.append(Cut(dim, parts[along], -(-spec.shape[dim] // parts[along])))
     if len(cuts) < 2:
         return cuts[0] if cuts else None
     outer, inner = cuts
@@ -89,22 +93,20 @@ def pieces_of(leaf: Any, cut: Cut) -> list[Any]:
     return leaf.pieces(cut) if isinstance(leaf, CompressedTensor) else cut.split(leaf)
 
 
-def padding_costs(
-    specs: Mapping[str, ParamSpec], axis: Axis, units: Mapping[str, int]
-) -> list[str]:
-    """What padding costs, a line for each logical axis that doesn't divide."""
-    costs = {}
+def uneven_costs(specs: Mapping[str, ParamSpec], axis: Axis, heads: Heads) -> list[str]:
+    """What it costs that sizes don't divide, a line for each logical axis."""
+    attention = heads.cost(axis.size)
+    costs = {"kv_heads": attention} if attention else {}
     for spec in specs.values():
-        cut = cut_of(spec, axis, units)
-        if cut is None or spec.axes[cut.dim] == "heads":  # they say the same as kv_heads
+        cut = cut_of(spec, axis, heads)
+        if cut is None or spec.axes[cut.dim] in ("kv_heads", "heads"):
             continue
         name, size = spec.axes[cut.dim], spec.shape[cut.dim]
         padded = cut.along * cut.share
         if padded > size:
             told = name.replace("_", " ")
-            what = "attention and cache" if name == "kv_heads" else f"of what works on the {told}"
             costs[name] = (
                 f"{size} {told} padded to {padded} for mesh.model={axis.size}: "
-                f"{100 * (padded / size - 1):.2g} % more {what}"
+                f"{100 * (padded / size - 1):.2g} % more of what works on the {told}"
             )
     return list(costs.values())

@@ -9,6 +9,7 @@ Read next: `partition.py`, `engine/runner.py`.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from lepton_jax.sharding.axis import GRID, WHOLE, Axis, MeshAxis
+from lepton_jax.sharding.heads import Heads
 from lepton_jax.sharding.partition import cut_of, piece_plan, pieces_of
 from lepton_jax.tensors import ParamSpec
 
@@ -31,35 +33,47 @@ def grid_of(devices: Sequence[jax.Device], expert: int) -> np.ndarray:
     return np.array(devices).reshape(expert, -1)
 
 
+def axis_of(devices: int, heads: Heads | None, *, spread: int = 1) -> Axis:
+    """The axis of so many devices for a model with these heads; over `spread` of them experts."""
+    if devices == 1:
+        return WHOLE
+    return MeshAxis(size=devices, spread=spread, banks=heads.banks(devices) if heads else 1)
+
+
 class Placement:
     """An ordered set of devices for one model.
 
     Args:
       devices: a sequence, or a grid of numpy with experts spread over its first dimension.
-      units: as below.
+      heads: as below.
 
     Attributes:
       devices: in the order of the pieces.
       axis: what programs ask the others through.
-      units: what `partition.cut_of` takes.
+      heads: of the model's attention.
     """
 
-    def __init__(self, devices: Devices, units: Mapping[str, int] | None = None):
+    def __init__(self, devices: Devices, heads: Heads | None = None):
         grid = np.atleast_2d(np.array(devices))
-        self.devices, self.units = tuple(grid.flat), dict(units or {})
-        several = MeshAxis(size=grid.size, spread=grid.shape[0])
-        self.axis: Axis = several if grid.size > 1 else WHOLE
+        self.devices, self.heads = tuple(grid.flat), heads
+        self.axis = axis_of(grid.size, heads, spread=grid.shape[0])
         self.mesh = Mesh(grid, GRID)
 
     @classmethod
-    def holding(cls, leaves: Sequence[Any], units: Mapping[str, int]) -> Placement:
+    def holding(cls, leaves: Sequence[Any], heads: Heads) -> Placement:
         """Where leaves lie; the default device where they aren't on any yet."""
         for array in jax.tree.leaves(leaves):
             sharding = getattr(array, "sharding", None)
             if isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == GRID:
-                return cls(sharding.mesh.devices, units)
+                return cls(sharding.mesh.devices, heads)
         arrays = [array for array in jax.tree.leaves(leaves) if isinstance(array, jax.Array)]
-        return cls(tuple(arrays[0].devices())[:1] if arrays else jax.local_devices()[:1], units)
+        return cls(tuple(arrays[0].devices())[:1] if arrays else jax.local_devices()[:1], heads)
+
+    def beside(self, heads: Heads) -> Placement:
+        """For a second model on the same axis, in whose banks its rows are too."""
+        placement = copy.copy(self)
+        placement.heads = heads
+        return placement
 
     @property
     def first(self) -> jax.Device:
@@ -76,7 +90,7 @@ class Placement:
 
         Raises ValueError where its storage type can't be cut so.
         """
-        cut = cut_of(spec, self.axis, self.units)
+        cut = cut_of(spec, self.axis, self.heads)
         if cut is None:
             return jax.tree.map(self._everywhere, leaf)
         if self._lies_cut(leaf):
@@ -98,7 +112,7 @@ class Placement:
 
     def planned(self, spec: ParamSpec, leaf: Any) -> Any:
         """What `put` will give for a leaf of ParamSpecs: ShapeDtypeStructs with their shardings."""
-        cut = cut_of(spec, self.axis, self.units)
+        cut = cut_of(spec, self.axis, self.heads)
         plan = piece_plan(leaf, spec, cut).abstract()
         return self.abstract(plan, WHOLE_SPEC if cut is None else CUT_SPEC)
 

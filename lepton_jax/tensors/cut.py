@@ -16,17 +16,19 @@ class Cut:
     """Dimension `dim` of a weight in `parts` of `share` each; the last ones are filled with zeros.
 
     Arrays that begin with the weight's dimensions, such as scales by output, are cut alike; those
-    that end before `dim` are the same for all parts.
+    that end before `dim` are the same for all parts. With `copies` each part comes so many times,
+    one beside the other, all of them counted as `parts`.
     """
 
     dim: int
     parts: int
     share: int
+    copies: int = dataclasses.field(default=1, kw_only=True)
 
     @property
     def along(self) -> int:
-        """How many parts there are along `dim`."""
-        return self.parts
+        """How many different parts there are along `dim`."""
+        return self.parts // self.copies
 
     def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
         """Of a part of a weight of this shape."""
@@ -36,7 +38,7 @@ class Cut:
         """The parts of a numpy or jax array."""
         if self.dim >= array.ndim:
             return [array] * self.parts
-        missing = self.parts * self.share - array.shape[self.dim]
+        missing = self.along * self.share - array.shape[self.dim]
         if missing:
             widths = [(0, 0)] * array.ndim
             widths[self.dim] = (0, missing)
@@ -44,7 +46,8 @@ class Cut:
         ahead = (slice(None),) * self.dim
         return [
             array[(*ahead, slice(part * self.share, (part + 1) * self.share))]
-            for part in range(self.parts)
+            for part in range(self.along)
+            for _ in range(self.copies)
         ]
 
     def of(self, share: int) -> "Cut":
