@@ -1,5 +1,7 @@
 """Leaf operations against float64 numpy, for every leaf type."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -176,6 +178,20 @@ def test_products_by_blocks_of_outputs_are_those_of_the_whole():
     assert BLOCK == 256 * 8192  # so three blocks of 128 outputs
     got = by_outputs(x, leaf, product=lambda x, part: x @ part.dense(jnp.float32).T)
     np.testing.assert_allclose(got, np.asarray(x) @ means.T, atol=1e-2)
+
+
+@pytest.mark.parametrize("outs", [(2, 384), (6, 2, 64)], ids=str)  # a block within L, of several
+def test_blocks_of_outputs_of_several_dimensions(outs):
+    leaf, means = quantized(np.random.default_rng(5).normal(size=(*outs, 8192)), "int4")
+    flat = leaf.flat()
+    assert flat.grouped and flat.scale.shape == (
+        math.prod(outs[:-1]),
+        outs[-1],
+        leaf.scale.shape[-1],
+    )
+    x = jnp.asarray(np.random.default_rng(6).normal(size=(3, 8192)), jnp.float32)
+    got = by_outputs(x, flat, product=lambda x, part: x @ part.dense(jnp.float32).T)
+    np.testing.assert_allclose(got, np.asarray(x) @ means.reshape(-1, 8192).T, atol=1e-2)
 
 
 def test_zero_rows_stay_zero_and_finite():

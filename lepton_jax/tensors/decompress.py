@@ -27,14 +27,39 @@ def in_order(x: jax.Array, leaf: Any) -> tuple[jax.Array, Any]:
 
 def by_outputs(x: jax.Array, arrays: Any, *, product: Callable) -> jax.Array:
     """`product(x, arrays)` `[M, O]` of activations `[M, I]` and a tree of arrays that begin with O,
-    at most some outputs at a time, so that what is decompressed stays near: in a TPU's vector
-    memory and not in its HBM, in a CPU's cache.
+    or with A and L where O = A * L, but the first: at most some outputs at a time, so that what is
+    decompressed stays near: in a TPU's vector memory and not in its HBM, in a CPU's cache.
     """
-    outputs = jax.tree.leaves(arrays)[0].shape[0]
+    leaves, tree = jax.tree.flatten(arrays)
+    outputs = leaves[0].shape[0]
     most = max(BLOCK // x.shape[1], 128)
     if outputs <= most:
         return product(x, arrays)
-    size = next((n for n in range(most // 128 * 128, 0, -128) if outputs % n == 0), outputs)
-    parts = jax.tree.map(lambda array: array.reshape(-1, size, *array.shape[1:]), arrays)
-    y = jax.lax.map(lambda part: product(x, part), parts)  # [O/size, M, size]
+    lasts = {a.shape[1] for a in leaves if a.shape[0] != outputs}
+    sizes = [
+        size
+        for size in range(most // 128 * 128, 0, -128)
+        if outputs % size == 0 and all(size % last == 0 or last % size == 0 for last in lasts)
+    ]
+    size = next(iter(sizes), outputs)
+    # A TPU would copy an array that is sliced like the others into another order of dims, whole.
+    blocks = [a.reshape(-1, size, *a.shape[1:]) if a.shape[0] == outputs else None for a in leaves]
+
+    def one_block(operands):
+        start, parts = operands
+        pairs = zip(leaves, parts, strict=True)
+        lines = [_outputs(a, start, size) if part is None else part for a, part in pairs]
+        return product(x, jax.tree.unflatten(tree, lines))
+
+    starts = size * jnp.arange(outputs // size)
+    y = jax.lax.map(one_block, (starts, blocks))  # [O/size, M, size]
     return jnp.swapaxes(y, 0, 1).reshape(x.shape[0], outputs)
+
+
+def _outputs(array: jax.Array, start: jax.Array, size: int) -> jax.Array:
+    """The `size` outputs from `start` on of an array `[A, L, ...]`: `[size, ...]`."""
+    last = array.shape[1]
+    lines = jax.lax.dynamic_slice_in_dim(array, start // last, max(1, size // last))
+    if size < last:
+        lines = jax.lax.dynamic_slice_in_dim(lines, start % last, size, axis=1)
+    return lines.reshape(size, *array.shape[2:])
