@@ -42,7 +42,7 @@ CUTS = {
     "padded inputs": Cut(2, 2, 64),
     "outputs twice": Cut(0, 6, 1, copies=2),
     "inputs twice": Cut(2, 4, 48, copies=2),
-    "groups of outputs": CutTwice(1, 6, 12, Cut(0, 3, 1)),
+    "groups of outputs": CutTwice(1, 9, 8, Cut(0, 3, 1)),
     "groups of inputs": CutTwice(2, 6, 48, Cut(0, 3, 1)),
     "padded groups": CutTwice(2, 4, 64, Cut(0, 2, 2)),
 }
