@@ -57,7 +57,8 @@ def test_tokens_of_one_device(case, preset, count, expert):
     shared = load(FOLDER / case, compress=compress, devices=grid(count, expert))
     told, engine = answers(shared)
     assert told == alone
-    assert engine.runner.placement.axis == MeshAxis(size=count, spread=expert)
+    axis = engine.runner.placement.axis
+    assert (axis.size, axis.spread) == (count, expert)
     layers = shared.config.num_layers
     for program in engine.runner.programs.compiled.values():
         found = re.findall(r"\s(all-\w+|collective-\w+|reduce-scatter)\(", program.as_text())
