@@ -152,7 +152,8 @@ class Predictor:
         totals = [len(request.prompt_ids) + request.limit for request in self._requests]
         max_len = e.max_len or min(context, max(totals))
         totals = [min(max_len, total) for total in totals]
-        pages = wanted_pages(totals, rows=e.rows, page_size=e.page_size)
+        banks = self._serve(config).axis.banks
+        pages = wanted_pages(totals, rows=e.rows, page_size=e.page_size, banks=banks)
         return SimulatedSizes(
             rows=e.rows,
             page_size=e.page_size,
@@ -161,6 +162,7 @@ class Predictor:
             decode_block=e.decode_block,
             max_len=max_len,
             prefill_sizes=e.prefill_sizes,
+            banks=banks,
             prefix_cache=e.prefix_cache,
             tile=self._backend.Q_TILE,
             has_views=hasattr(self._backend, "open_view"),
