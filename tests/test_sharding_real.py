@@ -26,7 +26,7 @@ def shared_by(count, path, preset=""):
 def test_tokens_of_transformers(smollm2_path, caplog):
     rows = [row for row in ROWS if len(row["prompt"]) < 256][:6]
     with shared_by(4, smollm2_path) as lepton:
-        assert "3 kv heads padded to 4 for mesh.model=4: 33 % more attention" in caplog.text
+        assert "mesh.model=4 for 3 kv heads: padded to 4, 33 % more attention" in caplog.text
         params = SamplingParams(max_tokens=24, ignore_eos=True)
         answers = lepton.generate([row["prompt"] for row in rows], params)
     assert [a.token_ids for a in answers] == [row["tokens"][:24] for row in rows]
