@@ -78,7 +78,12 @@ def test_a_draft_of_the_model_itself_changes_no_answer(tmp_path):
     answers = {}
     for speculation in ("off", "draft"):
         section = EngineSection(
-            rows=2, max_len=64, prefill_chunk=32, speculation=speculation, draft_preset="int8"
+            rows=2,
+            max_len=64,
+            prefill_chunk=32,
+            speculation=speculation,
+            draft_preset="int8",
+            draft_cost=0.1,
         )
         with LeptonEngine() as lepton:
             lepton.load_model(folder, config=RunConfig(engine=section)).start()

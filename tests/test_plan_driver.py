@@ -28,7 +28,7 @@ def test_a_plan_is_json_and_a_page_and_says_that_it_fits(tmp_path):
     done = plan(tmp_path, "--topology=v5e:2x4", "--json", "--html=plan.html")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["fits"] and found["mesh"] == {"model": 8, "data": 1}
+    assert found["fits"] and found["mesh"] == {"model": 8, "expert": 1, "data": 1}
     written = (tmp_path / "plan.html").read_text()
     assert "llama-3.1-70b" in written and written.count("<svg") == 2
 
@@ -37,7 +37,7 @@ def test_what_does_not_fit_exits_with_1_and_says_what_would(tmp_path):
     done = plan(tmp_path, "--topology=v5e:2x4", config=f"{CONFIG}:published:llama-3.1-405b")
     assert done.returncode == 1, done.stderr
     assert "GiB short" in done.stdout
-    assert "would fit: plan.topology=tpu7x:2x2x1 with mesh.model=8" in done.stdout
+    assert "would fit: mesh.model=64 with plan.topology=v5e:8x8" in done.stdout
 
 
 def test_a_search_lists_the_best_first(tmp_path):

@@ -4,12 +4,12 @@ Requests go to the compressed model, so what isn't asked in two steps is served 
 who wants the dense model asks `dense` (`lepton_jax/jobs/cascade.py`). Either may be a pool.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lepton_jax.config import SamplingParams
 from lepton_jax.engine.protocol import TokenEngine
-from lepton_jax.engine.request import Guide, StepOutput
+from lepton_jax.engine.request import StepOutput
 from lepton_jax.engine.scored import Scoring
 
 
@@ -25,11 +25,9 @@ class CascadeEngine:
         request_id: str,
         prompt_ids: Sequence[int],
         params: SamplingParams,
-        *,
-        guide: Callable[[], Guide] | None = None,
     ) -> None:
         """Queues a request of the compressed model. Raises ValueError as it does."""
-        self.compressed.add_request(request_id, prompt_ids, params, guide=guide)
+        self.compressed.add_request(request_id, prompt_ids, params)
 
     def add_scoring(self, request_id: str, prompt_ids: Sequence[int], scoring: Scoring) -> None:
         """Queues a prompt for the compressed model to score. Raises ValueError as it does."""
