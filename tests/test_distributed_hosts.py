@@ -147,7 +147,7 @@ class Runs:
         (folder / "model" / "generation_config.json").write_text('{"eos_token_id": 0}')
         rows = [{"id": n, "prompt": f"row {n}"} for n in range(28)]
         for row in rows[1::3]:
-            row["sampling"] = {"regex": "[a-d]{6,30}", "temperature": 1.0}
+            row["sampling"] = {"regex": "[a-d]{6,30}", "temperature": 1.0, "ignore_eos": False}
         (folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         engine = {"rows": 2, "page_size": 16, "max_len": 80, "prefill_chunk": 32}
         self.config = config_file(
