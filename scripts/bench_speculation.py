@@ -18,6 +18,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lepton_jax.api import LeptonEngine
+from lepton_jax.checkpoints.loaded import Loaded
+from lepton_jax.compression.load import load_compressed
+from lepton_jax.compression.recipe import Recipe
 from lepton_jax.config import EngineSection, SamplingParams
 from lepton_jax.engine.loop import Engine
 from lepton_jax.telemetry import StepStats
@@ -70,18 +73,21 @@ class Contender:
         return statistics.median(run.decode_seconds for run in self.runs)
 
 
-def measure(lepton: LeptonEngine, args: argparse.Namespace, name: str, rows: int) -> None:
+def measure(
+    lepton: LeptonEngine, draft: Loaded | None, args: argparse.Namespace, *, name: str, rows: int
+) -> None:
     make_prompt, temperature = WORKLOADS[name]
     prompts = [lepton.tokenizer.encode(make_prompt(number)) for number in range(rows)]
     params = SamplingParams(max_tokens=args.new, ignore_eos=True, temperature=temperature, seed=1)
     longest = max(map(len, prompts)) + args.new
     plain = EngineSection(rows=rows, max_len=longest, draft_tokens=args.draft_tokens)
-    kinds = ["off", "lookup", *(["draft"] if args.draft else [])]
+    kinds = ["off", "lookup", *(["draft"] if draft else [])]
     contenders = {}
     for kind in kinds:
-        section = dataclasses.replace(plain, speculation=kind, draft_preset=args.draft or "none")
+        section = dataclasses.replace(plain, speculation=kind)
         engine = Engine(lepton.loaded.model, lepton.loaded.leaves, section=section)
-        lepton._draft(engine, section)
+        if kind == "draft":
+            engine.draft_with(draft.model, draft.leaves)
         contenders[kind] = Contender(engine, params)
     for turn in range(args.rounds + 2):
         for contender in contenders.values():
@@ -106,7 +112,7 @@ def measure(lepton: LeptonEngine, args: argparse.Namespace, name: str, rows: int
         print(json.dumps(record), flush=True)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="demo:smollm2")
     parser.add_argument("--preset", default="w8a8")
@@ -116,11 +122,14 @@ def main() -> None:
     parser.add_argument("--workloads", default="copy,story")
     parser.add_argument("--new", type=int, default=160)
     parser.add_argument("--rounds", type=int, default=3)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     lepton = LeptonEngine().load_model(args.model, compression=args.preset)
+    draft = None
+    if args.draft:
+        draft = load_compressed(lepton.config.model, Recipe.of(preset=args.draft))
     for name in args.workloads.split(","):
         for rows in map(int, args.rows.split(",")):
-            measure(lepton, args, name, rows)
+            measure(lepton, draft, args, name=name, rows=rows)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,9 @@ quick, and none much too large.
 """
 
 import dataclasses
+from typing import Any, Self
+
+from lepton_jax.config import EngineSection
 
 SMALLEST_PREFILL = 128
 GUIDED_PREFILLS = (8, 32)
@@ -25,6 +28,24 @@ class Sizes:
     draft: int = 0
     prefill_sizes: tuple[int, ...] = ()
     banks: int = 1
+
+    @classmethod
+    def of(
+        cls, section: EngineSection, *, max_len: int, num_pages: int, banks: int, **more: Any
+    ) -> Self:
+        """By a config; the arguments are what it may leave open. `more`: fields of a subclass."""
+        return cls(
+            rows=section.rows,
+            page_size=section.page_size,
+            num_pages=section.num_pages or num_pages,
+            prefill_chunk=section.prefill_chunk,
+            decode_block=section.decode_block,
+            max_len=max_len,
+            draft=section.draft_tokens if section.speculation != "off" else 0,
+            prefill_sizes=section.prefill_sizes,
+            banks=banks,
+            **more,
+        )
 
     @property
     def pages_per_row(self) -> int:

@@ -100,14 +100,5 @@ def plan_sizes(
         )
     banks = model.axis.banks
     wanted = wanted_pages(full, rows=section.rows, page_size=page, banks=banks)
-    return Sizes(
-        rows=section.rows,
-        page_size=page,
-        num_pages=section.num_pages or min(wanted, affordable),
-        prefill_chunk=section.prefill_chunk,
-        decode_block=section.decode_block,
-        max_len=max_len,
-        draft=section.draft_tokens if section.speculation != "off" else 0,
-        prefill_sizes=section.prefill_sizes,
-        banks=banks,
-    )
+    pages = min(wanted, affordable)
+    return Sizes.of(section, max_len=max_len, num_pages=pages, banks=banks)

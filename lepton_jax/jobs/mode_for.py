@@ -26,6 +26,11 @@ def mode_for(config: RunConfig) -> Mode:
     name, alert = config.job.mode, config.scoring.alert
     if alert and name != "classify":
         raise ValueError(f"scoring.alert={alert!r} is of job.mode=classify, not of {name}")
+    if config.engine.speculation != "off" and name != "generate":
+        raise ValueError(
+            f"engine.speculation={config.engine.speculation!r} is about decoding, and "
+            f"job.mode={name!r} decodes nothing: leave it out"
+        )
     make = _MAKERS[name]
     if not config.cascade.agreement:
         return make(config)

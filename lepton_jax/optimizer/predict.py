@@ -154,14 +154,10 @@ class Predictor:
         totals = [min(max_len, total) for total in totals]
         banks = self._serve(config).axis.banks
         pages = wanted_pages(totals, rows=e.rows, page_size=e.page_size, banks=banks)
-        return SimulatedSizes(
-            rows=e.rows,
-            page_size=e.page_size,
-            num_pages=e.num_pages or pages,
-            prefill_chunk=e.prefill_chunk,
-            decode_block=e.decode_block,
+        return SimulatedSizes.of(
+            dataclasses.replace(e, speculation="off"),  # plain blocks are simulated
             max_len=max_len,
-            prefill_sizes=e.prefill_sizes,
+            num_pages=pages,
             banks=banks,
             prefix_cache=e.prefix_cache,
             tile=self._backend.Q_TILE,

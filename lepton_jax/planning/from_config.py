@@ -99,6 +99,11 @@ def served_of(config: RunConfig, chip: Chip) -> Served:
     compressed = any(isinstance(leaf, CompressedTensor) for leaf in leaves.values())
     kv_dtype = kv_dtype_of(config.engine, model.specs["embed"].dtype, compressed=compressed)
     backend = backend_for(chip.platform)
+    if config.engine.cache_share != 1:
+        raise ValueError(
+            f"engine.cache_share={config.engine.cache_share:g}: a plan is of devices that an engine"
+            " has to itself; leave it out"
+        )
     mesh = config.mesh
     served = Served(model, leaves, backend, kv_dtype, mesh.model, mesh.expert)
     check_experts(served.config.num_experts, served.axis)

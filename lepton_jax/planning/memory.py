@@ -39,17 +39,8 @@ def full_sizes(served: Served, section: EngineSection, *, rows: int, max_len: in
     """The engine's sizes, with pages for `rows` rows of `max_len` tokens and one more for each."""
     banks, page = served.axis.banks, section.page_size
     pages = wanted_pages([max_len] * rows, rows=rows, page_size=page, banks=banks)
-    return Sizes(
-        rows=rows,
-        page_size=section.page_size,
-        num_pages=section.num_pages or pages,
-        prefill_chunk=section.prefill_chunk,
-        decode_block=section.decode_block,
-        max_len=max_len,
-        draft=section.draft_tokens if section.speculation != "off" else 0,
-        prefill_sizes=section.prefill_sizes,
-        banks=banks,
-    )
+    section = dataclasses.replace(section, rows=rows)
+    return Sizes.of(section, max_len=max_len, num_pages=pages, banks=banks)
 
 
 def memory_of(served: Served, sizes: Sizes) -> Memory:
