@@ -220,6 +220,7 @@ def test_another_promise_is_another_job(tmp_path):
     [
         ({"job": JobSection()}, "job.mode='generate' isn't: want score, classify, rank"),
         ({"job": JobSection(mode="embed")}, "job.mode='embed' isn't"),
+        ({"engine": EngineSection(speculation="lookup")}, "job.mode='classify' decodes nothing"),
         ({"compression": CompressionSection()}, "give compression.preset, such as w8a8, or casc"),
         ({"pool": PoolSection(ray=2)}, "leave out pool.ray"),
         ({"hosts": HostsSection(coordinator="h:1", count=2)}, "and hosts.coordinator"),

@@ -105,6 +105,7 @@ def test_devices_share_a_model_and_the_rest_are_replicas():
         ({"path": "nowhere"}, "doesn't exist; accepted are"),
         ({"engine": {"max_len": 10**6}}, r"engine\.max_len=1000000 is more than the model's"),
         ({"topology": "v5e:3x3"}, "v5e comes in slices of"),
+        ({"engine": {"cache_share": 0.5}}, r"engine\.cache_share=0\.5: a plan is of devices"),
     ],
 )
 def test_bad_input_is_refused_with_the_field_to_change(change, message):
