@@ -1,4 +1,4 @@
-"""Measuring scripts run to their end on a tiny model; what they measure is for people to look at."""
+"""Measuring scripts run to their end on a tiny model; their figures are for people to look at."""
 
 import json
 import runpy
