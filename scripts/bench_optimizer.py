@@ -190,7 +190,7 @@ def contest(bench: Bench, name: str, repeats: int) -> None:
         for label, stand in stands.items():
             times[label].append(stand.run().seconds)
     for stand in stands.values():
-        stand.__exit__()
+        stand.close()
     show(times, picked)
 
 

@@ -167,6 +167,10 @@ class Stand:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives the engines' memory back."""
         self._served.close()
         gc.collect()  # programs hold the engine's memory in cycles
 
