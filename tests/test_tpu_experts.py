@@ -76,7 +76,7 @@ def test_a_step_moves_visited_experts_and_the_live_cache_and_little_more(name):
     model = abstract_model(config, jnp.bfloat16, jnp.bfloat16)
     leaves = compress_specs(preset_rules("int8"), model.specs)
     served = Served(model, leaves, attention_tpu, jnp.dtype(jnp.bfloat16), len(devices))
-    sizes = full_sizes(EngineSection(), rows=rows, max_len=2048)
+    sizes = full_sizes(served, EngineSection(), rows=rows, max_len=2048)
     decode = compile_decode(served, sizes, devices=devices, spec=SampleSpec(stop_ids=4))
     cost = decode_cost(served, TPUS[chip], rows=rows, context=2048)
     moved = decode.step_bytes + cost.cache_bytes
