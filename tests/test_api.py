@@ -12,7 +12,7 @@ QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 @pytest.fixture(scope="module")
 def engine(smollm2_path):
     with LeptonEngine() as lepton:
-        yield lepton.load_model(smollm2_path, compression="w8a8").start()
+        yield lepton.load_model(smollm2_path, compression="int8").start()
 
 
 @pytest.mark.slow
