@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 # Values of a decompressed block. As bfloat16 a TPU keeps them in its vector memory (128 MiB on v5e
 # and v6e). On a CPU, where they are float32, more are fresh pages in every step: a table of
@@ -27,7 +28,7 @@ def in_order(x: jax.Array, leaf: Any) -> tuple[jax.Array, Any]:
 
 def by_outputs(x: jax.Array, arrays: Any, *, product: Callable) -> jax.Array:
     """`product(x, arrays)` `[M, O]` of activations `[M, I]` and a tree of arrays that begin with O,
-    or with A and L where O = A * L, but the first: at most some outputs at a time, so that what is
+    or are `[A, L, X]` with O = A * L, but the first: at most some outputs at a time, so that what is
     decompressed stays near: in a TPU's vector memory and not in its HBM, in a CPU's cache.
     """
     leaves, tree = jax.tree.flatten(arrays)
@@ -57,9 +58,13 @@ def by_outputs(x: jax.Array, arrays: Any, *, product: Callable) -> jax.Array:
 
 
 def _outputs(array: jax.Array, start: jax.Array, size: int) -> jax.Array:
-    """The `size` outputs from `start` on of an array `[A, L, ...]`: `[size, ...]`."""
+    """The `size` outputs from `start` on of an array `[A, L, X]`: `[size, X]`.
+
+    They keep the order of dims that a TPU gives the whole, which it would else copy once more.
+    """
     last = array.shape[1]
     lines = jax.lax.dynamic_slice_in_dim(array, start // last, max(1, size // last))
     if size < last:
         lines = jax.lax.dynamic_slice_in_dim(lines, start % last, size, axis=1)
-    return lines.reshape(size, *array.shape[2:])
+    lines = with_layout_constraint(lines, Layout(major_to_minor=(0, 2, 1)))
+    return lines.reshape(size, array.shape[2])
