@@ -28,8 +28,8 @@ def in_order(x: jax.Array, leaf: Any) -> tuple[jax.Array, Any]:
 
 def by_outputs(x: jax.Array, arrays: Any, *, product: Callable) -> jax.Array:
     """`product(x, arrays)` `[M, O]` of activations `[M, I]` and a tree of arrays that begin with O,
-    or are `[A, L, X]` with O = A * L, but the first: at most some outputs at a time, so that what is
-    decompressed stays near: in a TPU's vector memory and not in its HBM, in a CPU's cache.
+    or are `[A, L, X]` with O = A * L, but the first: at most some outputs at a time, so that what
+    is decompressed stays near: in a TPU's vector memory and not in its HBM, in a CPU's cache.
     """
     leaves, tree = jax.tree.flatten(arrays)
     outputs = leaves[0].shape[0]
