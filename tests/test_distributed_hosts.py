@@ -166,6 +166,7 @@ class Runs:
             "JAX_NUM_CPU_DEVICES": str(devices),
             "PYTHONPATH": str(ROOT),
             "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"),
+            "XLA_FLAGS": "--xla_backend_optimization_level=0",  # they compile more than they run
         }
         return subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

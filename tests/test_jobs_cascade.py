@@ -244,13 +244,11 @@ def test_rows_without_choices_are_error_rows(tmp_path):
     assert found[0]["error"]["message"].endswith("about choices, and the row has none: give some")
 
 
-@pytest.mark.parametrize("replicas", [1, 2])
-def test_a_cascade_of_real_engines_from_python(tmp_path, replicas):
+def test_a_cascade_of_real_engines_from_python(tmp_path):
     folder = model_folder(tmp_path / "model")
     texts = [f"number {n} of the words" for n in range(60)]
     config = RunConfig(
         engine=EngineSection(rows=4, max_len=64, prefill_chunk=32, page_size=16),
-        mesh=MeshSection(data=replicas),
     )
 
     def predict(preset, **sections):
@@ -264,12 +262,14 @@ def test_a_cascade_of_real_engines_from_python(tmp_path, replicas):
 
     promised = CascadeSection(agreement=0.5, audit=0.2)
     (dense, _, _), (compressed, _, text) = predict("none"), predict("int8")
-    found, account, same_text = predict("int8", cascade=promised)
-    by_dense, by_compressed = (
-        np.isclose(found, one, atol=1e-5).all(axis=1) for one in (dense, compressed)
-    )
-    assert (by_dense | by_compressed).all()
-    assert account["rows"]["calibration"] >= 2 * fewest_rows(0.5)
-    assert 0 < account["rows"]["sure"] <= by_compressed.sum()
-    assert sum(account["rows"].values()) == len(texts)
-    assert same_text == text
+    for replicas in (1, 2):
+        mesh = MeshSection(data=replicas)
+        found, account, same_text = predict("int8", cascade=promised, mesh=mesh)
+        by_dense, by_compressed = (
+            np.isclose(found, one, atol=1e-5).all(axis=1) for one in (dense, compressed)
+        )
+        assert (by_dense | by_compressed).all()
+        assert account["rows"]["calibration"] >= 2 * fewest_rows(0.5)
+        assert 0 < account["rows"]["sure"] <= by_compressed.sum()
+        assert sum(account["rows"].values()) == len(texts)
+        assert same_text == text
