@@ -1,6 +1,7 @@
 """Leaf operations against float64 numpy, for every leaf type."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lepton_jax.tensors import ParamSpec, QTensor, einsum, einsum_parts, ragged_einsum, take
+from lepton_jax.tensors import ParamSpec, QTensor, dots, einsum, einsum_parts, ragged_einsum, take
 from lepton_jax.tensors.decompress import BLOCK, by_outputs
 from lepton_jax.tensors.qtensor import pack_int4
 
@@ -192,6 +193,20 @@ def test_blocks_of_outputs_of_several_dimensions(outs):
     x = jnp.asarray(np.random.default_rng(6).normal(size=(3, 8192)), jnp.float32)
     got = by_outputs(x, flat, product=lambda x, part: x @ part.dense(jnp.float32).T)
     np.testing.assert_allclose(got, np.asarray(x) @ means.reshape(-1, 8192).T, atol=1e-2)
+
+
+@pytest.mark.parametrize(("rows", "vnni"), [(63, False), (64, False), (64, True)])
+def test_int8_weights_and_float_activations_on_any_cpu(rows, vnni, monkeypatch):
+    monkeypatch.setattr(dots, "multiplies_int8", lambda: vnni)
+    rng = np.random.default_rng(7)
+    x, values = rng.normal(size=(rows, 48)), rng.integers(-127, 128, (6, 48))
+    product = jax.jit(lambda x, values: dots.precise_int8_dot(x, values))
+    products = product.lower(jnp.float32(x), jnp.int8(values))
+    exact = x @ values.T
+    error = np.abs(products.compile()(jnp.float32(x), jnp.int8(values)) - exact).max()
+    assert error < 2e-4 * np.abs(exact).max()
+    int8_products = re.findall(r"dot_general.*xi8>", products.as_text())
+    assert bool(int8_products) == (rows < 64 or vnni)
 
 
 def test_zero_rows_stay_zero_and_finite():

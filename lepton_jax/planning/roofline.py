@@ -171,7 +171,7 @@ def visited_share(config: ModelConfig, tokens: int) -> float:
 
 def _rate(chip: Chip, leaf) -> float:
     """FLOP/s of products with a leaf. int8 weights without int8 activations are two int8 products
-    on a CPU and a bf16 one elsewhere (tensors/dots.py).
+    or, where that is faster, a float32 one on a CPU, and a bf16 one elsewhere (tensors/dots.py).
     """
     if not isinstance(leaf, CompressedTensor):
         return chip.float32 if _is_float32(leaf.dtype) else chip.bf16
@@ -180,7 +180,7 @@ def _rate(chip: Chip, leaf) -> float:
         if static["act_bits"] == 8:
             return chip.int8
         if chip.platform == "cpu":
-            return chip.int8 / 2
+            return max(chip.int8 / 2, chip.float32)
     return chip.bf16
 
 
