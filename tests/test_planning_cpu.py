@@ -65,11 +65,6 @@ def error_of(config, record_property):
     return ratio
 
 
-def test_a_tiny_model_takes_about_as_long_as_predicted(tmp_path, record_property):
-    config = run_config(model_folder(tmp_path / "model"), preset="none", rows=4)
-    assert 0.05 < error_of(config, record_property) < 20
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["none", "w8a8"])
 def test_smollm2_takes_about_as_long_as_predicted(smollm2_path, record_property, preset):
