@@ -11,7 +11,7 @@ order of the prompts. A model of this size chats fluently and is often wrong abo
 def get_config(arg=None):
     return {
         "model": {"path": arg or "demo:smollm2"},
-        "compression": {"preset": "w8a8"},
+        "compression": {"preset": "int8"},
         "sampling": {"max_tokens": 96},
         "job": {"input": "configs/data/quickstart.jsonl", "output": "outputs/quickstart.jsonl"},
     }
