@@ -79,8 +79,8 @@ run_pytest() {
     for marks in "not slow" slow; do
         status=0 flags=${XLA_FLAGS:-}
         if [[ $marks != slow ]]; then flags="--xla_backend_optimization_level=0 $flags"; fi
-        (cd "$checkout" && JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} XLA_FLAGS=$flags "$python" -m pytest -n 2 --dist loadfile \
-            -m "$marks" "$@") ||
+        (cd "$checkout" && JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} XLA_FLAGS=$flags \
+            "$python" -m pytest -n 2 --dist loadfile -m "$marks" "$@") ||
             status=$?
         case $status in
             0) ran=yes ;;

@@ -108,6 +108,7 @@ def test_a_program_is_never_smaller_than_a_tile():
     e = engine(prefill_chunk=3, q_tile=4)
     a = request("a", [1] * 6)
     e.add(a)
+    assert [len(chunk.tokens) for chunk in e.beat().chunks] == [4]
     e.run(40)
     finished_as_alone(e, a)
 

@@ -184,7 +184,7 @@ def test_speculation_and_prefill_sizes_are_tried_where_they_promise_something(
     config, tmp_path, monkeypatch
 ):
     # What a step of so small a model costs by its places is chance.
-    monkeypatch.setattr(refine, "gain", lambda *costs_rows_draft_tokens, **share: 2.0)
+    monkeypatch.setattr(refine, "gain", lambda *_, **__: 2.0)
     always = {"sampling.max_tokens": 40, "sampling.logit_bias": {65: 1e3}}
     config = with_fields(goal(config, trials=1, repeats=1), always)
     given = [*set(GIVEN) - {"engine.speculation", "engine.prefill_sizes"}, "engine.rows"]

@@ -23,6 +23,7 @@ from lepton_jax.planning.memory import (
 )
 from lepton_jax.planning.roofline import all_reduce_seconds, decode_cost, prefill_cost
 from lepton_jax.planning.served import Served
+from lepton_jax.tensors import dots
 
 # V, L, D, F, N, K, H = 64, 2, 16, 32, 4, 2, 4
 TINY = {
@@ -159,6 +160,14 @@ def test_int8_activations_take_the_int8_peak():
     assert int8.compute == pytest.approx(2 * 8 * (2 * LAYER + TABLE) / 1e3)
     tolerant = 2 * 8 * 2 * (OUT + GATE_UP)
     assert int8.compute - w8a8.compute == pytest.approx(tolerant / 1e3 - tolerant / 1e6)
+
+
+@pytest.mark.parametrize(("rows", "vnni", "rate"), [(63, 0, 5e5), (64, 0, 1e4), (64, 1, 5e5)])
+def test_a_cpu_takes_int8_weights_as_its_products_do(rows, vnni, rate, monkeypatch):
+    monkeypatch.setattr(dots, "multiplies_int8", lambda: bool(vnni))
+    cpu = dataclasses.replace(CHIP, bandwidth=1e12, float32=1e4, platform="cpu")
+    cost = decode_cost(served("int8"), cpu, rows=rows, context=0)
+    assert cost.compute == pytest.approx(2 * rows * (2 * LAYER + TABLE) / rate)
 
 
 def test_collectives_take_their_share_and_need_links():

@@ -15,7 +15,7 @@ from lepton_jax.models.config import ModelConfig
 from lepton_jax.planning.chips import Chip
 from lepton_jax.planning.memory import token_bytes
 from lepton_jax.planning.served import Served
-from lepton_jax.tensors import CompressedTensor
+from lepton_jax.tensors import CompressedTensor, dots
 
 _SMALL_OPERATIONS = 16  # a layer: norms, RoPE, cache, soft max, activations and what joins them
 _LOGIT_PASSES = 4  # written once, read by a greedy sampler; a CPU keeps none in registers
@@ -94,7 +94,7 @@ def _cost(
     for path in served.leaves:
         lines = sampled if path == _head(c) else tokens
         nbytes, operations = _work(served, path, tokens=lines)
-        multiplying = operations / _rate(chip, served.leaves[path])
+        multiplying = operations / _rate(chip, served.leaves[path], lines)
         weight_bytes, flops = weight_bytes + nbytes, flops + operations
         multiplied += multiplying
         seconds += max(nbytes / chip.bandwidth, multiplying)
@@ -169,9 +169,9 @@ def visited_share(config: ModelConfig, tokens: int) -> float:
     return 1 - (1 - config.experts_per_token / config.num_experts) ** tokens
 
 
-def _rate(chip: Chip, leaf) -> float:
+def _rate(chip: Chip, leaf, rows: int) -> float:
     """FLOP/s of products with a leaf. int8 weights without int8 activations are two int8 products
-    or, where that is faster, a float32 one on a CPU, and a bf16 one elsewhere (tensors/dots.py).
+    or a float32 one on a CPU, and a bf16 one elsewhere (tensors/dots.py).
     """
     if not isinstance(leaf, CompressedTensor):
         return chip.float32 if _is_float32(leaf.dtype) else chip.bf16
@@ -180,7 +180,7 @@ def _rate(chip: Chip, leaf) -> float:
         if static["act_bits"] == 8:
             return chip.int8
         if chip.platform == "cpu":
-            return max(chip.int8 / 2, chip.float32)
+            return chip.int8 / 2 if dots.in_two_planes(rows) else chip.float32
     return chip.bf16
 
 
