@@ -125,22 +125,20 @@ def test_a_view_leaves_in_the_cache_what_writing_would(dtype, several):
     if several:
         places = jnp.maximum(jnp.arange(view) - view + lengths[:, None], -1)
         new = lengths[:, None] + jnp.arange(steps)
-        span = jnp.concatenate([places, new], 1), new, jnp.int32(view)
+        span = jnp.concatenate([places, new], 1), new, jnp.int32(view), 0
         flat = [a.swapaxes(0, 1).reshape(3 * steps, *a.shape[2:]) for a in (q, k, v)]
         out, open_ = backend.verify_view(*flat, open_, span=span, scale=0.3)
         got = out.reshape(3, steps, K, G, H).swapaxes(0, 1)
     else:
         got = []
         for step in range(steps):
-            span = view - lengths, jnp.int32(view + step)
+            span = view - lengths, jnp.int32(view + step), 0
             out, open_ = backend.attend_view(q[step], k[step], v[step], open_, span=span, scale=0.3)
             got.append(out)
     np.testing.assert_allclose(jnp.stack(list(got))[:, :2], jnp.stack(expected)[:, :2], atol=1e-2)
     order = jnp.tile(jnp.asarray([1, 0, 2]), (3, 1)) if several else None
     kept = jnp.asarray([3, 3, 0]) if not several else jnp.asarray([1, 3, 0])
-    closed = backend.close_view(
-        cache, open_, table, lengths, written=kept, steps=steps, order=order
-    )
+    closed = backend.close_view(cache, open_, table, lengths, written=kept, order=order)
     assert isinstance(closed, QuantizedKV)
     for row, count in enumerate(kept.tolist()):
         for step in range(count):

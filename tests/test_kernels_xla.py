@@ -110,7 +110,7 @@ def test_a_view_verifies_several_tokens_a_row(window, soft_cap, dtype):
         k, v = (jnp.asarray(rng.normal(size=(4 * new, K, H)), jnp.float32) for _ in range(2))
         begin = view + step * new
         places[:, begin : begin + new] = positions
-        span = tuple(jnp.asarray(a, jnp.int32) for a in (places, positions, begin))
+        span = tuple(jnp.asarray(a, jnp.int32) for a in (places, positions, begin, 0))
         got, sides = attention_xla.verify_view(q, k, v, sides, span=span, **options)
         batch = PagedBatch(
             *(jnp.asarray(a, jnp.int32) for a in (positions.ravel(), np.repeat(range(4), new))),

@@ -145,11 +145,12 @@ def test_devices_tell_each_other_no_more_than_they_must():
     for shape, program in engine.runner.programs.compiled.items():
         kinds.add(type(shape))
         found = collectives(program.as_text())
-        # Two a layer, one for the embedding, the best logit and the first id that has it.
-        assert [what for what, _ in found] == ["all-reduce"] * (2 * LAYERS + 3)
+        # Two in the loop over layers; one for the embedding, the best logit and its first id.
+        assert engine.runner.model.runs == (LAYERS,)
+        assert [what for what, _ in found] == ["all-reduce"] * (2 + 3)
         tokens = shape.tokens if isinstance(shape, PrefillShape) else shape.rows
         sizes = sorted(size for _, size in found)
-        assert sizes == [shape.rows] * 2 + [tokens * HIDDEN] * (2 * LAYERS + 1)
+        assert sizes == [shape.rows] * 2 + [tokens * HIDDEN] * (2 + 1)
     assert kinds == {PrefillShape, DecodeShape}
 
 

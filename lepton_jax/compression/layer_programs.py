@@ -128,7 +128,8 @@ class _Programs:
         if config.layer_ropes[0] != NO_ROPE:
             rope, places = config.ropes[config.layer_ropes[0]], jnp.arange(x.shape[0])
             table = rope_table(rope, places, context_len=config.context_len, factors=factors)
-        return decoder.layers[0](x, table, cache=None, attend=causal_attend)[0]
+        how = dict(cache=None, attend=causal_attend, window=config.layer_windows[0])
+        return decoder.layers[0](x, table, **how)[0]
 
 
 def embedded(model: Model, table: Any, tokens: jax.Array) -> jax.Array:

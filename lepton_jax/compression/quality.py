@@ -22,6 +22,8 @@ import numpy as np
 from lepton_jax.kernels import kv_cache
 from lepton_jax.kernels.attention_reference import causal_attend
 from lepton_jax.models.build import Model
+from lepton_jax.models.runs import LayerOf
+from lepton_jax.sharding import Placement
 
 _SLICE = 128  # places whose logits [128, V] are in memory at a time
 _DRAWS = 2000  # of the bootstrap
@@ -184,11 +186,15 @@ def _hidden_states(
     model: Model, leaves, windows: np.ndarray, *, attend: Callable, progress: Progress | None
 ):
     """`[T, D]` of each window of token ids, which starts afresh."""
+    looped = model.in_loops(leaves, platform=Placement.holding(leaves, model.heads).first.platform)
+
+    def attend_alone(*operands, layer: LayerOf | None = None, **options):
+        return attend(*operands, **options)  # no layer has a cache here
 
     @jax.jit
     def run(leaves, ids):
-        places, caches = jnp.arange(ids.shape[0]), (None,) * model.config.num_layers
-        return model.bind(leaves)(ids, places, caches, attend)[0]
+        places, caches = jnp.arange(ids.shape[0]), (None,) * len(looped.runs)
+        return looped.bind(leaves)(ids, places, caches, attend_alone)[0]
 
     for done, ids in enumerate(windows, 1):
         yield run(tuple(leaves), jnp.asarray(ids))

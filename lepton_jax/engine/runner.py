@@ -93,22 +93,16 @@ class Runner:
         placement: Placement | None = None,
     ):
         self.placement = placement or Placement.holding(leaves, model.heads)
-        self.model, self.sizes = model.on(self.placement.axis), sizes
+        self.model, self.sizes = self._looped(model.on(self.placement.axis), leaves), sizes
         self.spec = SampleSpec(text=sizes.max_len if sizes.draft else 0)
         self.score_spec = ScoreSpec()
         self.timings = Timings()
         self.leaves, self.backend = tuple(leaves), backend
-        self._cache_layer = backend.cache_layer(
-            sizes.num_pages,
-            sizes.page_size,
-            self.model.axis.kv_share(model.config.num_kv_heads),
-            model.config.head_dim,
-            dtype=kv_dtype,
-        )
+        self._kv_dtype = kv_dtype
         self._lines = dict(slots=sizes.rows, eos_ids=eos_ids)  # what packing must know of rows
         self.programs = Programs(lambda shape: self.lower(shape).compile(), strict=strict)
         self._draft: Model | None = None
-        self._draft_leaves, self._draft_layer = (), None
+        self._draft_leaves, self._draft_kv_dtype = (), None
         self.reset()
         has_views = hasattr(backend, "open_view")
         self.rungs = Rungs.of(sizes, tile=backend.Q_TILE, has_views=has_views)
@@ -125,11 +119,8 @@ class Runner:
 
     def draft_with(self, model: Model, leaves: tuple, *, kv_dtype: Any) -> None:
         """Lets a second model propose; before any program is made."""
-        c, s = model.config, self.sizes
-        heads = model.axis.kv_share(c.num_kv_heads)
-        pages = s.num_pages, s.page_size
-        self._draft, self._draft_leaves = model, tuple(leaves)
-        self._draft_layer = self.backend.cache_layer(*pages, heads, c.head_dim, dtype=kv_dtype)
+        self._draft, self._draft_leaves = self._looped(model, leaves), tuple(leaves)
+        self._draft_kv_dtype = kv_dtype
         self.spec = dataclasses.replace(self.spec, drafted=True)
 
     @property
@@ -226,7 +217,7 @@ class Runner:
         packed = packing.pack_decode(plan, shape, **self._lines)
         if self._scratch_of != (shape.rows, shape.view, shape.tail):
             self._scratch = ()  # the old one goes before the new one comes
-            views = steps.view_shapes(self.backend, self._abstract_caches(), shape)
+            views = self._abstract_views(shape)
             self._scratch = self.placement.zeros(views, CUT_SPEC)
             self._scratch_of = (shape.rows, shape.view, shape.tail)
         if shape.draft:
@@ -314,9 +305,9 @@ class Runner:
         if not self.rungs.views:
             return 0
         view = fit(self.rungs.views, cached)
-        layer, places = self._cache_layer, self.sizes.num_pages * self.sizes.page_size
-        layer_bytes = int(np.prod(layer.shape)) * jnp.dtype(layer.dtype).itemsize // places
-        token_bytes = self.model.config.num_layers * layer_bytes
+        layer = self._cache(self.model, self._kv_dtype, pages=1)
+        layer_bytes = int(np.prod(layer.shape)) * jnp.dtype(layer.dtype).itemsize
+        token_bytes = self.model.config.num_layers * layer_bytes // self.sizes.page_size
         return view if rows * view * token_bytes <= MOST_VIEW_BYTES else 0
 
     def lower(self, shape: Shape) -> jax.stages.Lowered:
@@ -331,7 +322,7 @@ class Runner:
             step = functools.partial(steps.prefill, **fixed)
         else:
             step = functools.partial(steps.decode_block, **fixed)
-            memory = memory, steps.view_shapes(self.backend, memory, shape)
+            memory = memory, self._abstract_views(shape)
         if not prefill and shape.draft:
             step = functools.partial(speculation.speculative_block, **fixed, draft=self._draft)
             memory, leaves = (*memory, self._abstract_drafting()), leaves + self._draft_leaves
@@ -352,15 +343,27 @@ class Runner:
         program = place.program(step, (specs_of(leaves), *kinds), kinds, donate=(1,))
         return program.lower(leaves, *place.abstract(arguments, kinds))
 
+    def _looped(self, model: Model, leaves: tuple) -> Model:
+        return model.in_loops(leaves, platform=self.placement.devices[0].platform)
+
+    def _cache(self, model: Model, dtype: Any, *, pages: int) -> Any:
+        """Of a model's layers that share so many pages."""
+        heads = model.axis.kv_share(model.config.num_kv_heads)
+        sizes = pages, self.sizes.page_size, heads, model.config.head_dim
+        cache = self.backend.cache_layer(*sizes, dtype=dtype)
+        return jax.tree.map(lambda spec: spec.abstract(), cache)
+
     def _abstract_caches(self) -> tuple:
-        layer = jax.tree.map(lambda spec: spec.abstract(), self._cache_layer)
-        return (layer,) * self.model.config.num_layers
+        pages, model = self.sizes.num_pages, self.model
+        return tuple(self._cache(model, self._kv_dtype, pages=n * pages) for n in model.runs)
 
     def _abstract_drafting(self) -> tuple:
-        if self._draft is None:
-            return ()
-        layer = jax.tree.map(lambda spec: spec.abstract(), self._draft_layer)
-        return (layer,) * self._draft.config.num_layers
+        pages, model = self.sizes.num_pages, self._draft
+        runs = model.runs if model else ()
+        return tuple(self._cache(model, self._draft_kv_dtype, pages=n * pages) for n in runs)
+
+    def _abstract_views(self, shape: DecodeShape) -> tuple:
+        return steps.view_shapes(self.backend, self._abstract_caches(), shape, self.model.runs)
 
     def _abstract_state(self, spec: SampleSpec) -> steps.RowState:
         return jax.eval_shape(lambda: self._fresh_state(spec))

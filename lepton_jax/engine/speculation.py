@@ -23,7 +23,15 @@ from lepton_jax.engine.lookup import lookup
 from lepton_jax.engine.packing import DecodeShape, float_bits
 from lepton_jax.engine.row_params import SampleSpec, unpack
 from lepton_jax.engine.sampling import History, Sampled, sample
-from lepton_jax.engine.steps import RUNNING, RowState, attend_pages, attend_view, open_views
+from lepton_jax.engine.steps import (
+    RUNNING,
+    RowState,
+    Runs,
+    attend_pages,
+    attend_view,
+    close_views,
+    open_views,
+)
 from lepton_jax.models.build import Model
 from lepton_jax.models.decoder import Decoder
 from lepton_jax.sharding import Axis
@@ -52,7 +60,8 @@ def speculative_block(
     if draft is not None:
         drafter = _drafter(draft.bind(leaves[own:]), backend, inputs, shape.spec)
         drafting = drafter.catch_up(drafting, entry)
-    block = _Block(model.bind(leaves[:own]), backend, shape, inputs, entry, drafter)
+    decoder = model.bind(leaves[:own])
+    block = _Block(decoder, backend, shape, inputs, entry, drafter, model.runs)
     end = jax.lax.while_loop(block.unfinished, block.step, block.begin(caches, drafting))
     caches = block.close(caches, end)
     pieces = dict(
@@ -106,6 +115,7 @@ class _Block:
     inputs: dict[str, jax.Array]
     entry: RowState
     drafter: Drafter | None
+    runs: Runs
 
     @property
     def here(self) -> jax.Array | bool:
@@ -114,13 +124,13 @@ class _Block:
 
     def begin(self, caches: tuple, drafting: tuple) -> _Step:
         shape, lengths = self.shape, self.entry.lengths
+        how = dict(lengths=lengths, shape=shape, runs=self.runs)
+        working = open_views(self.backend, caches, self.inputs["page_table"], **how)
         places = jnp.zeros((shape.rows, 0), jnp.int32)
         if shape.view:
-            table = self.inputs["page_table"]
-            caches = open_views(self.backend, caches, table, lengths=lengths, shape=shape)
             places = _first_places(lengths, shape)
         record = _record(self.entry, shape)
-        return _Step(jnp.int32(0), self.entry, caches, places, record, drafting)
+        return _Step(jnp.int32(0), self.entry, working, places, record, drafting)
 
     def unfinished(self, carry: _Step) -> jax.Array:
         running = jnp.any(carry.lines.finish == RUNNING)
@@ -161,17 +171,16 @@ class _Block:
 
     def close(self, caches: tuple, end: _Step) -> tuple:
         """The caches after the block: from the views only what the rows kept, in order."""
-        if not self.shape.view:
-            return end.working
-        lengths, table = self.entry.lengths, self.inputs["page_table"]
-        options = dict(
+        lengths = self.entry.lengths
+        return close_views(
+            self.backend,
+            caches,
+            end.working,
+            self.inputs["page_table"],
+            lengths=lengths,
+            shape=self.shape,
             written=jnp.where(self.here, end.lines.lengths - lengths, 0),
-            steps=self.shape.tail,
             order=_kept_first(end.places[:, self.shape.view :]),
-        )
-        return tuple(
-            self.backend.close_view(cache, view, table, lengths, **options)
-            for cache, view in zip(caches, end.working, strict=True)
         )
 
     def _propose(self, carry: _Step, valid: jax.Array) -> tuple[jax.Array, tuple]:

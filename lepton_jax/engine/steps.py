@@ -19,12 +19,14 @@ from lepton_jax.engine import packing
 from lepton_jax.engine.packing import DecodeShape, PrefillShape, float_bits
 from lepton_jax.engine.row_params import SampleSpec, unpack
 from lepton_jax.engine.sampling import History, Sampled, sample
-from lepton_jax.kernels.attention import PagedBatch, decode_batch, held
+from lepton_jax.kernels.attention import PagedBatch, at_layer, decode_batch, held
 from lepton_jax.models.build import Model
+from lepton_jax.models.runs import LayerOf
 from lepton_jax.sharding import Axis
 from lepton_jax.sharding.placement import CUT_SPEC, WHOLE_SPEC
 
 RUNNING, STOPPED, LENGTH = 0, 1, 2  # finish codes
+Runs = tuple[int, ...]  # layers that share each cache
 
 
 @jax.tree_util.register_dataclass
@@ -219,7 +221,6 @@ def decode_block(
     inputs = packing.decode_layout(shape).split(packed)
     steps, table = inputs["steps"][0], inputs["page_table"]
     decoder = model.bind(leaves)
-    params = unpack(inputs["params"], shape.spec)
     entry, here = state.at(inputs["slots"]), model.axis.holds(inputs["banks"])
 
     def step(carry):
@@ -234,7 +235,7 @@ def decode_block(
         hidden, working = decoder(lines.tokens, batch.positions, working, attend)
         new = sample(
             decoder.logits(hidden),
-            params,
+            unpack(inputs["params"], shape.spec),
             index=lines.produced,
             history=lines.history,
             spec=shape.spec,
@@ -250,12 +251,13 @@ def decode_block(
         return (index < steps) & jnp.any(lines.finish == RUNNING)
 
     record = _write_record(_empty_record(shape), entry, 0)
-    working = _open(backend, caches, table, entry=entry, shape=shape)
+    how = dict(lengths=entry.lengths, shape=shape)
+    working = open_views(backend, caches, table, runs=model.runs, **how)
     ran, lines, working, record = jax.lax.while_loop(
         unfinished, step, (jnp.int32(0), entry, working, record)
     )
     written = jnp.where(here, lines.lengths - entry.lengths, 0)
-    caches = _close(backend, caches, working, table, entry=entry, written=written, shape=shape)
+    caches = close_views(backend, caches, working, table, written=written, **how)
     count = lines.produced - entry.produced
     pieces = dict(steps=ran[None], count=count, finish=lines.finish, **record)
     result = packing.result_layout(shape).join(pieces)
@@ -263,9 +265,9 @@ def decode_block(
     return memory, state.put(inputs["slots"], lines), result
 
 
-def view_shapes(backend: ModuleType, caches: tuple, shape: DecodeShape) -> tuple:
-    """The scratch of `decode_block` as ShapeDtypeStructs: memory for the view of each layer, or ()
-    for none.
+def view_shapes(backend: ModuleType, caches: tuple, shape: DecodeShape, runs: Runs) -> tuple:
+    """The scratch of `decode_block` as ShapeDtypeStructs: memory for the views of each run of
+    layers, or () for none.
 
     Fresh memory for every block would cost a CPU its page faults: 50,000 a block of 32 rows, a
     sixth of its time (2026-11-24).
@@ -276,32 +278,33 @@ def view_shapes(backend: ModuleType, caches: tuple, shape: DecodeShape) -> tuple
     def views(caches):
         table = jnp.zeros((shape.rows, shape.pages), jnp.int32)
         lengths = jnp.zeros(shape.rows, jnp.int32)
-        return open_views(backend, caches, table, lengths=lengths, shape=shape)
+        return open_views(backend, caches, table, lengths=lengths, shape=shape, runs=runs)
 
     return jax.eval_shape(views, caches)
 
 
 def attend_pages(backend: ModuleType, batch: PagedBatch, *, decode: bool, here: jax.Array | bool):
-    """The decoder's `attend` over the paged cache of one layer, of the rows that are `here`."""
-    batch = held(batch, here)
+    """The decoder's `attend` over a paged cache, of the rows that are `here`."""
+    everywhere = held(batch, here)
 
-    def attend(q, k, v, cache, *, scale, window, soft_cap):
+    def attend(q, k, v, cache, *, layer: LayerOf | None = None, **options):
+        batch = everywhere
+        if layer is not None:
+            batch = at_layer(batch, layer.index, cache.shape[0] // layer.count)
         cache = backend.write(cache, k, v, batch)
-        out = backend.attend(
-            q, cache, batch, decode=decode, scale=scale, window=window, soft_cap=soft_cap
-        )
-        return out, cache
+        return backend.attend(q, cache, batch, decode=decode, **options), cache
 
     return attend
 
 
 def attend_view(attend: Callable, span: tuple, *, here: jax.Array | bool):
-    """The decoder's `attend` over one layer's view, by a backend's function of these places; of
-    the rows `[B]` that are `here`.
+    """The decoder's `attend` over a view, by a backend's function of these places; of the rows
+    `[B]` that are `here`.
     """
 
-    def attend_here(q, k, v, view, **options):
-        out, view = attend(q, k, v, view, span=span, **options)
+    def attend_here(q, k, v, view, *, layer: LayerOf | None = None, **options):
+        place = 0 if layer is None else layer.index
+        out, view = attend(q, k, v, view, span=(*span, place), **options)
         if here is not True:
             here_too = jnp.repeat(here, out.shape[0] // here.shape[0])  # several tokens a row
             out = jnp.where(here_too[:, None, None, None], out, 0)
@@ -310,31 +313,36 @@ def attend_view(attend: Callable, span: tuple, *, here: jax.Array | bool):
     return attend_here
 
 
-def _open(
-    backend: ModuleType, caches: tuple, table: jax.Array, *, entry: RowState, shape: DecodeShape
+def open_views(
+    backend: ModuleType, caches: tuple, table: jax.Array, *, lengths, shape: DecodeShape, runs: Runs
 ) -> tuple:
-    """What the steps of a block work on, per layer: the caches themselves or views of them."""
-    return (
-        open_views(backend, caches, table, lengths=entry.lengths, shape=shape)
-        if shape.view
-        else caches
-    )
-
-
-def open_views(backend: ModuleType, caches: tuple, table: jax.Array, *, lengths, shape):
-    """A view of each layer's cache for a block, with room for the block's new tokens."""
+    """What the steps of a block work on: a view of each cache with room for the block's new tokens,
+    or where the shape has no views the caches themselves.
+    """
+    if not shape.view:
+        return caches
+    places = dict(tokens=shape.view, steps=shape.tail)
     return tuple(
-        backend.open_view(cache, table, lengths, tokens=shape.view, steps=shape.tail)
-        for cache in caches
+        backend.open_view(cache, table, lengths, layers=layers, **places)
+        for cache, layers in zip(caches, runs, strict=True)
     )
 
 
-def _close(backend: ModuleType, caches, working, table, *, entry, written, shape: DecodeShape):
-    """The caches after a block."""
+def close_views(
+    backend: ModuleType,
+    caches: tuple,
+    working: tuple,
+    table: jax.Array,
+    *,
+    lengths,
+    shape: DecodeShape,
+    **kept,
+) -> tuple:
+    """The caches after a block, with the tokens that `kept` says: see a backend's `close_view`."""
     if not shape.view:
         return working
     return tuple(
-        backend.close_view(cache, view, table, entry.lengths, written=written, steps=shape.steps)
+        backend.close_view(cache, view, table, lengths, **kept)
         for cache, view in zip(caches, working, strict=True)
     )
 

@@ -73,6 +73,20 @@ def held(batch: PagedBatch, here: jax.Array | bool) -> PagedBatch:
     )
 
 
+def at_layer(batch: PagedBatch, index: jax.Array | int, pages: int) -> PagedBatch:
+    """The batch in the `index`-th of the layers whose caches of so many pages lie one behind the
+    other.
+    """
+    return dataclasses.replace(batch, page_table=batch.page_table + index * pages)
+
+
+def is_limited(window: jax.Array | int) -> bool:
+    """Whether queries see a window only: a size that is an array is that of a layer in a loop, and
+    larger than any text where there is none.
+    """
+    return not isinstance(window, int) or window > 0
+
+
 def backend_for(platform: str) -> ModuleType:
     """The attention backend of a platform name as jax gives it ("cpu", "gpu", "tpu")."""
     if platform == "tpu":

@@ -9,16 +9,14 @@ Read next: `attention_tpu.py`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from lepton_jax.kernels.attention import PagedBatch, is_limited
 from lepton_jax.kernels.kv_cache import KV, encode, planned
 from lepton_jax.kernels.kv_cache import decode as decode_kv
-
-if TYPE_CHECKING:
-    from lepton_jax.kernels.attention import PagedBatch
 
 Q_TILE = 1  # sequences of a prefill may start at any token
 
@@ -64,7 +62,7 @@ def attend(
     *,
     decode: bool,
     scale: float,
-    window: int = 0,
+    window: jax.Array | int = 0,
     soft_cap: float = 0.0,
 ) -> jax.Array:
     """Attention of q [T, K, G, H] over the cache [P, Z, 2, K, H]; [T, K, G, H] in q's dtype.
@@ -93,7 +91,7 @@ def causal_attend(
     cache: object,
     *,
     scale: float,
-    window: int = 0,
+    window: jax.Array | int = 0,
     soft_cap: float = 0.0,
 ) -> tuple[jax.Array, object]:
     """Attention of one whole sequence to itself: q [T, K, G, H], k and v [T, K, H].
@@ -116,7 +114,9 @@ def _scores(
     return soft_cap * jnp.tanh(scores / soft_cap) if soft_cap else scores
 
 
-def _seen(positions: jax.Array, places: jax.Array, window: int) -> jax.Array:
+def _seen(positions: jax.Array, places: jax.Array, window: jax.Array | int) -> jax.Array:
     """bool[T, S]: whether the query at each position sees each place of its row."""
     seen = places[None, :] <= positions[:, None]
-    return seen & (places[None, :] > positions[:, None] - window) if window else seen
+    if is_limited(window):
+        seen &= places[None, :] > positions[:, None] - window
+    return seen

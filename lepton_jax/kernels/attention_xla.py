@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lepton_jax.kernels.attention import PagedBatch
+from lepton_jax.kernels.attention import PagedBatch, is_limited
 from lepton_jax.kernels.attention_reference import MASKED, slots, valid_tokens
-from lepton_jax.kernels.kv_cache import KV, QuantizedKV, decode, encode, planned
+from lepton_jax.kernels.kv_cache import KV, decode, encode, planned
+from lepton_jax.tensors.dots import branch
 
 Q_TILE = 1  # sequences of a prefill may start at any token
 _QUERIES = 32  # of one prompt, that a prefill works on at once
@@ -29,14 +30,17 @@ _BLOCK = 128  # cached tokens visited at once
 
 
 class View(NamedTuple):
-    """A decode block's own copy of its rows' cache: a text's token i has place i in `keys` and
-    `values`, `[B, K, tokens + steps, H]`. `tail`: the new tokens as a quantized cache stores them,
-    `[B, 2, K, steps, H]`; None where the cache is plain.
+    """A decode block's own copy of its rows' cache: what was cached when it began, and its own new
+    tokens, which come behind. A text's token i has place i in the two together.
+
+    Attributes:
+      keys, values: of each layer that shares the cache, `[B, K, tokens, H]`; no step changes them.
+      tail: the new tokens as the cache stores them, `[layers, B, 2, K, steps, H]`.
     """
 
-    keys: jax.Array
-    values: jax.Array
-    tail: QuantizedKV | None
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+    tail: KV
 
 
 def cache_layer(
@@ -61,7 +65,7 @@ def attend(
     *,
     decode: bool,
     scale: float,
-    window: int = 0,
+    window: jax.Array | int = 0,
     soft_cap: float = 0.0,
 ) -> jax.Array:
     """Attention of q `[T, K, G, H]` over the cache `[P, 2, K, Z, H]`; `[T, K, G, H]` in q's dtype.
@@ -78,31 +82,35 @@ def attend(
 
 
 def open_view(
-    cache: KV, page_table: jax.Array, lengths: jax.Array, *, tokens: int, steps: int
+    cache: KV,
+    page_table: jax.Array,
+    lengths: jax.Array,
+    *,
+    tokens: int,
+    steps: int,
+    layers: int = 1,
 ) -> View:
     """The rows' cached keys and values side by side for a decode block.
 
     Each row's text ends at place `tokens`, whatever its length, so the token of step i has place
     `tokens + i` in every row and one slice update writes all rows. The copy is paid once a block;
-    the steps then read without gathers.
+    the steps then read without gathers. `layers` share the cache.
     """
-    _, _, kv_heads, page_size, head_dim = cache.shape
+    pages, _, kv_heads, page_size, head_dim = cache.shape
     index = jnp.maximum(jnp.arange(tokens) - tokens + lengths[:, None], 0)  # [B, tokens]
     page = jnp.take_along_axis(page_table, index // page_size, axis=1)
 
-    def side(half):
-        first = (2 * page + half)[:, None] * kv_heads + jnp.arange(kv_heads)[:, None]
+    def side(half, layer):
+        here = page + layer * (pages // layers)
+        first = (2 * here + half)[:, None] * kv_heads + jnp.arange(kv_heads)[:, None]
         line = first * page_size + (index % page_size)[:, None]
         taken = jax.tree.map(lambda a: jnp.take(_lines(a), line, axis=0, mode="clip"), cache)
-        return jnp.pad(decode(taken), ((0, 0), (0, 0), (0, steps), (0, 0)))
+        return decode(taken)
 
-    tail = None
-    if isinstance(cache, QuantizedKV):
-        shape = (len(lengths), 2, kv_heads, steps, head_dim)
-        tail = QuantizedKV(
-            jnp.zeros(shape, cache.values.dtype), jnp.zeros(shape[:-1], cache.scale.dtype)
-        )
-    return View(side(0), side(1), tail)
+    keys, values = (tuple(side(half, i) for i in range(layers)) for half in (0, 1))
+    shape = (layers, len(lengths), 2, kv_heads, steps, head_dim)
+    tail = jax.tree.map(lambda a: jnp.zeros(shape[: a.ndim + 1], a.dtype), cache)
+    return View(keys, values, tail)
 
 
 def attend_view(
@@ -111,31 +119,24 @@ def attend_view(
     v: jax.Array,
     view: View,
     *,
-    span: tuple[jax.Array, jax.Array],
+    span: tuple[jax.Array, jax.Array, jax.Array | int],
     scale: float,
-    window: int = 0,
+    window: jax.Array | int = 0,
     soft_cap: float = 0.0,
 ) -> tuple[jax.Array, View]:
     """A decode step on a view: stores k and v `[B, K, H]` and attends q `[B, K, G, H]`.
 
-    `span`: first place of each row's text in the view, `[B]`, and the place of the new token, the
-    same in all rows. Returns the result, like q, and the new view.
+    `span`: first place of each row's text in the view, `[B]`; the place of the new token, the same
+    in all rows; which of the view's layers it is. Returns the result, like q, and the new view.
     """
-    (starts, place), dtype = span, view.keys.dtype
-    exact = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-    dot = functools.partial(jnp.einsum, precision=exact, preferred_element_type=jnp.float32)
-    view = _extended(view, k[:, :, None], v[:, :, None], place)
-    scores = scale * dot("bkgh,bksh->bkgs", q.astype(dtype), view.keys)
-    if soft_cap:
-        scores = soft_cap * jnp.tanh(scores / soft_cap)
-    places = jnp.arange(view.keys.shape[2])
+    starts, place, layer = span
+    view = _extended(view, k[:, :, None], v[:, :, None], place, layer=layer)
+    places = jnp.arange(_size(view))
     seen = (places >= starts[:, None]) & (places <= place)
-    if window:
+    if is_limited(window):
         seen &= places > place - window
-    scores = jnp.where(seen[:, None, None], scores, MASKED)
-    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-    out = dot("bkgs,bksh->bkgh", weights.astype(dtype), view.values)
-    return (out / weights.sum(-1)[..., None]).astype(q.dtype), view
+    out = _view_softmax(q, view, seen[:, None, None], layer=layer, scale=scale, soft_cap=soft_cap)
+    return out.astype(q.dtype), view
 
 
 def verify_view(
@@ -144,9 +145,9 @@ def verify_view(
     v: jax.Array,
     view: View,
     *,
-    span: tuple[jax.Array, jax.Array, jax.Array],
+    span: tuple[jax.Array, jax.Array, jax.Array, jax.Array | int],
     scale: float,
-    window: int = 0,
+    window: jax.Array | int = 0,
     soft_cap: float = 0.0,
 ) -> tuple[jax.Array, View]:
     """As `attend_view` for M tokens a row side by side: q `[B * M, K, G, H]`, k and v alike.
@@ -158,30 +159,25 @@ def verify_view(
       q, k, v: of the new tokens.
       view: of `open_view`.
       span: the position of the token at each place of the view i32 `[B, S]`, the new ones included,
-        -1: none; the new tokens' positions i32 `[B, M]`; the place of the first of them.
+        -1: none; the new tokens' positions i32 `[B, M]`; the place of the first of them; which of
+        the view's layers it is.
       scale, window, soft_cap: as in `attend`.
     """
-    (positions, queries, place), dtype = span, view.keys.dtype
-    exact = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-    dot = functools.partial(jnp.einsum, precision=exact, preferred_element_type=jnp.float32)
+    positions, queries, place, layer = span
     rows, new = queries.shape
     _, kv_heads, group, head_dim = q.shape
 
     def heads_first(x):  # [B * M, K, ...] to [B, K, M, ...]
         return x.reshape(rows, new, *x.shape[1:]).swapaxes(1, 2)
 
-    view = _extended(view, heads_first(k), heads_first(v), place)
-    lines = heads_first(q).reshape(rows, kv_heads, new * group, head_dim).astype(dtype)
-    scores = scale * dot("bkmh,bksh->bkms", lines, view.keys)
-    if soft_cap:
-        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    view = _extended(view, heads_first(k), heads_first(v), place, layer=layer)
+    lines = heads_first(q).reshape(rows, kv_heads, new * group, head_dim)
     there, asking = positions[:, None], queries[:, :, None]
     seen = (there >= 0) & (there <= asking)  # [B, M, S]
-    if window:
+    if is_limited(window):
         seen &= there > asking - window
-    scores = jnp.where(jnp.repeat(seen, group, axis=1)[:, None], scores, MASKED)
-    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-    out = dot("bkms,bksh->bkmh", weights.astype(dtype), view.values) / weights.sum(-1)[..., None]
+    seen = jnp.repeat(seen, group, axis=1)[:, None]
+    out = _view_softmax(lines, view, seen, layer=layer, scale=scale, soft_cap=soft_cap)
     out = out.reshape(rows, kv_heads, new, group, head_dim).swapaxes(1, 2)
     return out.reshape(q.shape).astype(q.dtype), view
 
@@ -193,54 +189,76 @@ def close_view(
     lengths: jax.Array,
     *,
     written: jax.Array,
-    steps: int,
     order: jax.Array | None = None,
 ) -> KV:
-    """Stores the first `written` `[B]` of a block's `steps` new tokens in the cache `[P, 2, K, Z,
-    H]`; the first as `order` i32 `[B, steps]` lists them, or else as they lie in the view.
+    """Stores the first `written` `[B]` of a block's new tokens in the cache `[P, 2, K, Z, H]`; the
+    first as `order` i32 `[B, steps]` lists them, or else as they lie in the view.
     """
-    _, _, kv_heads, page_size, _ = cache.shape
+    pages, _, kv_heads, page_size, _ = cache.shape
+    layers, steps = len(view.keys), view.tail.shape[4]
     new = jnp.arange(steps)
     index = lengths[:, None] + new  # [B, steps]
     page = jnp.take_along_axis(page_table, index // page_size, axis=1, mode="clip")
+    page = page + (pages // layers) * jnp.arange(layers)[:, None, None]  # [layers, B, steps]
     page = jnp.where(new < written[:, None], page, 0)
-    halves = (2 * page[:, None] + jnp.arange(2)[:, None])[:, :, None] * kv_heads
+    halves = (2 * page[:, :, None] + jnp.arange(2)[:, None])[:, :, :, None] * kv_heads
     line = (halves + jnp.arange(kv_heads)[:, None]) * page_size + (index % page_size)[:, None, None]
-    tails = view.tail
-    if tails is None:
-        sides = [side[:, :, -steps:] for side in (view.keys, view.values)]
-        tails = jnp.stack(sides, axis=1)  # [B, 2, K, steps, H]
+    tail = view.tail
     if order is not None:
-        tails = jax.tree.map(
+        tail = jax.tree.map(
             lambda a: jnp.take_along_axis(
-                a, order.reshape(-1, 1, 1, steps, *[1] * (a.ndim - 4)), axis=3
+                a, order.reshape(1, -1, 1, 1, steps, *[1] * (a.ndim - 5)), axis=4
             ),
-            tails,
+            tail,
         )
 
     def store(held, lines):
         return _lines(held).at[line].set(lines, mode="promise_in_bounds").reshape(held.shape)
 
-    return jax.tree.map(store, cache, tails)
+    return jax.tree.map(store, cache, tail)
 
 
-def _extended(view: View, k: jax.Array, v: jax.Array, place: jax.Array) -> View:
-    """A view with new keys and values, `[B, K, M, H]`, from `place` on."""
-    tail = view.tail
-    if tail is not None:
-        new = encode(jnp.stack([k, v], axis=1), tail)  # [B, 2, K, M, H]
-        k, v = decode(new).swapaxes(0, 1)
-        first = place - (view.keys.shape[2] - tail.shape[3])
-        tail = jax.tree.map(
-            lambda held, lines: jax.lax.dynamic_update_slice_in_dim(held, lines, first, 3),
-            tail,
-            new,
-        )
-    keys, values = (
-        jax.lax.dynamic_update_slice(side, lines.astype(side.dtype), (0, 0, place, 0))
-        for side, lines in ((view.keys, k), (view.values, v))
-    )
-    return View(keys, values, tail)
+def _extended(
+    view: View, k: jax.Array, v: jax.Array, place: jax.Array, *, layer: jax.Array | int
+) -> View:
+    """A view with a layer's new keys and values, `[B, K, M, H]`, from `place` on."""
+    new = encode(jnp.stack([k, v], axis=1), view.tail)  # [B, 2, K, M, H]
+    first = place - view.keys[0].shape[2]
+
+    def put(held, lines):
+        start = (layer, 0, 0, 0, first, 0)[: held.ndim]
+        return jax.lax.dynamic_update_slice(held, lines[None], start)
+
+    return view._replace(tail=jax.tree.map(put, view.tail, new))
+
+
+def _size(view: View) -> int:
+    """How many places it has."""
+    return view.keys[0].shape[2] + view.tail.shape[4]
+
+
+def _view_softmax(q, view: View, seen, *, layer, scale, soft_cap):
+    """q `[B, K, M, H]` over the places that are `seen [B, 1, M or 1, S]`: float32 like q.
+
+    The few new tokens are no dots, of which a CPU makes a product for each row and head.
+    """
+    dtype, tokens = view.keys[0].dtype, view.keys[0].shape[2]
+    exact = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    dot = functools.partial(jnp.einsum, precision=exact, preferred_element_type=jnp.float32)
+    new_keys, new_values = decode(
+        jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False), view.tail)
+    ).swapaxes(0, 1)[:, :, :, None]  # [B, K, 1, steps, H]
+    q = q.astype(dtype)
+    old = branch(layer, functools.partial(dot, "bkmh,bksh->bkms"), q, view.keys)
+    new = jnp.sum(q[:, :, :, None].astype(jnp.float32) * new_keys, axis=-1)
+    scores = scale * jnp.concatenate([old, new], axis=-1)
+    if soft_cap:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    scores = jnp.where(seen, scores, MASKED)
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+    old, new = weights[..., :tokens].astype(dtype), weights[..., tokens:, None]
+    out = branch(layer, functools.partial(dot, "bkms,bksh->bkmh"), old, view.values)
+    return (out + jnp.sum(new * new_values, axis=-2)) / weights.sum(-1)[..., None]
 
 
 def _lines(pages: jax.Array) -> jax.Array:
@@ -320,7 +338,7 @@ def _blocks(page_table, page_size):
 
 def _range(oldest, newest, span, window):
     """First and one-past-last block that any query sees."""
-    start = jnp.maximum(oldest + 1, 0) // span if window else 0
+    start = jnp.maximum(oldest + 1, 0) // span if is_limited(window) else 0
     return start, newest // span + 1
 
 
@@ -352,7 +370,7 @@ def _running_softmax(q, cache, table, positions, *, blocks, scale, window, soft_
         places = block * pages * page_size + inside
         query = positions[:, None, :, None]
         seen = places[:, None] <= query  # [R, pages, M, Z]
-        if window:
+        if is_limited(window):
             seen &= places[:, None] > query - window
         scores = jnp.where(seen[:, :, None, None], scores, MASKED)
         new_top = jnp.maximum(top, scores.max((1, 5)))

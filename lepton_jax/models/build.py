@@ -8,6 +8,7 @@ call it inside jit, where it costs tracing time and nothing else. A leaf may be 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from flax import nnx
 
 from lepton_jax.models.config import ModelConfig
 from lepton_jax.models.decoder import Decoder
+from lepton_jax.models.runs import Run, runs_of
 from lepton_jax.sharding.axis import WHOLE, Axis
 from lepton_jax.sharding.heads import Heads
 from lepton_jax.tensors import ParamSpec
@@ -30,16 +32,25 @@ class Model:
       activation_dtype: dtype of the residual stream and of q, k, v.
       axis: the devices that share it. The specs are those of the whole model; `bind` then takes one
         device's part of each leaf, inside a program over all of them.
+      runs: how many consecutive layers each loop of a program goes through; 1: unrolled.
     """
 
-    def __init__(self, config: ModelConfig, dtype: Any, activation_dtype: Any, axis: Axis = WHOLE):
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: Any,
+        activation_dtype: Any,
+        axis: Axis = WHOLE,
+        *,
+        runs: tuple[int, ...] = (),
+    ):
         decoder = nnx.eval_shape(lambda: Decoder(config, dtype, activation_dtype, axis))
         graph, state = nnx.split(decoder)
         variables = dict(nnx.to_flat_state(state))
         order = sorted(variables, key=lambda path: (path[0] != "embed", path[0] != "layers", path))
         variables = {path: variables[path] for path in order}
         self.config, self.dtype, self.activation_dtype = config, dtype, activation_dtype
-        self.axis = axis
+        self.axis, self.runs = axis, runs or (1,) * config.num_layers
         self._graph = graph
         self._variables = variables
         self.specs: dict[str, ParamSpec] = {
@@ -62,7 +73,12 @@ class Model:
             path: variable.replace(leaf)
             for (path, variable), leaf in zip(self._variables.items(), leaves, strict=True)
         }
-        return nnx.merge(self._graph, nnx.from_flat_state(bound.items()))
+        decoder = nnx.merge(self._graph, nnx.from_flat_state(bound.items()))
+        layers = iter(decoder.layers)
+        decoder.runs = tuple(
+            Run(tuple(itertools.islice(layers, count)), self.config) for count in self.runs
+        )
+        return decoder
 
     def with_context(self, length: int) -> Model:
         """The same model for contexts of at most `length` tokens; takes the same leaves.
@@ -71,13 +87,22 @@ class Model:
         than the model claims.
         """
         config = self.config.with_context(length)
-        return Model(config, self.dtype, self.activation_dtype, self.axis)
+        return Model(config, self.dtype, self.activation_dtype, self.axis, runs=self.runs)
 
     def on(self, axis: Axis) -> Model:
         """The same model, shared by the devices of an axis."""
         if axis == self.axis:
             return self
-        return Model(self.config, self.dtype, self.activation_dtype, axis)
+        return Model(self.config, self.dtype, self.activation_dtype, axis, runs=self.runs)
+
+    def in_loops(self, leaves: Sequence[Any], *, platform: str = "cpu") -> Model:
+        """The same model, whose programs go through like layers in loops where their platform gains
+        by it; for these leaves.
+        """
+        if platform != "cpu":
+            return self
+        runs = runs_of(self.config, tuple(self.specs), leaves)
+        return Model(self.config, self.dtype, self.activation_dtype, self.axis, runs=runs)
 
     @property
     def heads(self) -> Heads:

@@ -5,14 +5,15 @@ cached tokens, N query heads, K kv heads, G = N/K, J = G+2 (a kv head's packed q
 dim, D model dim, F ffn dim, V vocab, E experts, P pages, Z page size, L layers.
 
 Flax NNX describes the parameters here and `build.py` takes them apart; at run time the methods are
-plain functions of arrays. Layers are unrolled: scanning over stacked layers copies weights or
-caches. Attention and its cache belong to the caller, who passes `attend`. Where devices share a
-model, each holds a part of every K, F and V, and `axis` adds up what they have. Read next:
-`build.py`, `lepton_jax/kernels/attention.py`.
+plain functions of arrays. Layers are unrolled, or a loop over runs of them (`runs.py`). Attention
+and its cache belong to the caller, who passes `attend`. Where devices share a model, each holds a
+part of every K, F and V, and `axis` adds up what they have. Read next: `build.py`,
+`lepton_jax/kernels/attention.py`.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,9 +21,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lepton_jax.models.config import NO_ROPE, ModelConfig
+from lepton_jax.models.config import ModelConfig
 from lepton_jax.models.moe import experts_ffn
 from lepton_jax.models.rope import rope_table, rotate
+from lepton_jax.models.runs import Run
 from lepton_jax.sharding.axis import WHOLE, Axis
 from lepton_jax.tensors import einsum, einsum_parts, take
 
@@ -97,10 +99,12 @@ class Layer(nnx.Module):
             self.down_bias = param((D,), ("embed",), dtype)
 
     def __call__(
-        self, x: jax.Array, table, *, cache: Any, attend: Callable
+        self, x: jax.Array, table, *, cache: Any, attend: Callable, window: Any
     ) -> tuple[jax.Array, Any]:
-        """x `[T, D]`; table: this layer's cos and sin, or None where it has no RoPE."""
-        eps = self.config.norm_eps
+        """x `[T, D]`; table: this layer's cos and sin, or None where it has no RoPE; window: how
+        many tokens a query sees, 0: all.
+        """
+        eps, attend = self.config.norm_eps, functools.partial(attend, window=window)
         attention, cache = self.attention(
             self._norm(x, "attn_norm"), table, cache=cache, attend=attend
         )
@@ -125,15 +129,7 @@ class Layer(nnx.Module):
             q, k = self._norm(q, "q_norm"), self._norm(k, "k_norm")
         if table is not None:
             q, k = rotate(q, table), rotate(k, table)
-        out, cache = attend(
-            q,
-            k,
-            v,
-            cache,
-            scale=c.attn_scale,
-            window=c.layer_windows[self.index],
-            soft_cap=c.attn_soft_cap,
-        )
+        out, cache = attend(q, k, v, cache, scale=c.attn_scale, soft_cap=c.attn_soft_cap)
         heads = out.astype(x.dtype).reshape(x.shape[0], -1)
         y = self.axis.sum(einsum("TI,DI->TD", heads, self.out.get_value()))
         return (y + self.out_bias.get_value().astype(y.dtype) if c.out_bias else y), cache
@@ -161,6 +157,8 @@ class Layer(nnx.Module):
 class Decoder(nnx.Module):
     """Tokens to hidden states to logits."""
 
+    runs: tuple[Run, ...]  # its layers, as `Model.bind` groups them
+
     def __init__(self, config: ModelConfig, dtype: Any, activation_dtype: Any, axis: Axis = WHOLE):
         self.config, self.activation_dtype, self.axis = config, activation_dtype, axis
         V, D = config.vocab_size, config.hidden_size
@@ -187,10 +185,10 @@ class Decoder(nnx.Module):
         Args:
           tokens: i32 `[T]`.
           positions: i32 `[T]`, place of each token in its own text; -1 for padding.
-          caches: one opaque cache per layer.
+          caches: one opaque cache per run of layers, which is one layer where they are unrolled.
           attend: `attend(q [T,K,G,H], k [T,K,H], v [T,K,H], cache, *, scale, window, soft_cap)`
-            returns (out `[T,K,G,H]`, the layer's new cache); window and soft_cap are 0 where there
-            is none.
+            returns (out `[T,K,G,H]`, the new cache); window and soft_cap are 0 where there is none.
+            Layers of a run also pass `layer`, a `LayerOf`, and may pass a window as an array.
           tap: gets (layers so far, hidden states `[T, D]` as they are between layers), the
             embeddings first, but not those after the last layer.
 
@@ -198,8 +196,10 @@ class Decoder(nnx.Module):
           Hidden states `[T, D]` after the final norm, and the new caches.
         """
         c = self.config
-        if len(caches) != c.num_layers:
-            raise ValueError(f"{len(caches)} caches for {c.num_layers} layers: pass one per layer")
+        if len(caches) != len(self.runs):
+            raise ValueError(
+                f"{len(caches)} caches for {len(self.runs)} layers: pass one per layer"
+            )
         table, dtype = self.embed.get_value(), self.activation_dtype
         x = self.axis.lookup(lambda ids: take(table, ids, dtype), tokens, table.shape[0])
         if c.embed_scale != 1.0:
@@ -210,11 +210,8 @@ class Decoder(nnx.Module):
             for rope in c.ropes
         ]
         new_caches = []
-        for layer, rope, cache in zip(self.layers, c.layer_ropes, caches, strict=True):
-            if tap is not None:
-                tap(layer.index, x)
-            table = None if rope == NO_ROPE else tables[rope]
-            x, cache = layer(x, table, cache=cache, attend=attend)
+        for run, cache in zip(self.runs, caches, strict=True):
+            x, cache = run(x, tables, cache, attend, tap=tap)
             new_caches.append(cache)
         return rms_norm(x, self.final_norm.get_value(), c.norm_eps), tuple(new_caches)
 

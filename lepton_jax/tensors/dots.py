@@ -10,17 +10,54 @@ jax, `[M, 576] x [3072, 576]`, 2026-11-29): int8 activations 1.9 / 5.0 ms at M =
 planes 3.0 / 11.2, upcasting by blocks 2.0 / 6.4, float32 weights 3.2 / 5.9.
 """
 
+import dataclasses
 import functools
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lepton_jax.tensors.decompress import by_outputs, in_order
 
-_MANY = 64  # rows, from which on upcasting the weights is a small part of their product
+MANY_ROWS = 64  # from which on upcasting or copying the weights is a small part of their product
 _CONTRACT_LAST = (((1,), (1,)), ((), ()))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """One of several arrays of one shape and dtype, by `index` i32 `[]`: see `chosen.py`."""
+
+    arrays: tuple
+    index: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.arrays[0].shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.arrays[0].dtype
+
+    def reshape(self, *shape: int) -> "Chosen":
+        return Chosen(tuple(array.reshape(*shape) for array in self.arrays), self.index)
+
+    def astype(self, dtype: Any) -> jax.Array:
+        return self.copy().astype(dtype)
+
+    def copy(self) -> jax.Array:
+        """The array itself."""
+        return branch(self.index, lambda _, array: array, (), self.arrays)
+
+
+def branch(index: jax.Array | int, function: Callable, x: Any, weights: Sequence[Any]) -> Any:
+    """`function(x, weights[index])`, each weight in a branch of its own."""
+    if isinstance(index, int):
+        return function(x, weights[index])
+    return jax.lax.switch(index, [lambda x, w=w: function(x, w) for w in weights], x)
 
 
 def float_dot(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -43,7 +80,7 @@ def precise_int8_dot(x: jax.Array, values: jax.Array) -> jax.Array:
 
 def in_two_planes(rows: int) -> bool:
     """Whether this CPU multiplies so many rows with int8 weights in int8, and not in float32."""
-    return rows < _MANY or multiplies_int8()
+    return rows < MANY_ROWS or multiplies_int8()
 
 
 @functools.cache
@@ -97,8 +134,11 @@ def upcast_dot(x: jax.Array, values: jax.Array) -> jax.Array:
     return dot(x.astype(dtype), values.astype(dtype), jnp.float32)
 
 
-def dot(x: jax.Array, w: jax.Array, accumulate, *, precision=None) -> jax.Array:
+def dot(x: jax.Array, w: jax.Array | Chosen, accumulate, *, precision=None) -> jax.Array:
     """The product that the others end in; results in dtype `accumulate`."""
+    if isinstance(w, Chosen):
+        one = functools.partial(dot, accumulate=accumulate, precision=precision)
+        return branch(w.index, one, x, w.arrays)
     rows = x.shape[0]
     if rows == 1 and x.dtype != jnp.float32:  # the one-row cliff of CPU dots; free elsewhere
         x = jnp.pad(x, ((0, 1), (0, 0)))
@@ -109,6 +149,8 @@ def dot(x: jax.Array, w: jax.Array, accumulate, *, precision=None) -> jax.Array:
 
 
 def _float_blocks_dot(x, values):
+    if isinstance(values, Chosen):
+        values = values.copy()
     x, values = in_order(x, values)
     return by_outputs(x, values, product=lambda x, w: float_dot(x, w.astype(jnp.float32)))
 
