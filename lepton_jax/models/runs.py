@@ -32,16 +32,14 @@ class LayerOf(NamedTuple):
     count: int
 
 
-def runs_of(config: ModelConfig, specs: Sequence[str], leaves: Sequence[Any]) -> tuple[int, ...]:
-    """How many consecutive layers there are of each kind: with weights of the same shapes.
+def runs_of(config: ModelConfig, paths: Sequence[str], leaves: Sequence[Any]) -> tuple[int, ...]:
+    """How many consecutive layers there are of each kind: with weights of the same shapes, and all
+    with RoPE or none.
 
-    Args:
-      config: of the model; layers that rotate and layers that don't are different.
-      specs: paths of the parameters; `leaves` are theirs, or abstract.
-      leaves: see above.
+    `paths` are those of the parameters, and `leaves` theirs in the same order, or abstract.
     """
     kinds: list[dict] = [{} for _ in range(config.num_layers)]
-    for path, leaf in zip(specs, leaves, strict=True):
+    for path, leaf in zip(paths, leaves, strict=True):
         first, *rest = path.split(".")
         if first == "layers":
             kinds[int(rest[0])][rest[1]] = tuple(leaf.shape)
@@ -129,6 +127,7 @@ def _windows(windows: Sequence[int]) -> Callable[[jax.Array], Any]:
 def _tables(tables: Sequence[tuple], ropes: Sequence[int]) -> Callable[[jax.Array], Any]:
     if len(set(ropes)) == 1:
         return lambda index: None if ropes[0] == NO_ROPE else tables[ropes[0]]
-    stacked = jax.tree.map(lambda *sides: jnp.stack(sides), *tables)
-    places = np.array(ropes, np.int32)
+    used = sorted(set(ropes))
+    stacked = jax.tree.map(lambda *sides: jnp.stack(sides), *[tables[rope] for rope in used])
+    places = np.array([used.index(rope) for rope in ropes], np.int32)
     return lambda index: jax.tree.map(lambda a: a[jnp.asarray(places)[index]], stacked)
