@@ -115,7 +115,11 @@ def test_a_tap_sees_every_layer_of_a_run():
 
 
 @pytest.mark.parametrize("rows", [1, 3, dots.MANY_ROWS])
-@pytest.mark.parametrize("kinds", [*([kind] for kind in SCHEMES), list(SCHEMES)], ids="+".join)
+@pytest.mark.parametrize(
+    "kinds",
+    [*([kind] for kind in SCHEMES), list(SCHEMES), ["int8", "int8 in groups"], ["int8", "w8a8"]],
+    ids="+".join,
+)
 def test_a_chosen_weight_is_that_weight(kinds, rows):
     rng = np.random.default_rng(0)
     leaves = []
