@@ -305,10 +305,14 @@ class Runner:
         if not self.rungs.views:
             return 0
         view = fit(self.rungs.views, cached)
-        layer = self._cache(self.model, self._kv_dtype, pages=1)
-        layer_bytes = int(np.prod(layer.shape)) * jnp.dtype(layer.dtype).itemsize
-        token_bytes = self.model.config.num_layers * layer_bytes // self.sizes.page_size
-        return view if rows * view * token_bytes <= MOST_VIEW_BYTES else 0
+        return view if rows * view * self._view_token_bytes <= MOST_VIEW_BYTES else 0
+
+    @functools.cached_property
+    def _view_token_bytes(self) -> int:
+        """Of a token in the views of all layers."""
+        page = self._cache(self.model, self._kv_dtype, pages=1)
+        page_bytes = int(np.prod(page.shape)) * jnp.dtype(page.dtype).itemsize
+        return self.model.config.num_layers * page_bytes // self.sizes.page_size
 
     def lower(self, shape: Shape) -> jax.stages.Lowered:
         """The program of a shape before it is compiled; leaves and devices may be abstract."""

@@ -26,7 +26,6 @@ from lepton_jax.engine.sampling import History, Sampled, sample
 from lepton_jax.engine.steps import (
     RUNNING,
     RowState,
-    Runs,
     attend_pages,
     attend_view,
     close_views,
@@ -60,8 +59,7 @@ def speculative_block(
     if draft is not None:
         drafter = _drafter(draft.bind(leaves[own:]), backend, inputs, shape.spec)
         drafting = drafter.catch_up(drafting, entry)
-    decoder = model.bind(leaves[:own])
-    block = _Block(decoder, backend, shape, inputs, entry, drafter, model.runs)
+    block = _Block(model.bind(leaves[:own]), backend, shape, inputs, entry, drafter)
     end = jax.lax.while_loop(block.unfinished, block.step, block.begin(caches, drafting))
     caches = block.close(caches, end)
     pieces = dict(
@@ -115,7 +113,6 @@ class _Block:
     inputs: dict[str, jax.Array]
     entry: RowState
     drafter: Drafter | None
-    runs: Runs
 
     @property
     def here(self) -> jax.Array | bool:
@@ -124,7 +121,8 @@ class _Block:
 
     def begin(self, caches: tuple, drafting: tuple) -> _Step:
         shape, lengths = self.shape, self.entry.lengths
-        how = dict(lengths=lengths, shape=shape, runs=self.runs)
+        runs = tuple(len(run.layers) for run in self.decoder.runs)
+        how = dict(lengths=lengths, shape=shape, runs=runs)
         working = open_views(self.backend, caches, self.inputs["page_table"], **how)
         places = jnp.zeros((shape.rows, 0), jnp.int32)
         if shape.view:

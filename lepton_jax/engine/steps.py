@@ -220,7 +220,7 @@ def decode_block(
     caches, scratch = memory
     inputs = packing.decode_layout(shape).split(packed)
     steps, table = inputs["steps"][0], inputs["page_table"]
-    decoder = model.bind(leaves)
+    decoder, params = model.bind(leaves), unpack(inputs["params"], shape.spec)
     entry, here = state.at(inputs["slots"]), model.axis.holds(inputs["banks"])
 
     def step(carry):
@@ -235,7 +235,7 @@ def decode_block(
         hidden, working = decoder(lines.tokens, batch.positions, working, attend)
         new = sample(
             decoder.logits(hidden),
-            unpack(inputs["params"], shape.spec),
+            params,
             index=lines.produced,
             history=lines.history,
             spec=shape.spec,

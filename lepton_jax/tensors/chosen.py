@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from lepton_jax.tensors.cut import Cut
 from lepton_jax.tensors.dots import MANY_ROWS, Chosen, branch
-from lepton_jax.tensors.leaves import CompressedTensor, ParamSpec
+from lepton_jax.tensors.leaves import CompressedTensor, ParamSpec, dense_of, flat_of
 from lepton_jax.tensors.matmul import matmul
 from lepton_jax.tensors.qtensor import QTensor
 from lepton_jax.tensors.ragged_dots import ragged_dot
@@ -63,31 +63,22 @@ class ChosenLeaf(CompressedTensor):
         raise ValueError(f"{self.shape}: a chosen weight is not stored, so it has no pieces")
 
     def flat(self, keep: int = 0) -> Self:
-        def one(w):
-            if isinstance(w, CompressedTensor):
-                return w.flat(keep)
-            return w.reshape(*w.shape[:keep], -1, w.shape[-1])
-
-        return dataclasses.replace(self, leaves=tuple(map(one, self.leaves)))
+        return dataclasses.replace(self, leaves=tuple(flat_of(w, keep) for w in self.leaves))
 
     def matmul(self, x: jax.Array) -> jax.Array:
-        if x.shape[0] >= MANY_ROWS and _are_alike(
-            self.leaves
-        ):  # a copy is small beside the product
-            return matmul(x, self._copy())
+        # A copy is small beside a product of many rows.
+        if x.shape[0] >= MANY_ROWS and _are_alike(self.leaves):
+            return matmul(x, branch(self.index, lambda _, w: w, (), self.leaves))
         return branch(self.index, matmul, x, self.leaves)
 
     def ragged_matmul(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
         return branch(self.index, lambda x, w: ragged_dot(x, w, group_sizes), x, self.leaves)
 
     def dense(self, dtype: Any) -> jax.Array:
-        return branch(self.index, lambda _, w: _dense(w, dtype), (), self.leaves)
+        return branch(self.index, lambda _, w: dense_of(w, dtype), (), self.leaves)
 
     def taken(self, ids: jax.Array) -> Self:
         raise TypeError("a chosen weight is multiplied, not looked up")
-
-    def _copy(self) -> Any:
-        return branch(self.index, lambda _, w: w, (), self.leaves)
 
 
 def _are_alike(leaves: Sequence[Any]) -> bool:
@@ -100,10 +91,6 @@ def _are_alike(leaves: Sequence[Any]) -> bool:
 def _is_one_dot(leaf: CompressedTensor) -> bool:
     """Whether its product is a dot with its values, and arithmetic around it."""
     return isinstance(leaf, QTensor) and not leaf.grouped and leaf.values.dtype == jnp.int8
-
-
-def _dense(w: Any, dtype: Any) -> jax.Array:
-    return w.dense(dtype) if isinstance(w, CompressedTensor) else w.astype(dtype)
 
 
 def _stacked(trees: Sequence[Any]) -> Callable[[jax.Array], Any]:

@@ -140,6 +140,18 @@ class CompressedTensor(abc.ABC):
         return {name: getattr(self, name) for name in names if name not in self.array_fields}
 
 
+def flat_of(w: Any, keep: int = 0) -> Any:
+    """Any weight `[*out, in]`, compressed or not, as `CompressedTensor.flat` gives it."""
+    if isinstance(w, CompressedTensor):
+        return w.flat(keep)
+    return w.reshape(*w.shape[:keep], -1, w.shape[-1])
+
+
+def dense_of(w: Any, dtype: Any) -> jax.Array:
+    """Any weight `[*out, in]`, compressed or not, as an array."""
+    return w.dense(dtype) if isinstance(w, CompressedTensor) else w.astype(dtype)
+
+
 LEAF_TYPES: dict[str, type[CompressedTensor]] = {}
 
 

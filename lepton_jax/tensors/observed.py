@@ -12,7 +12,7 @@ from typing import Any, Self
 import jax
 
 from lepton_jax.tensors.cut import Cut
-from lepton_jax.tensors.leaves import CompressedTensor, ParamSpec
+from lepton_jax.tensors.leaves import CompressedTensor, ParamSpec, dense_of, flat_of
 from lepton_jax.tensors.matmul import matmul
 from lepton_jax.tensors.ragged_dots import ragged_dot
 
@@ -43,10 +43,7 @@ class Observed(CompressedTensor):
         raise ValueError(f"{self.shape}: an observed weight is not stored, so it has no pieces")
 
     def flat(self, keep: int = 0) -> Self:
-        w = self.weight
-        if isinstance(w, CompressedTensor):
-            return Observed(w.flat(keep), self.record)
-        return Observed(w.reshape(*w.shape[:keep], -1, w.shape[-1]), self.record)
+        return Observed(flat_of(self.weight, keep), self.record)
 
     def matmul(self, x: jax.Array) -> jax.Array:
         self.record(x, None)
@@ -57,8 +54,7 @@ class Observed(CompressedTensor):
         return ragged_dot(x, self.weight, group_sizes)
 
     def dense(self, dtype: Any) -> jax.Array:
-        w = self.weight
-        return w.dense(dtype) if isinstance(w, CompressedTensor) else w.astype(dtype)
+        return dense_of(self.weight, dtype)
 
     def taken(self, ids: jax.Array) -> Self:
         raise TypeError("an observed weight is multiplied, not looked up")

@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lepton_jax.tensors.leaves import CompressedTensor
+from lepton_jax.tensors.leaves import CompressedTensor, flat_of
 from lepton_jax.tensors.matmul import matmul
 from lepton_jax.tensors.ragged_dots import ragged_dot
 
@@ -24,7 +24,7 @@ def einsum(subscripts: str, x: jax.Array, w) -> jax.Array:
     lead, outs = _parse(subscripts)
     if x.ndim != len(lead) + 1 or len(w.shape) != len(outs) + 1:
         raise ValueError(f"einsum {subscripts!r} does not fit shapes {x.shape} and {w.shape}")
-    y = matmul(x.reshape(-1, x.shape[-1]), _flat(w))
+    y = matmul(x.reshape(-1, x.shape[-1]), flat_of(w))
     return y.reshape(*x.shape[:-1], *w.shape[:-1])
 
 
@@ -45,7 +45,7 @@ def einsum_parts(subscripts: str, x: jax.Array, w) -> tuple[jax.Array, ...]:
             "and result do not begin with the same letter"
         )
     parts, *out_shape, width = w.shape
-    flat = matmul(x.reshape(-1, width), _flat(w))
+    flat = matmul(x.reshape(-1, width), flat_of(w))
     columns = math.prod(out_shape)
     return tuple(
         flat[:, part * columns : (part + 1) * columns].reshape(*x.shape[:-1], *out_shape)
@@ -95,8 +95,3 @@ def _parse(subscripts: str, *, grouped: bool = False) -> tuple[str, str]:
             "last in both"
         )
     return x[:-1], w[:-1]
-
-
-def _flat(w):
-    """The weight as `[O, I]`, whatever the leaf."""
-    return w.flat() if isinstance(w, CompressedTensor) else w.reshape(-1, w.shape[-1])
