@@ -421,11 +421,6 @@ class SamplingParams:
             bias[int(key)] = float(value)
         return bias
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "SamplingParams":
-        """From a row's "sampling" object. Raises ValueError on an unknown or impossible field."""
-        return from_mapping(cls, values, where="sampling")
-
 
 @dataclasses.dataclass(frozen=True)
 class BenchSection:

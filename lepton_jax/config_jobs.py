@@ -36,8 +36,9 @@ class JobSection:
     )
     exact: bool = _doc(
         True,
-        "a resumed job gives the bytes of one that never stopped: it computes the last 64 x "
-        "engine.rows rows again; false: only rows that aren't written, and rounding may differ",
+        "a resumed job gives the bytes of one that never stopped: it computes the rows of the last "
+        "block, 64 x engine.rows in each replica, again; false: only rows that aren't written, and "
+        "rounding may differ",
     )
     restart: bool = _doc(False, "drop what an interrupted run with other settings has done")
     report: bool = _doc(False, "write <output>.report.html, a page of rates, lengths and latencies")

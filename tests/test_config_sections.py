@@ -74,11 +74,6 @@ def test_values_in_the_forms_that_json_and_python_give():
     assert params.logit_bias == {7: 2.0}
 
 
-def test_an_unknown_sampling_field_is_refused_with_the_nearest():
-    with pytest.raises(ValueError, match="'temprature'; did you mean 'temperature'"):
-        SamplingParams.from_dict({"temprature": 1})
-
-
 def test_every_field_is_documented():
     described = cli.describe_fields()
     for section in dataclasses.fields(RunConfig):

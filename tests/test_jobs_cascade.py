@@ -66,12 +66,15 @@ class NoisyScorer(FakeScorer):
         return {"prefill_tokens": len(self.asked)}
 
 
+SCORING = ScoringSection(labels=LABELS, calibrate=True)
+
+
 def config_of(tmp_path, rows, *, name="out.jsonl", mode="classify", audit=0.3, **job) -> RunConfig:
     source = tmp_path / "in.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return dataclasses.replace(
         job_config(source, tmp_path / name, mode=mode, **job),
-        scoring=ScoringSection(labels=LABELS, calibrate=True),
+        scoring=SCORING if mode == "classify" else ScoringSection(),
         cascade=CascadeSection(agreement=AGREEMENT, audit=audit),
         compression=CompressionSection(preset="int8"),
     )

@@ -278,6 +278,28 @@ def test_a_kept_column_may_not_hide_a_field_of_the_answer(tmp_path):
     assert json_rows(run_job(config)[0].read_text())[0]["input_text"] == "y"
 
 
+def test_a_kept_column_is_still_read(tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"id": 7, "prompt": "x"}\n')
+    config = job_config(tmp_path / "in.jsonl", tmp_path / "out.jsonl", keep="key=id,prompt")
+    (row,) = json_rows(run_job(config)[0].read_text())
+    assert (row["id"], row["key"], row["prompt"], row["text"]) == (7, 7, "x", "x")
+
+
+def test_columns_of_a_table_that_the_mode_does_not_read_may_hold_anything(tmp_path):
+    (tmp_path / "in.csv").write_text("prompt,choices,labels\nx,yes or no,good\n")
+    output, tally = run_job(job_config(tmp_path / "in.csv", tmp_path / "out.jsonl"))
+    assert tally.errors == 0 and json_rows(output.read_text())[0]["text"] == "x"
+
+
+def test_an_input_by_another_path_is_not_overwritten(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.jsonl").write_text(LINES)
+    for names in [("./in.jsonl", "in.jsonl"), ("in.jsonl", str(tmp_path / "in.jsonl"))]:
+        with pytest.raises(JobError, match="is the input: give another file"):
+            run_job(job_config(*names))
+    assert (tmp_path / "in.jsonl").read_text() == LINES
+
+
 @pytest.mark.parametrize("name", ["out.jsonl", "out.parquet", "out.csv.gz"])
 def test_urls_are_read_and_written(tmp_path, name):
     store = fsspec.filesystem("memory")

@@ -57,11 +57,15 @@ def write(path, rows):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+SCORING = {
+    "classify": {"labels": ("good", "bad"), "template": "{text}: {label}"},
+    "perplexity": {"window": 16, "stride": 8},
+}
+
+
 def score_file(source, output, mode, engine):
     config = job_config(source, output, mode=mode)
-    template = "{text}: {label}" if mode == "classify" else ""
-    scoring = ScoringSection(labels=("good", "bad"), template=template, window=16, stride=8)
-    config = dataclasses.replace(config, scoring=scoring)
+    config = dataclasses.replace(config, scoring=ScoringSection(**SCORING.get(mode, {})))
     return run_job(config, engine, mode=mode_for(config), tokenizer=Bytes())
 
 

@@ -4,6 +4,7 @@ The fast tests end it between two beats or within its last step; the slow one ki
 """
 
 import dataclasses
+import datetime
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from jobs_fakes import EOS, Killed, MortalEngine, job_config, run_job
+from jobs_fakes import EOS, ByteTokenizer, Killed, MortalEngine, job_config, run_job
 
 from lepton_jax.jobs import driver
 from lepton_jax.jobs import output as output_module
@@ -323,3 +324,105 @@ def test_fifty_kills_at_random_moments_change_nothing(tmp_path):
             found, wanted = (sorted(data.splitlines()) for data in (found, wanted))
         assert found == wanted, name
     assert not list(tmp_path.glob("*.partial*")) + list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_no_row_is_lost_where_blocks_have_another_size(tmp_path, source, rows, monkeypatch):
+    """A long row of an early block is open while many behind it are written."""
+    monkeypatch.setattr(driver, "_BLOCK", 4)
+    source.write_text(
+        "".join(
+            json.dumps({"id": n, "prompt": "abc" * (20 if n == 1 else 1)}) + "\n" for n in range(30)
+        )
+    )
+    asked = dict(order="finished")
+    config = job_config(source, tmp_path / "out.jsonl", rows=8, exact=True, **asked)
+    with pytest.raises(Killed):
+        run_job(config, MortalEngine(16, rows=8))
+    config = job_config(source, tmp_path / "out.jsonl", rows=rows, exact=True, **asked)
+    with pytest.raises(JobError, match="engine.rows was 8, is .*--config.job.exact=false"):
+        run_job(config)
+    config = job_config(source, tmp_path / "out.jsonl", rows=rows, exact=False, **asked)
+    output, tally = run_job(config)
+    ids = [json.loads(line)["id"] for line in output.read_text().splitlines()]
+    assert tally.resumed > 10 and sorted(ids) == list(range(30))
+
+
+def test_what_was_inexact_once_does_not_become_exact(tmp_path, source):
+    paths = source, tmp_path / "out.jsonl"
+    with pytest.raises(Killed):
+        run_job(job_config(*paths), MortalEngine(12))
+    with pytest.raises(Killed):
+        run_job(job_config(*paths, rows=1, exact=False), MortalEngine(12))
+    with pytest.raises(JobError, match="job.exact was False, is True"):
+        run_job(job_config(*paths, rows=1))
+
+
+def test_batch_requests_with_numbers_for_ids_go_on(tmp_path):
+    body = {"messages": [{"role": "user", "content": "abc" * 5}]}
+    request = {"method": "POST", "url": "/v1/chat/completions", "body": body}
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps({"custom_id": n} | request) + "\n" for n in range(20)))
+    config = job_config(path, tmp_path / "out.jsonl", exact=False)
+    with pytest.raises(Killed):
+        run_job(config, MortalEngine(25))
+    output, tally = run_job(config)
+    assert tally.resumed and len(output.read_text().splitlines()) == 20
+
+
+class DatedTokenizer(ByteTokenizer):
+    """Its template asks for the time."""
+
+    now = None
+
+    def apply_chat(self, messages, tools=None, **variables):
+        return self.encode(f"{self.now:%d.%m.%Y %H:%M:%S}")
+
+
+def test_a_resumed_job_has_the_day_on_which_it_began(tmp_path, monkeypatch):
+    path = tmp_path / "in.jsonl"
+    message = [{"role": "user", "content": "x"}]
+    path.write_text("".join(json.dumps({"id": n, "messages": message}) + "\n" for n in range(9)))
+    config = job_config(path, tmp_path / "out.jsonl")
+
+    def at(day, engine):
+        class Clock(datetime.datetime):
+            @classmethod
+            def now(cls):
+                return cls(2026, 1, day, 23, 59, 30)
+
+        for module in (driver, output_module):
+            monkeypatch.setattr(module.datetime, "datetime", Clock)
+        return run_job(config, engine, tokenizer=DatedTokenizer())
+
+    with pytest.raises(Killed):
+        at(30, MortalEngine(12))
+    output, tally = at(31, MortalEngine(10**9))
+    texts = {json.loads(line)["text"] for line in output.read_text().splitlines()}
+    assert tally.resumed and texts == {"30.01.2026 23:59:30"}
+
+
+def test_a_bucket_that_takes_nothing_more_is_one_error(tmp_path, source, monkeypatch):
+    monkeypatch.setattr(journal, "_PIECE_LINES", 4)
+    config = job_config(source, "memory://resume/out.jsonl")
+    store = fsspec.filesystem("memory")
+
+    def full(path, content):
+        if "partial/" in path:
+            raise OSError(28, "No space left on device")
+        return type(store).pipe_file(store, path, content)
+
+    monkeypatch.setattr(store, "pipe_file", full, raising=False)
+    with pytest.raises(JobError, match="No space left"):
+        run_job(config)
+
+
+def test_a_partial_that_cannot_be_removed_is_a_warning(source, monkeypatch, caplog):
+    def refuse(self):
+        if self._numbers():
+            raise PermissionError(13, "not allowed")
+
+    monkeypatch.setattr(journal.BucketJournal, "remove", refuse)
+    run_job(job_config(source, "memory://resume/out.jsonl"))
+    assert "out.jsonl.partial can't be removed: not allowed" in caplog.text
+    assert content("memory://resume/out.jsonl")

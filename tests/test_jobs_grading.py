@@ -25,6 +25,11 @@ from lepton_jax.jobs.grading import grade, interval
         ({"text": '{"a": 1, "b": "y", "c": 0}'}, {"a": 1, "b": "x"}, 0.5),
         ({"text": '{"a": 1'}, {"a": 1}, 0),
         ({"text": "[1]"}, {"a": 1}, 0),
+        ({"text": '{"a": 1, "b": "y"}'}, '{"a": 1, "b": "x"}', 0.5),  # as in a cell of CSV
+        ({"text": "{}"}, {"a": None}, 0),
+        ({"choices": [{"text": "Paris"}, {"text": "Rome"}]}, "Paris", 1),
+        ({"text": "None"}, None, None),
+        ({"logprob": -1.5}, "Paris", None),
     ],
 )
 def test_a_grade_says_how_right_an_answer_is(result, answer, wanted):
@@ -79,3 +84,17 @@ def test_batch_requests_are_not_graded(tmp_path):
     write_rows(tmp_path / "in.jsonl", [request])
     with pytest.raises(JobError, match="job.answer"):
         run_job(job_config(tmp_path / "in.jsonl", tmp_path / "out.jsonl", answer="x"))
+
+
+def test_a_kept_column_is_not_taken_for_a_grade(tmp_path):
+    write_rows(tmp_path / "in.jsonl", [{"id": 1, "prompt": "ab", "correct": "x"}])
+    paths = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    with pytest.raises(JobError, match="job.keep has 'correct', which is a field of the output"):
+        run_job(job_config(*paths, answer="wanted", keep="correct"))
+
+
+def test_columns_that_no_row_has_are_said(tmp_path, caplog):
+    write_rows(tmp_path / "in.jsonl", [{"id": 1, "prompt": "ab", "label": "x"}])
+    paths = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    run_job(job_config(*paths, answer="labl", keep="label"))
+    assert "names 'labl', which no row has" in caplog.text and "'label'" not in caplog.text

@@ -138,6 +138,7 @@ def test_content_in_parts_is_one_text(tmp_path):
         ({"body": {"messages": HI, "stream": True}}, "stream=True: want False"),
         ({"body": {"messages": HI, "temperature": -1}}, "temperature=-1"),
         ({"body": {"messages": HI, "logprobs": 3}}, "logprobs=3: want true or false"),
+        ({"body": {"messages": HI, "top_logprobs": 2}}, "want logprobs=true with it"),
         ({"body": {"model": "small"}}, "body has no messages"),
         ({"body": {"messages": []}}, "messages is empty"),
         ({"body": {"messages": [{"role": "bad"}]}}, "messages[0].role is 'bad'"),

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jobs_fakes import EOS, ByteTokenizer, job_config, run_job
 
-from lepton_jax.config import JobSection, RunConfig, ScoringSection
+from lepton_jax.config import CascadeSection, JobSection, RunConfig, ScoringSection
 from lepton_jax.engine.request import StepOutput
 from lepton_jax.engine.scored import Scored, Scoring
 from lepton_jax.jobs.classify import CONTENT_FREE, ClassifyMode
@@ -352,10 +352,40 @@ def test_a_calibration_that_is_refused_is_one_line(tmp_path):
         run_job(config, engine, mode=mode_for(config), tokenizer=Bytes())
 
 
-def test_alerts_are_of_classify():
-    config = RunConfig(job=JobSection(mode="score"), scoring=section(alert="good>=0.5"))
-    with pytest.raises(ValueError, match="scoring.alert='good>=0.5' is of job.mode=classify"):
+LABELS = {"labels": ("good", "bad")}
+
+
+@pytest.mark.parametrize(
+    ("mode", "scoring", "cascade", "says"),
+    [
+        (
+            "score",
+            {"alert": "good>=0.5"},
+            {},
+            "scoring.alert='good>=0.5' is of job.mode=classify",
+        ),
+        ("generate", LABELS, {}, "scoring.labels=.* is of job.mode=classify, not of generate"),
+        ("embed", {"normalize": "sum"}, {}, "normalize='sum' is of job.mode=classify or rank, not"),
+        ("classify", {**LABELS, "system": "x"}, {}, "is read with scoring.chat=True only"),
+        ("rank", {"layer": 3}, {}, "scoring.layer=3 is read with scoring.rank_by=similarity only"),
+        ("rank", {"rank_by": "similarity", "template": "x"}, {}, "rank_by=likelihood only"),
+        ("classify", LABELS, {"audit": 0.1}, "cascade.audit=0.1 is read with a cascade.agreement"),
+    ],
+)
+def test_what_a_mode_would_not_read_is_refused(mode, scoring, cascade, says):
+    config = RunConfig(
+        job=JobSection(mode=mode),
+        scoring=ScoringSection(**scoring),
+        cascade=CascadeSection(**cascade),
+    )
+    with pytest.raises(ValueError, match=says):
         mode_for(config)
+
+
+@pytest.mark.parametrize("mode", ["embed", "perplexity"])
+def test_what_is_not_right_or_wrong_is_not_graded(mode):
+    with pytest.raises(ValueError, match="job.answer='label' grades answers, and job.mode="):
+        mode_for(RunConfig(job=JobSection(mode=mode, answer="label")))
 
 
 def test_broken_numbers_end_a_row_once():
@@ -394,11 +424,11 @@ def test_rows_of_files_are_plain_json():
 
 
 def test_every_mode_has_a_maker():
-    config = RunConfig(job=JobSection(mode="score"), scoring=section())
-    assert isinstance(mode_for(config), ScoreMode)
+    assert isinstance(mode_for(RunConfig(job=JobSection(mode="score"))), ScoreMode)
     makers = {"classify": ClassifyMode, "embed": EmbedMode, "perplexity": PerplexityMode}
     for name, kind in makers.items():
-        config = RunConfig(job=JobSection(mode=name), scoring=section())
+        asked = section() if name == "classify" else ScoringSection()
+        config = RunConfig(job=JobSection(mode=name), scoring=asked)
         mode = mode_for(config)
         assert isinstance(mode, kind)
         sizes = mode.requests(mode.parse({"text": "some text"}), Bytes())

@@ -175,7 +175,7 @@ def test_a_report_and_scalars_where_they_are_asked_for(files):
 
 def test_another_run_is_refused_until_told_to_start_over(files):
     (files / "out.jsonl.partial").write_text('{"id": "a", "text": ""}\n')
-    (files / "out.jsonl.partial.meta").write_text('{"format": 2, "model": "another"}')
+    (files / "out.jsonl.partial.meta").write_text('{"format": 3, "model": "another"}')
     done = drive(files, "--config=config.py")
     assert done.returncode == 2
     assert "the model is another one" in done.stderr and "Traceback" not in done.stderr

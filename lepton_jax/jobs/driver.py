@@ -16,6 +16,7 @@ yet. Read next: `modes.py`, `rows.py`, `output.py`; `summary.py` makes a report 
 """
 
 import dataclasses
+import datetime
 import itertools
 import logging
 import sys
@@ -30,7 +31,7 @@ from lepton_jax.config import RunConfig
 from lepton_jax.distributed.hosts import ALONE, Hosts
 from lepton_jax.jobs.alerts import Alerts
 from lepton_jax.jobs.files.follow import Pending
-from lepton_jax.jobs.files.places import JobError, digest, need
+from lepton_jax.jobs.files.places import JobError, digest, is_same, need
 from lepton_jax.jobs.files.source import Source
 from lepton_jax.jobs.framing import Framing, PlainFraming
 from lepton_jax.jobs.modes import Mode, ModeSession
@@ -51,7 +52,8 @@ _UNMEASURED = 2**30  # tokens: the longest that the engine serves
 _PREVIEW_ROWS = 4
 _POLL_SECONDS = 0.2  # between looks at an input that is followed
 # Fields of the job on which no answer depends.
-_NOT_FOR_ANSWERS = ("input", "output", "restart", "report", "tensorboard", "follow")
+_NOT_FOR_ANSWERS = "input output restart report tensorboard follow exact".split()
+_ANSWERS = ("max_len", "kv_dtype")  # fields of the engine on which more than rounding depends
 
 
 @dataclasses.dataclass
@@ -118,25 +120,36 @@ class Job:
         batch = self._source.format == "openai_batch"
         self._mode = BatchMode(mode, config.job.mode) if batch else mode
         self._framing: Framing = BatchFraming() if batch else self._plain_framing()
-        self._source.check_columns(list(mode.fields))
+        self._source.serve(self._mode.fields, id_field=self._framing.id_field)
         alerts = config.scoring.alert and hosts.first
-        self._alerts = Alerts(config.job.output) if alerts else None
         self.output = Output(config.job) if hosts.first else Unwritten(config.job)
+        try:
+            self._check_output(batch)
+            self._alerts = Alerts(self.output.path) if alerts else None
+        except JobError:
+            self.close()
+            raise
         self._done = bytearray()  # a 1 at the place of each row that an earlier run has done
+        self._first_open = 0  # the first place without one
+        self._now = (
+            datetime.datetime.now()
+        )  # for chat templates; a resumed job's is the first one's
         at_once = config.engine.rows * config.replicas
         self._block = _BLOCK * at_once if config.job.exact else sys.maxsize
         self._total: int | None = None
         self.tally = Tally()
-        if self.output.path in self._source.names:
-            self.close()
-            raise JobError(f"job.output={config.job.output!r} is the input: give another file")
-        if batch and config.job.answer:
-            self.close()
-            raise JobError(
-                "job.answer grades rows of our own form, not batch requests: leave it out"
-            )
+
+    def _check_output(self, batch: bool) -> None:
+        job = self._config.job
+        if any(is_same(self.output.path, name) for name in self._source.names):
+            raise JobError(f"job.output={job.output!r} is the input: give another file")
+        for name in ("answer", "keep"):
+            if batch and getattr(job, name):
+                raise JobError(
+                    f"job.{name} is for rows of our own form, not for batch requests, whose "
+                    "answers have OpenAI's fields: leave it out"
+                )
         if batch and self.output.form != "jsonl":
-            self.close()
             raise JobError("answers to batch requests are JSON lines: give a job.output in .jsonl")
 
     def __enter__(self) -> "Job":
@@ -155,14 +168,16 @@ class Job:
         Args:
           fingerprint: of the model.
         """
-        self.output.begin(self._parts(fingerprint), restart=self._config.job.restart)
+        exact, in_order = self._config.job.exact, self._config.job.order == "input"
+        began = self.output.begin(
+            self._parts(fingerprint), rounding=self._rounding(), restart=self._config.job.restart
+        )
         self._total = self._source.rows
-        in_order = self._config.job.order == "input"
         rows = self._rows() if in_order else None
         block: list[dict] = []  # rows that are computed again come to the mode when they are
         for place, done in self.output.done_rows():
             row = next(rows, None) if rows else None
-            if in_order and (row is None or row.id != self._framing.row_id(done)):
+            if in_order and (row is None or str(row.id) != str(self._framing.row_id(done))):
                 raise JobError(
                     f"{self.output.path}.partial doesn't fit the input at row {place + 1}: to "
                     "start over, add --config.job.restart=true"
@@ -171,16 +186,17 @@ class Job:
             self.tally.count(done, self._framing)
             self.tally.resumed += 1
             block.append(done)
-            if not self._config.job.exact or len(block) == self._block:
+            if not exact or len(block) == self._block:
                 for observed in block:
                     self._mode.observe(observed)
                 block.clear()
         if self._hosts.count > 1:
-            self.tally.resumed = self._hosts.share(self.tally.resumed)
+            began, self.tally.resumed = self._hosts.share([began, self.tally.resumed])
             for place in range(self.tally.resumed):  # rows are in the order of the input
                 self._mark(place)
+        self._now = datetime.datetime.fromisoformat(began)
         if self.tally.resumed:
-            again = self.tally.resumed % self._block if self._config.job.exact else 0
+            again = self.tally.resumed - self._begin if exact else 0
             log.warning(
                 "going on after %d rows of an interrupted run%s",
                 self.tally.resumed,
@@ -195,6 +211,7 @@ class Job:
         engine serves, because what comes later may be as long.
         """
         requests: list[tuple[int, Any]] = []
+        tokenizer.now = self._now
         for row in self._rows():
             if isinstance(row, Row):
                 try:
@@ -242,6 +259,7 @@ class Job:
                     self.tally.count(line, self._framing)
                     bar.add_row(self.tally.errors)
             self.output.finish()
+            self._source.report_unseen()
         finally:
             session.close()
             self.output.close()
@@ -252,6 +270,7 @@ class Job:
         return self.tally
 
     def _opened(self, engine: Engine, tokenizer: Tokenizer) -> ModeSession:
+        tokenizer.now = self._now
         try:
             return self._mode.open(engine, tokenizer)
         except RowError as error:  # of what the mode itself asks
@@ -270,8 +289,7 @@ class Job:
     def _open_rows(self) -> Iterator[Row | BadRow | Pending]:
         """What is to be computed: with `job.exact` from the beginning of the block at hand."""
         if self._config.job.exact:
-            first = self.tally.resumed // self._block * self._block
-            return (row for row in self._rows() if row.place >= first)
+            return (row for row in self._rows() if row.place >= self._begin)
         return (row for row in self._rows(follow=True) if not self._is_done(row))
 
     def _is_done(self, row: Row | BadRow | Pending) -> bool:
@@ -285,12 +303,29 @@ class Job:
         if place >= len(self._done):
             self._done.extend(bytes(max(place + 1 - len(self._done), 2**16)))
         self._done[place] = 1
+        while self._first_open < len(self._done) and self._done[self._first_open]:
+            self._first_open += 1
+
+    @property
+    def _begin(self) -> int:
+        """The place from which on rows are computed: the beginning of the block at hand."""
+        return self._first_open // self._block * self._block
+
+    def _rounding(self) -> dict[str, Any]:
+        """By name what says which rows are computed together, and so how numbers are rounded."""
+        config = self._config
+        engine = {n: v for n, v in vars(config.engine).items() if n not in _ANSWERS}
+        return {
+            "pool.ray": config.pool.ray,
+            **{f"engine.{name}": value for name, value in engine.items()},
+            **{f"mesh.{name}": value for name, value in vars(config.mesh).items()},
+        }
 
     def _parts(self, fingerprint: str) -> dict[str, Any]:
-        """All that the answers depend on; sizes of the engine are no part of it."""
+        """All else that the answers depend on."""
         config = self._config
         job = {n: v for n, v in vars(config.job).items() if n not in _NOT_FOR_ANSWERS}
-        engine = {n: getattr(config.engine, n) for n in ("max_len", "kv_dtype")}
+        engine = {name: getattr(config.engine, name) for name in _ANSWERS}
         sections = {
             "model": vars(config.model),
             "compression": vars(config.compression),

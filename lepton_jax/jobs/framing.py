@@ -49,7 +49,9 @@ class PlainFraming:
     def frame(self, row: Row | BadRow, result: dict) -> dict:
         """Raises JobError where a kept column has the name of a field of the result."""
         record = row.record
-        both = sorted({"id", "error", *result} & record.kept.keys())
+        graded = self._graded and "answer" in record.kept
+        own = {"id", "error", *(["correct"] if self._graded else []), *result}
+        both = sorted(own & record.kept.keys())
         if both:
             raise JobError(
                 f"job.keep has {both[0]!r}, which is a field of the output rows: give it another "
@@ -59,8 +61,9 @@ class PlainFraming:
             where: dict[str, Any] = {"line": record.line}
             where |= {"file": record.shard} if self._several else {}
             result = result | {"error": result["error"] | where}
-        elif self._graded and "answer" in record.kept:
-            result = {"correct": grade(result, record.kept["answer"])} | result
+        elif graded:
+            correct = grade(result, record.kept["answer"])
+            result = ({} if correct is None else {"correct": correct}) | result
         return {"id": row.id, **record.kept, **result}
 
     def row_id(self, line: dict) -> RowId | None:

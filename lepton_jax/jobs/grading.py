@@ -13,23 +13,31 @@ from typing import Any
 _Z = 1.959964  # of a two-sided interval of 95 %
 
 
-def grade(result: Mapping[str, Any], answer: Any) -> float:
-    """1 for right, 0 for wrong, or the share of right fields.
+def grade(result: Mapping[str, Any], answer: Any) -> float | None:
+    """1 for right, 0 for wrong, or the share of right fields; None where there is no answer, or
+    nothing that could be right. Of several generated answers the first counts.
 
     Args:
       result: an output row of any mode without error.
-      answer: the label, the index of the best candidate or choice, the text, or an object whose
-        fields the generated JSON shall have.
+      answer: the label, the index of the best candidate or choice, the text, or an object, or the
+        JSON of one, whose fields the generated JSON shall have.
     """
+    if answer is None:
+        return None
     if "label" in result:
         return float(result["label"] == str(answer))
     if "ranking" in result:
         return float(str(result["ranking"][0]) == str(answer))
     if "best" in result:
         return float(str(result["best"]) == str(answer))
-    if isinstance(answer, Mapping):
-        return _share_of_fields(result.get("text", ""), answer)
-    return float(result.get("text", "").strip() == str(answer).strip())
+    if "choices" in result:
+        result = result["choices"][0]
+    if "text" not in result:
+        return None
+    fields = answer if isinstance(answer, Mapping) else _object(str(answer))
+    if fields:
+        return _share_of_fields(result["text"], fields)
+    return float(result["text"].strip() == str(answer).strip())
 
 
 def interval(grades: int, mean: float) -> tuple[float, float]:
@@ -43,10 +51,16 @@ def interval(grades: int, mean: float) -> tuple[float, float]:
 
 
 def _share_of_fields(text: str, answer: Mapping[str, Any]) -> float:
+    found = _object(text)
+    return sum(name in found and found[name] == value for name, value in answer.items()) / len(
+        answer
+    )
+
+
+def _object(text: str) -> dict[str, Any]:
+    """The JSON object that a text is; else an empty one."""
     try:
         found = json.loads(text)
-    except ValueError:
-        return 0.0
-    if not isinstance(found, dict) or not answer:
-        return 0.0
-    return sum(found.get(name) == value for name, value in answer.items()) / len(answer)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,5 +1,8 @@
 """Which mode a config asks for: that of `job.mode`, for a cascade twice. Read next: `modes.py`."""
 
+import dataclasses
+from typing import Any
+
 from lepton_jax.config import RunConfig
 from lepton_jax.jobs.cascade import CascadeMode, check_cascade
 from lepton_jax.jobs.classify import ClassifyMode
@@ -19,25 +22,73 @@ _MAKERS = {
     "perplexity": lambda config: PerplexityMode(config.scoring.window, config.scoring.stride),
 }
 _CHOOSING = ("score", "classify", "rank")
+_SCORING = {  # fields of the section scoring that a mode reads
+    "classify": ("labels", "template", "chat", "system", "alert", "calibrate", "normalize"),
+    "rank": ("rank_by", "template", "normalize", "pooling", "layer"),
+    "embed": ("pooling", "layer"),
+    "perplexity": ("window", "stride"),
+}
+_ONLY_WITH = {  # (mode, field): what makes the mode read it
+    ("classify", "system"): ("chat", True),
+    ("rank", "template"): ("rank_by", "likelihood"),
+    ("rank", "normalize"): ("rank_by", "likelihood"),
+    ("rank", "pooling"): ("rank_by", "similarity"),
+    ("rank", "layer"): ("rank_by", "similarity"),
+}
 
 
 def mode_for(config: RunConfig) -> Mode:
     """The mode of a run. Raises ValueError where its settings don't fit together."""
-    name, alert = config.job.mode, config.scoring.alert
-    if alert and name != "classify":
-        raise ValueError(f"scoring.alert={alert!r} is of job.mode=classify, not of {name}")
+    name = config.job.mode
+    if config.job.answer and name in ("embed", "perplexity"):
+        raise ValueError(
+            f"job.answer={config.job.answer!r} grades answers, and job.mode={name!r} gives none "
+            "that is right or wrong: leave it out"
+        )
     if config.engine.speculation != "off" and name != "generate":
         raise ValueError(
             f"engine.speculation={config.engine.speculation!r} is about decoding, and "
             f"job.mode={name!r} decodes nothing: leave it out"
         )
     make = _MAKERS[name]
-    if not config.cascade.agreement:
-        return make(config)
-    if name not in _CHOOSING:
+    if config.cascade.agreement and name not in _CHOOSING:
         raise ValueError(
             f"cascade.agreement is about what models choose, and job.mode={name!r} isn't: want "
             f"{', '.join(_CHOOSING)}, or cascade.agreement=0"
         )
+    _refuse_unread(config)
+    if not config.cascade.agreement:
+        return make(config)
     check_cascade(config)
     return CascadeMode.of(lambda: make(config), config)
+
+
+def _refuse_unread(config: RunConfig) -> None:
+    """Raises ValueError for what is set of scoring or cascade and wouldn't be read."""
+    mode, scoring = config.job.mode, config.scoring
+    for name in _set(scoring):
+        value = getattr(scoring, name)
+        if name not in _SCORING.get(mode, ()):
+            readers = [reader for reader, fields in _SCORING.items() if name in fields]
+            raise ValueError(
+                f"scoring.{name}={value!r} is of job.mode={' or '.join(readers)}, not of {mode}"
+            )
+        condition = _ONLY_WITH.get((mode, name))
+        if condition and getattr(scoring, condition[0]) != condition[1]:
+            raise ValueError(
+                f"scoring.{name}={value!r} is read with scoring.{condition[0]}={condition[1]} only:"
+                " give that too, or leave it out"
+            )
+    if not config.cascade.agreement:
+        for name in _set(config.cascade):
+            value = getattr(config.cascade, name)
+            raise ValueError(
+                f"cascade.{name}={value!r} is read with a cascade.agreement only, such as 0.99: "
+                "give one, or leave it out"
+            )
+
+
+def _set(section: Any) -> list[str]:
+    """Fields that differ from their defaults."""
+    fields = dataclasses.fields(section)
+    return [field.name for field in fields if getattr(section, field.name) != field.default]

@@ -196,6 +196,8 @@ def _prompt_row(url: str, body: dict[str, Any]) -> dict[str, Any]:
     if url == CHAT:
         if not isinstance(logprobs, bool | None):
             raise RowError("invalid_row", f"body: logprobs={logprobs!r}: want true or false")
+        if "top_logprobs" in body and not logprobs:
+            raise RowError("invalid_row", "body: top_logprobs is given: want logprobs=true with it")
         logprobs = body.get("top_logprobs", 0) if logprobs else None
         sampling |= _answer_form(body.get("response_format", {"type": "text"}))
     if logprobs is not None:

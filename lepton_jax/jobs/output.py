@@ -1,17 +1,19 @@
 """The output of a job: resumable while it is written, whole once it has its name.
 
 Rows go to `<output>.partial`, as JSON lines whatever the output's format; `<output>.partial.meta`
-says of which input, model and settings they are. The same command goes on after the last whole row;
-one that differs in any of these is refused, with what differs. The last step gives the file its
-form and its name, so an output that exists is complete. Below a URL the partial is a folder of
-pieces. `<output>.lock` keeps a second process away. Read next: `files/journal.py`, `driver.py`.
+says of which input, model and settings they are, and when the first run began. The same command
+goes on after the last whole row; one that differs in any of these is refused, with what differs.
+The last step gives the file its form and its name, so an output that exists is complete. Below a
+URL the partial is a folder of pieces. `<output>.lock` keeps a second process away. Read next:
+`files/journal.py`, `driver.py`.
 """
 
+import datetime
 import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ from lepton_jax.jobs.files.places import JobError, reason
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 2  # of output rows; a change makes older partial files refused
+_FORMAT = 3  # of output rows; a change makes older partial files refused
+_EXACT = "job.exact"
 _AGAIN = "to start over, add --config.job.restart=true"
 Parts = Mapping[str, Any]
 
@@ -43,7 +46,7 @@ class Output:
         self._remote = places.is_remote(job.output)
         self.path = job.output if self._remote else os.path.expanduser(job.output)
         self.form, self._codec = writers.form_to_write(self.path)
-        self._finished_order = job.order == "finished"
+        self._finished_order, self._exact = job.order == "finished", job.exact
         self._partial = self.path + ".partial"
         self._meta = self.path + ".partial.meta"
         self.summary = self.path + ".summary.json"
@@ -55,26 +58,32 @@ class Output:
         )
         self._lock = JobLock(self.path)
 
-    def begin(self, parts: Parts, *, restart: bool) -> None:
+    def begin(self, parts: Parts, *, rounding: Parts, restart: bool) -> str:
         """Takes over the partial of an interrupted run, or makes sure that there is none.
 
         Args:
           parts: all that the answers depend on, by name; JSON.
+          rounding: that on which only their rounding depends; it may change without `job.exact`.
           restart: drop what another run has left.
 
-        Raises JobError, naming the parts that differ, where it is of another input, model or
-        settings.
+        Returns when the first run began, in ISO form. Raises JobError, naming the parts that
+        differ, where it is of another input, model or settings.
         """
         # As it comes back from the file: tuples become lists and keys become texts.
-        parts = json.loads(json.dumps({"format": _FORMAT, **parts}))
-        if not restart and next(self._journal.lines(), None) is not None:
-            self._check_parts(parts)
-            return
+        rounding = {_EXACT: self._exact, **rounding}
+        parts = json.loads(json.dumps({"format": _FORMAT, **parts, **rounding}))
+        began = datetime.datetime.now().isoformat(timespec="seconds")
+        fresh = restart or next(self._journal.lines(), None) is None
         try:
-            self._journal.remove()
-            places.write_small(self._meta, json.dumps(parts, indent=1).encode())
+            if fresh:
+                self._journal.remove()
+            else:
+                began = self._checked(parts, rounding)
+            meta = json.dumps({"began": began, **parts}, indent=1)
+            places.write_small(self._meta, meta.encode())
         except OSError as error:
             raise JobError(f"{self._meta} can't be written: {reason(error)}") from error
+        return began
 
     def done_rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """(place in the input, output row) of the rows that are done, as they were written."""
@@ -111,13 +120,18 @@ class Output:
                 self._write_final()
         except OSError as error:
             raise cannot_write(self.path, error) from error
-        self._journal.remove()
-        self._remove_meta()
+        try:
+            self._journal.remove()
+            self._remove_meta()
+        except OSError as error:
+            log.warning("%s can't be removed: %s", self._partial, reason(error))
 
     def close(self) -> None:
         """Leaves what is done for a later run, and the output to others."""
         try:
             self._journal.close()
+        except JobError as error:
+            log.warning("the last rows are to be computed again: %s", error)
         finally:
             self._lock.release()
 
@@ -154,7 +168,8 @@ class Output:
             raise ValueError("not a row")
         return place, row
 
-    def _check_parts(self, parts: Parts) -> None:
+    def _checked(self, parts: Parts, rounding: Collection[str]) -> str:
+        """When the run began whose rows are there."""
         try:
             theirs = json.loads(self._read_meta())
         except (OSError, ValueError) as error:
@@ -164,16 +179,19 @@ class Output:
             ) from error
         if theirs.get("format") != parts["format"]:
             raise JobError(f"{self._partial} is of another version of lepton_jax: {_AGAIN}")
-        changes = [
-            _change(name, theirs.get(name), parts.get(name))
-            for name in sorted({*theirs, *parts})
-            if theirs.get(name) != parts.get(name)
+        changed = [
+            name
+            for name in sorted({*theirs, *parts} - {"began"})
+            if theirs.get(name) != parts.get(name) and (self._exact or name not in rounding)
         ]
-        if changes:
+        if changed:
+            said = "; ".join(_change(name, theirs.get(name), parts.get(name)) for name in changed)
+            inexact = f"with --config.{_EXACT}=false only rounding may differ; "
             raise JobError(
-                f"{self._partial} is of another run: {'; '.join(changes)}. Go back to what it was "
-                f"to go on with it; {_AGAIN}"
+                f"{self._partial} is of another run: {said}. Go back to what it was to go on with "
+                f"it; {inexact if set(changed) <= set(rounding) else ''}{_AGAIN}"
             )
+        return theirs["began"]
 
     def _read_meta(self) -> bytes:
         if self._remote:
@@ -211,8 +229,9 @@ class Unwritten:
         self.path = job.output
         self.form, _ = writers.form_to_write(self.path)
 
-    def begin(self, parts: Parts, *, restart: bool) -> None:
-        """Host 0 makes sure of that."""
+    def begin(self, parts: Parts, *, rounding: Parts, restart: bool) -> str:
+        """Host 0 makes sure of that, and says when the job began."""
+        return ""
 
     def done_rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """None: only host 0 knows."""

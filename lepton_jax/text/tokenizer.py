@@ -11,6 +11,7 @@ grows token by token use `detokenizer.py`.
 
 from __future__ import annotations
 
+import datetime
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +29,8 @@ class Tokenizer:
 
     `vocab_size` counts the tokenizer's own ids (a model may have more rows). `eos_ids` are all ids
     that end an answer. `control_ids` spell nothing in decoded text. `leading_space`: decoding drops
-    the space that encoding adds in front.
+    the space that encoding adds in front. `now`: what chat templates take for the time; None: the
+    clock's.
     """
 
     def __init__(self, parts: TokenizerParts, *, source: str):
@@ -40,6 +42,7 @@ class Tokenizer:
         self.control_ids: frozenset[int] = parts.pieces.control
         self.leading_space: bool = parts.pieces.leading_space
         self.chat_template: str | None = parts.templates.get("default")
+        self.now: datetime.datetime | None = None
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:
         """Ids of `text`; with `add_special` the ids around it that the model expects (usually bos
@@ -93,6 +96,8 @@ class Tokenizer:
                 "messages, or take an instruction-tuned model, which has one"
             )
         values = dict(self._parts.special.names) | variables
+        if self.now:
+            values["strftime_now"] = self.now.strftime
         return chat_template.render(templates[name], messages, tools=tools, **values)
 
     def apply_chat(

@@ -130,8 +130,11 @@ class BucketJournal:
         self._pending, self._begun = [], time.monotonic()
 
     def close(self) -> None:
-        """What is pending goes out too: nothing of it has to be computed again."""
-        self.sync()
+        """What is pending goes out too: nothing of it has to be computed again. Once."""
+        try:
+            self.sync()
+        finally:
+            self._pending = []
 
     def remove(self) -> None:
         for number in sorted(self._numbers(), reverse=True):

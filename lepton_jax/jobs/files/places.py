@@ -80,6 +80,13 @@ def expand(pattern: str) -> list[str]:
     return sorted(found)
 
 
+def is_same(path: str, other: str) -> bool:
+    """Whether two paths or URLs are one file."""
+    if path == other or is_remote(path) or is_remote(other):
+        return path == other
+    return os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other)
+
+
 def reason(error: Exception) -> str:
     """Why the system said no, in its words."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__

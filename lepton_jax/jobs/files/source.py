@@ -8,8 +8,9 @@ Read next: `tables.py` (CSV and Parquet), `../rows.py` (records become rows).
 import dataclasses
 import itertools
 import json
+import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
@@ -17,6 +18,8 @@ from lepton_jax.config import JobSection
 from lepton_jax.jobs.files import tables
 from lepton_jax.jobs.files.follow import PENDING, Follower, Pending
 from lepton_jax.jobs.files.places import JobError, digest, expand, form_of, open_content
+
+log = logging.getLogger(__name__)
 
 _LONGEST_LINE = 2**26  # bytes; a longer one is an error row, not a full memory
 TABLES = ("csv", "parquet")
@@ -67,8 +70,9 @@ class Source:
         self.names = expand(job.input)
         self._columns = {new: old for new, old in pairs(job.columns, "job.columns")}
         self._keep = {new: old for new, old in pairs(job.keep, "job.keep")}
-        if job.answer:
-            self._keep["answer"] = job.answer
+        self._answer = {"answer": job.answer} if job.answer else {}
+        self._unseen = {*self._keep.values(), *self._answer.values()}
+        self._served: frozenset[str] = frozenset()
         # Columns of a table come together and not all are for us; an odd key in JSON is a typo.
         self.format = self._format(job)
         self._strict = self.format not in TABLES and not self._columns
@@ -107,16 +111,20 @@ class Source:
             read = tables.csv_columns if self.format == "csv" else tables.parquet_columns
             return read(content, self.names[0])
 
-    def check_columns(self, fields: list[str]) -> None:
-        """Raises JobError where a table has none of these fields, or lacks a column of the job."""
+    def serve(self, fields: Sequence[str], *, id_field: str) -> None:
+        """Says what the rows are read for. Raises JobError where a table has none of these fields,
+        or lacks a column of the job.
+        """
+        self._served = frozenset([id_field, *fields])
         there = self.columns()
         if not there:
             return
-        for name, wanted in (("job.columns", self._columns), ("job.keep", self._keep)):
-            for old in wanted.values():
+        wanted = {"columns": self._columns, "keep": self._keep, "answer": self._answer}
+        for name, columns in wanted.items():
+            for old in columns.values():
                 if old not in there:
                     raise JobError(
-                        f"{name} names {old!r}, but {self.names[0]!r} has {', '.join(there)}"
+                        f"job.{name} names {old!r}, but {self.names[0]!r} has {', '.join(there)}"
                     )
         if not any(field in self._columns or field in there for field in fields):
             raise JobError(
@@ -124,6 +132,11 @@ class Source:
                 f"{', '.join(fields)}: say which is which, as in "
                 f"--config.job.columns={fields[0]}={there[0]}"
             )
+
+    def report_unseen(self) -> None:
+        """Warns of columns to keep, or with answers, that no row has had."""
+        for name in sorted(self._unseen):
+            log.warning("job.keep or job.answer names %r, which no row has", name)
 
     def __iter__(self) -> Iterator[Record]:
         """All records in order."""
@@ -162,13 +175,17 @@ class Source:
         return Follower(self.names[0], job.follow)
 
     def _record(self, line: int, shard: str, values: dict[str, Any]) -> Record:
-        kept = {new: storable(values[old]) for new, old in self._keep.items() if old in values}
-        taken = {*self._columns.values(), *self._keep.values()} - {*self._columns}
-        mine = {n: v for n, v in values.items() if n not in taken and n not in self._columns}
+        copied = self._keep | self._answer
+        kept = {new: storable(values[old]) for new, old in copied.items() if old in values}
+        if self._unseen:
+            self._unseen -= values.keys()
+        renamed = {*self._columns, *self._columns.values()}
+        others = renamed | {*copied.values()} - self._served  # what is copied is read too
+        mine = {name: value for name, value in values.items() if name not in others}
         mine |= {new: values[old] for new, old in self._columns.items() if old in values}
         if self.format == "csv":
             try:
-                mine = tables.parse_json_cells(mine)
+                mine = tables.parse_json_cells(mine, self._served)
             except ValueError as error:
                 return Record(line, shard, RowError("invalid_row", str(error)), kept)
         return Record(line, shard, mine, kept)

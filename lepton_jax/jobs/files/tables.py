@@ -7,7 +7,7 @@ in a column "messages"; in Parquet it is lists and structs. Read next: `writers.
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
@@ -17,7 +17,7 @@ _BATCH = 1024  # rows of Parquet decoded at once
 _LONGEST_CELL = 2**26  # characters
 # Fields of all modes that are no texts: their CSV cells are JSON.
 JSON_FIELDS = frozenset(
-    "messages prompt_tokens sampling choices candidates labels tokens".split(),
+    "messages prompt_tokens sampling choices candidates".split(),
 )
 
 
@@ -105,10 +105,12 @@ def _fields(header: list[str], cells: list[str]) -> dict[str, Any] | str:
     return {name: cell for name, cell in zip(header, cells, strict=True) if cell}
 
 
-def parse_json_cells(values: dict[str, Any]) -> dict[str, Any]:
-    """The fields with the JSON ones parsed. Raises ValueError naming the one that is none."""
+def parse_json_cells(values: dict[str, Any], fields: Collection[str]) -> dict[str, Any]:
+    """The values with the JSON ones among these fields parsed. Raises ValueError naming the one
+    that is none.
+    """
     parsed = dict(values)
-    for name in JSON_FIELDS & values.keys():
+    for name in JSON_FIELDS & values.keys() & set(fields):
         try:
             parsed[name] = json.loads(values[name])
         except ValueError as error:
