@@ -11,6 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tiny_models
+from compress_makers import model_folder
 
 from lepton_jax.checkpoints.errors import CheckpointError
 from lepton_jax.checkpoints.load import describe, load
@@ -19,6 +20,7 @@ from lepton_jax.checkpoints.orbax_store import save
 from lepton_jax.compression.presets import compressor, preset_rules
 from lepton_jax.tensors import QTensor
 from lepton_jax.text.gguf_metadata import read_metadata
+from lepton_jax.text.tokenizer import load as load_tokenizer
 
 
 def loaded(folder, preset="none", **options):
@@ -74,6 +76,20 @@ def test_tokenizer_of_a_directory(tmp_path):
     after = load(save(tmp_path / "saved", loaded(tmp_path / "hf")))
     assert after.tokenizer_source == tmp_path / "saved" / "tokenizer"
     assert json.loads((after.tokenizer_source / "tokenizer.json").read_text()) == {"kept": True}
+
+
+def test_end_tokens_and_templates_are_the_same_after_saving(tmp_path):
+    folder = model_folder(tmp_path / "hf")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 5}))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "#"}')
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    after = load(save(tmp_path / "saved", load(folder)))
+    for source in (folder, after.tokenizer_source):
+        tokenizer = load_tokenizer(source)
+        assert tokenizer.eos_ids == (5, ord("#"))
+        assert tokenizer.render_chat([{"role": "user", "content": "a"}], [{}]) == "tools"
 
 
 def test_tokenizer_of_a_gguf(tmp_path):

@@ -43,8 +43,9 @@ _PARTIAL = "-partial-"  # in the names of directories that aren't finished
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
-    "vocab.json", "merges.txt",
+    "config.json", "vocab.json", "merges.txt",
 )  # fmt: skip
+_TEMPLATES = "additional_chat_templates"
 
 
 def save(
@@ -294,4 +295,7 @@ def _copy_tokenizer(source: Path, folder: Path) -> str:
     for name in {*_TOKENIZER_FILES, *([] if source.is_dir() else [source.name])}:
         if (base / name).is_file():
             shutil.copyfile(base / name, folder / name)
+    for template in (base / _TEMPLATES).glob("*.jinja"):
+        (folder / _TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(template, folder / _TEMPLATES / template.name)
     return _TOKENIZER if source.is_dir() else f"{_TOKENIZER}/{source.name}"
