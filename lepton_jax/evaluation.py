@@ -25,8 +25,9 @@ from lepton_jax.config import (
     refuse_unknown,
 )
 from lepton_jax.engine.scored import Scored
+from lepton_jax.jobs.generate import GenerateSession, PromptWork
 from lepton_jax.jobs.pairs import Pair, Questions, prefix_ids
-from lepton_jax.jobs.scoring import Asked, ScoringMode, score_all
+from lepton_jax.jobs.scoring import Asked, ScoringMode, answer_all, score_all
 from lepton_jax.jobs.session import Session
 from lepton_jax.text.tokenizer import Tokenizer
 
@@ -43,7 +44,7 @@ except ImportError as error:
 
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _MOST_NEW = 256  # tokens of an answer where a task doesn't say; lm_eval's own default
-_OF_OTHERS = ("batch_size", "max_batch_size", "device")
+_OF_OTHERS = ("batch_size", "device")
 _SAMPLED = ("temperature", "top_k", "top_p", "min_p", "seed")
 
 
@@ -69,9 +70,9 @@ class LeptonLM(TemplateLM):
           compression: preset "none", "int8", ...
           rows: requests that are decoded at once.
           max_length: most tokens of context and answer; 0: `engine.max_len`'s rule.
-          of_others: batch_size, max_batch_size and device, which lm_eval's command always gives,
-            also where nobody asked; the engine makes its own batches, and jax knows the device
-            (JAX_PLATFORMS chooses another).
+          of_others: batch_size and device, which lm_eval's command always gives, also where nobody
+            asked; the engine makes its own batches, and jax knows the device (JAX_PLATFORMS chooses
+            another).
         """
         super().__init__()
         refuse_unknown(of_others, _OF_OTHERS, where="model_args")
@@ -141,21 +142,27 @@ class LeptonLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Answers, each up to its first stop text. `disable_tqdm`: there is no bar anyway."""
-        session = Session(self.lepton.engine, self.tokenizer)
-        keys = [f"eval-{next(self._numbers)}" for _ in requests]
-        for key, request in zip(keys, requests, strict=True):
-            context, params = request.args[0], _sampling(request.args[1])
-            room = self.max_length - params.max_tokens
-            if room < 1:
-                raise ValueError(
-                    f"{params.max_tokens} new tokens leave no room in max_length={self.max_length}"
-                )
-            session.add(key, self.tok_encode(context)[-room:], params)
-        answers = {d.key: d.completion.text for d in session.deltas() if d.completion}
-        for key, request in zip(keys, requests, strict=True):
-            self.cache_hook.add_partial("generate_until", request.args, answers[key])
-        return [answers[key] for key in keys]
+        """Answers, each up to its first stop text. `disable_tqdm`: there is no bar anyway.
+
+        Raises ValueError (RowError) where a request can't be served or the model fails.
+        """
+        works = {f"eval-{next(self._numbers)}": self._work(*request.args) for request in requests}
+        session = GenerateSession(Session(self.lepton.engine, self.tokenizer))
+        rows = answer_all(session, works, observe=lambda row: None)
+        answers = [row["text"] for row in rows]
+        for request, text in zip(requests, answers, strict=True):
+            self.cache_hook.add_partial("generate_until", request.args, text)
+        return answers
+
+    def _work(self, context: str, options: Mapping[str, Any]) -> PromptWork:
+        """A prompt cut at its beginning to what fits, and what a task asks of its answer."""
+        params = _sampling(options)
+        room = self.max_length - params.max_tokens
+        if room < 1:
+            raise ValueError(
+                f"{params.max_tokens} new tokens leave no room in max_length={self.max_length}"
+            )
+        return PromptWork(self.tok_encode(context)[-room:], params)
 
     def _loglikelihood_tokens(
         self,

@@ -9,12 +9,15 @@ import sys
 import tomllib
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from jobs_fakes import ByteTokenizer, FakeEngine
 from lm_eval import simple_evaluate
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 
+from lepton_jax import evaluation
 from lepton_jax.evaluation import LeptonLM, _sampling
 
 ROOT = Path(__file__).parents[1]
@@ -45,6 +48,49 @@ def test_generation_kwargs_become_sampling_fields():
 def test_other_arguments_are_refused():
     with pytest.raises(ValueError, match="unknown field 'batchsize'"):
         LeptonLM("nowhere", batchsize=3)
+
+    with pytest.raises(ValueError, match="unknown field 'max_batch_size'"):
+        LeptonLM("nowhere", batch_size=1, device="cuda:0", max_batch_size=3)
+
+
+class FakeLepton:
+    """Loads nothing and asks a `FakeEngine`."""
+
+    tokenizer = ByteTokenizer()
+
+    def __init__(self, engine):
+        self.engine = engine
+
+    def load_model(self, path, config):
+        return self
+
+    def start(self):
+        return self
+
+
+def asked(*requests):
+    return [SimpleNamespace(args=(text, {"max_gen_toks": 4} | more)) for text, more in requests]
+
+
+def test_a_refused_request_leaves_nothing_queued(monkeypatch):
+    engine = FakeEngine()
+    monkeypatch.setattr(evaluation, "LeptonEngine", lambda: FakeLepton(engine))
+    lm = LeptonLM("model")
+    for wrong in (("cd", {"num_beams": 4}), ("c" * 120, {"max_gen_toks": 100})):
+        with pytest.raises(ValueError):
+            lm.generate_until(asked(("ab", {}), wrong))
+        assert not engine.has_work
+    assert lm.generate_until(asked(("ef", {}), ("gh", {}))) == ["ef", "gh"]
+
+
+def test_an_answer_of_logits_that_are_not_finite_is_an_error(monkeypatch):
+    engine = FakeEngine()
+    engine.fails = {f"eval-{n}/0" for n in range(9)}
+    monkeypatch.setattr(evaluation, "LeptonEngine", lambda: FakeLepton(engine))
+    lm = LeptonLM("model")
+    with pytest.raises(ValueError, match="not finite: try another dtype or preset"):
+        lm.generate_until(asked(("ab", {}), ("cd", {})))
+    assert not engine.has_work
 
 
 def test_without_lm_eval_it_says_what_to_install():
