@@ -38,6 +38,8 @@ def main(config: RunConfig) -> int:
     with cli.user_errors(ValueError, OSError):
         config.require_one_model("plan")
         if _SEARCH.value:
+            if _HTML.value:
+                raise ValueError(f"--html={_HTML.value}: a search has no page; leave it out")
             found = search.search(config)
             print(_json(search.as_json(found)) if _JSON.value else search.as_text(found))
             return 0

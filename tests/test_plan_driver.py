@@ -53,9 +53,10 @@ def test_a_search_lists_the_best_first(tmp_path):
         ("--topology=v5e:9x9", "error: plan.topology='v5e:9x9': v5e comes in slices of 1x1, 2x2"),
         ("--config.plan.topolgy=x", "did you mean 'topology'?"),
         ("--config.pool.ray=2", "error: a plan is of devices"),
+        ("--search --html=plan.html", "error: --html=plan.html: a search has no page"),
     ],
 )
 def test_mistakes_end_in_one_line_that_names_them(tmp_path, argument, message):
-    done = plan(tmp_path, argument)
+    done = plan(tmp_path, *argument.split())
     assert done.returncode == 2 and message in done.stderr
     assert "Traceback" not in done.stderr

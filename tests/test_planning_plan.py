@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import checkpoint_makers as make
 import pytest
 from compress_makers import model_folder
 
@@ -15,8 +16,11 @@ from lepton_jax.config import (
     MeshSection,
     ModelSection,
     PlanSection,
+    PoolSection,
     RunConfig,
 )
+from lepton_jax.planning.chips import TPUS, Chip
+from lepton_jax.planning.from_config import served_of
 from lepton_jax.planning.memory import full_sizes, memory_of
 from lepton_jax.planning.plan import budget_of, make_plan
 from lepton_jax.planning.remedies import remedies
@@ -44,7 +48,7 @@ def config(path="published:llama-3.1-8b", topology="v5e:1x1", *, preset="int8", 
     plan = {"topology": topology, "compile": False} | fields.pop("plan", {})
     return RunConfig(
         model=ModelSection(path=str(path)),
-        compression=CompressionSection(preset=preset),
+        compression=CompressionSection(preset=preset, **fields.pop("compression", {})),
         engine=EngineSection(**engine),
         mesh=MeshSection(**fields.pop("mesh", {})),
         plan=PlanSection(**plan),
@@ -106,6 +110,8 @@ def test_devices_share_a_model_and_the_rest_are_replicas():
         ({"engine": {"max_len": 10**6}}, r"engine\.max_len=1000000 is more than the model's"),
         ({"topology": "v5e:3x3"}, "v5e comes in slices of"),
         ({"engine": {"cache_share": 0.5}}, r"engine\.cache_share=0\.5: a plan is of devices"),
+        ({"engine": {"speculation": "draft"}}, r"speculation='draft': a plan is of one model"),
+        ({"compression": {"drop_layers": 4}}, r"drop_layers=4 needs calibration"),
     ],
 )
 def test_bad_input_is_refused_with_the_field_to_change(change, message):
@@ -128,6 +134,39 @@ def test_a_saved_model_is_planned_as_it_is_stored(tmp_path):
     stored = make_plan(config(tmp_path / "small", preset="none", engine=engine))
     assert stored.memory.weights == loaded.bytes
     assert make_plan(config(tmp_path / "model", engine=engine)).memory == stored.memory
+    save(tmp_path / "plain", load(tmp_path / "model", dtype="bfloat16"))
+    assert make_plan(config(tmp_path / "plain", engine=engine)).memory == stored.memory
+    with pytest.raises(ValueError, match=r"small holds compressed leaves \(embed and others\)"):
+        make_plan(config(tmp_path / "small", engine=engine))
+    asked = config(tmp_path / "small", "", preset="none", engine=engine)
+    assert {found.preset for found in search(asked)} == {"none"}
+    with pytest.raises(ValueError, match="holds compressed leaves"):
+        search(dataclasses.replace(asked, plan=PlanSection(presets=("int8",))))
+
+
+def test_weights_have_the_dtype_that_loading_there_gives(tmp_path):
+    cpu = Chip("by hand", 1 << 30, bandwidth=1.0, float32=1.0, bf16=1.0, int8=1.0, platform="cpu")
+    path = make.gguf_file(tmp_path / "model.gguf", "BF16")
+    here = config(path, "", preset="none")
+    assert served_of(here, cpu).model.dtype == "float32"
+    assert served_of(here, TPUS["v5e"]).model.dtype == "bfloat16"
+    save(tmp_path / "saved", load(path, dtype="bfloat16"))
+    saved = served_of(config(tmp_path / "saved", "", preset="none"), cpu)
+    assert saved.model.dtype == "bfloat16" and saved.model.activation_dtype == "float32"
+
+
+def test_pages_that_do_not_fit_are_named_and_nothing_that_was_asked():
+    plan = make_plan(config(engine={"num_pages": 200_000}))
+    assert not plan.fits and remedies(plan)[0] == "engine.num_pages=0"
+    assert "engine.rows" not in verdict(plan) and "engine.max_len" not in verdict(plan)
+    fewer = remedies(make_plan(config(engine={"num_pages": 200_000, "rows": 256})))[0]
+    rows = int(fewer.removeprefix("engine.rows=").removesuffix(" with engine.num_pages=0"))
+    assert make_plan(config(engine={"rows": rows})).fits
+
+
+def test_what_the_compiler_refuses_is_not_called_a_remedy():
+    plan = dataclasses.replace(make_plan(config()), refusal="needs more than there is")
+    assert not any("engine." in way for way in remedies(plan))
 
 
 @pytest.mark.slow
@@ -155,7 +194,7 @@ def test_a_compiled_plan_agrees_with_the_shapes(tiny, topology, shards):
 
 
 def test_the_search_finds_the_smallest_slice_and_nothing_smaller_fits():
-    asked = config("published:llama-3.1-70b", plan={"chips": ("v5e",), "presets": ("int8",)})
+    asked = config("published:llama-3.1-70b", "", plan={"chips": ("v5e",), "presets": ("int8",)})
     best = search(asked)
     assert {(f.topology, f.shards) for f in best} == {("v5e:2x4", 8)}
     half = make_plan(config("published:llama-3.1-70b", "v5e:2x2", mesh={"model": 4}))
@@ -164,6 +203,22 @@ def test_the_search_finds_the_smallest_slice_and_nothing_smaller_fits():
     assert all(f.tokens_per_second >= 5000 and f.chips > 8 for f in faster)
     with pytest.raises(ValueError, match=r"most is .* on v5e:8x8 int8; lower plan\.target"):
         search(dataclasses.replace(asked, plan=dataclasses.replace(asked.plan, target=1e9)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"plan": PlanSection(topology="v5e:2x4")},
+            r"plan\.topology='v5e:2x4': a search tries",
+        ),
+        ({"compression": CompressionSection(rules=("embed -> keep",))}, r"compression\.rules: a"),
+        ({"pool": PoolSection(ray=2)}, "a plan is of devices"),
+    ],
+)
+def test_a_search_refuses_what_it_does_not_heed(change, message):
+    with pytest.raises(ValueError, match=message):
+        search(dataclasses.replace(config(topology=""), **change))
 
 
 def test_spread_experts_are_planned_and_searched():
@@ -179,7 +234,7 @@ def test_spread_experts_are_planned_and_searched():
 
 
 def test_the_least_lossy_preset_that_fits_comes_first():
-    asked = config(plan={"chips": ("v6e",)})
+    asked = config(topology="", plan={"chips": ("v6e",)})
     first, *_ = search(asked)
     assert (first.topology, first.preset) == ("v6e:1x1", "none")
     plan = make_plan(config(topology="v6e:1x1", preset="none"))

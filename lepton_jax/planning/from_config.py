@@ -7,6 +7,7 @@ described from their headers. Read next: `plan.py`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ import jax.numpy as jnp
 
 from lepton_jax.checkpoints.errors import CheckpointError
 from lepton_jax.checkpoints.json_files import read_json
-from lepton_jax.checkpoints.load import describe
-from lepton_jax.checkpoints.locate import MANIFEST_NAME
+from lepton_jax.checkpoints.locate import MANIFEST_NAME, locate
 from lepton_jax.checkpoints.manifest import Manifest
+from lepton_jax.checkpoints.orbax_store import model_of
+from lepton_jax.checkpoints.stream import match, open_foreign
 from lepton_jax.compression.presets import compress_specs
 from lepton_jax.compression.recipe import Recipe
 from lepton_jax.config import RunConfig
@@ -49,11 +51,6 @@ def target_of(config: RunConfig) -> Target:
 
     Raises ValueError where there is none such, or fewer devices than `mesh.model`.
     """
-    if config.pool.ray or config.hosts.coordinator:
-        raise ValueError(
-            "a plan is of devices, whatever processes use them: leave out pool.ray and "
-            "hosts.coordinator; mesh.data says how many replicas"
-        )
     topology = config.plan.topology
     if topology:
         kind, size = split_name(topology)
@@ -91,31 +88,61 @@ def served_of(config: RunConfig, chip: Chip) -> Served:
 
     Raises ValueError (CheckpointError) on a model, preset or dtype that can't be.
     """
-    model = _model(config, chip.platform)
-    recipe = Recipe.from_config(config.compression)
-    leaves = _stored_leaves(config.model.path, model)
-    if leaves is None:
-        leaves = compress_specs(recipe.rules, model.specs)
+    path, recipe = config.model.path, Recipe.from_config(config.compression)
+    recipe.require_no_calibration(path)
+    manifest = _manifest(path)
+    model = _model(config, chip.platform) if manifest is None else _saved(config, manifest, chip)
+    held = manifest.compressed() if manifest else []
+    if held and recipe.rules:
+        raise ValueError(
+            f"{path} holds compressed leaves ({held[0]} and others): plan it with "
+            "compression.preset=none and no rules, or plan the original checkpoint"
+        )
+    leaves = stored_leaves(path, model) if held else compress_specs(recipe.rules, model.specs)
     compressed = any(isinstance(leaf, CompressedTensor) for leaf in leaves.values())
     kv_dtype = kv_dtype_of(config.engine, model.specs["embed"].dtype, compressed=compressed)
     backend = backend_for(chip.platform)
-    if config.engine.cache_share != 1:
-        raise ValueError(
-            f"engine.cache_share={config.engine.cache_share:g}: a plan is of devices that an engine"
-            " has to itself; leave it out"
-        )
     mesh = config.mesh
     served = Served(model, leaves, backend, kv_dtype, mesh.model, mesh.expert)
     check_experts(served.config.num_experts, served.axis)
     return served
 
 
+def presets_of(path: str, presets: Sequence[str]) -> Sequence[str]:
+    """Those of some presets that a model can take: "none" alone where it is compressed already."""
+    manifest = _manifest(path)
+    if manifest is None or not manifest.compressed():
+        return presets
+    return [preset for preset in presets if preset == "none"]
+
+
+def require_plannable(config: RunConfig) -> None:
+    """Raises ValueError, naming the field, on what a plan doesn't know."""
+    if config.pool.ray or config.hosts.coordinator:
+        raise ValueError(
+            "a plan is of devices, whatever processes use them: leave out pool.ray and "
+            "hosts.coordinator; mesh.data says how many replicas"
+        )
+    engine = config.engine
+    if engine.cache_share != 1:
+        raise ValueError(
+            f"engine.cache_share={engine.cache_share:g}: a plan is of devices that an engine has to"
+            " itself; leave it out"
+        )
+    if engine.speculation == "draft":
+        raise ValueError(
+            "engine.speculation='draft': a plan is of one model, without a draft's weights and "
+            "cache; leave it out, and plan engine.draft_model by itself"
+        )
+
+
 def _model(config: RunConfig, platform: str) -> Model:
     path, asked = config.model.path, config.model.dtype
     values = _hf_values(path)
     if values is None:
-        described = describe(path)
-        own, found = described.dtype, described.config
+        kind, place = locate(path)
+        found, files = open_foreign(kind, place)
+        own = files.weights_dtype().name
     else:
         own, found = values.get("dtype") or values.get("torch_dtype"), config_from_hf(values)
     if asked == "auto":
@@ -123,15 +150,31 @@ def _model(config: RunConfig, platform: str) -> Model:
     dtype = jnp.dtype(asked)
     if platform == "tpu" and dtype == jnp.float16:  # a TPU has none
         dtype = jnp.dtype(jnp.bfloat16)
-    return abstract_model(found, dtype, jnp.float32 if platform == "cpu" else dtype)
+    model = abstract_model(found, dtype, jnp.float32 if platform == "cpu" else dtype)
+    if values is None:
+        match(model, files, kind=kind)
+    return model
 
 
-def _stored_leaves(path: str, model: Model) -> dict | None:
+def _saved(config: RunConfig, manifest: Manifest, chip: Chip) -> Model:
+    """Of a directory that we saved, in its own dtype where none is asked for."""
+    activations = "float32" if chip.platform == "cpu" else None
+    asked, place = config.model.dtype, Path(config.model.path)
+    return model_of(place, manifest, dtype=asked, activation_dtype=activations)
+
+
+def _manifest(path: str) -> Manifest | None:
+    """Of a directory that we saved; None where the model is something else."""
+    file = Path(path).expanduser() / MANIFEST_NAME
+    return Manifest.read(file) if path and file.is_file() else None
+
+
+def stored_leaves(path: str, model: Model) -> dict | None:
     """What a directory that we saved holds; None where the model is something else."""
-    place = Path(path).expanduser()
-    if not path or not (place / MANIFEST_NAME).is_file():
+    manifest = _manifest(path)
+    if manifest is None:
         return None
-    rows = Manifest.read(place / MANIFEST_NAME).leaves
+    rows = manifest.leaves
     return {
         name: spec
         if rows[name]["type"] == "array"

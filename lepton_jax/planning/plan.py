@@ -13,7 +13,12 @@ from lepton_jax.config import EngineSection, RunConfig
 from lepton_jax.engine.row_params import SampleSpec
 from lepton_jax.engine.sizing import DEVICE_SHARE, max_len_of
 from lepton_jax.planning.chips import Chip
-from lepton_jax.planning.from_config import Target, served_of, target_of
+from lepton_jax.planning.from_config import (
+    Target,
+    require_plannable,
+    served_of,
+    target_of,
+)
 from lepton_jax.planning.memory import Memory, full_sizes, largest_len, largest_rows, memory_of
 from lepton_jax.planning.programs import (
     OutOfMemoryError,
@@ -96,6 +101,7 @@ def budget_of(chip: Chip) -> int:
 
 def make_plan(config: RunConfig) -> Plan:
     """Raises ValueError, naming the field to change, where there is nothing to plan."""
+    require_plannable(config)
     target = target_of(config)
     served = served_of(config, target.chip)
     engine = config.engine

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from lepton_jax.planning.from_config import chips_of, served_of
+from lepton_jax.planning.from_config import chips_of, presets_of, served_of
 from lepton_jax.planning.memory import fits, full_sizes
 from lepton_jax.planning.plan import Plan
 from lepton_jax.planning.search import search
@@ -14,16 +14,20 @@ from lepton_jax.planning.topology import SLICES, split_name
 
 
 def remedies(plan: Plan) -> list[str]:
-    """Fewer rows, shorter ones, a smaller preset, more devices; where none of these is enough, the
-    smallest slice of any chip with what it takes. Empty where nothing is.
+    """As many pages as rows need, fewer rows, shorter ones, a smaller preset, more devices; where
+    none of these is enough, the smallest slice of any chip with what it takes. Empty where nothing
+    is.
     """
     found = []
-    if plan.largest_rows:
-        found.append(f"engine.rows={min(plan.largest_rows, plan.rows)}")
-    if plan.largest_len:
-        found.append(f"engine.max_len={min(plan.largest_len, plan.max_len)}")
+    pages = " with engine.num_pages=0" if plan.config.engine.num_pages else ""
+    if pages and plan.largest_rows >= plan.rows:
+        found.append("engine.num_pages=0")
+    if 0 < plan.largest_rows < plan.rows:
+        found.append(f"engine.rows={plan.largest_rows}{pages}")
+    if 0 < plan.largest_len < plan.max_len:
+        found.append(f"engine.max_len={plan.largest_len}{pages}")
     compression = plan.config.compression
-    for preset in ("int8", "int4"):
+    for preset in presets_of(plan.config.model.path, ("int8", "int4")):
         if preset != compression.preset and not compression.rules:
             tried = dataclasses.replace(compression, preset=preset)
             config = dataclasses.replace(plan.config, compression=tried)
@@ -46,7 +50,7 @@ def _holds(plan: Plan, served: Served) -> bool:
 
 
 def _elsewhere(plan: Plan) -> list[str]:
-    section = dataclasses.replace(plan.config.plan, chips=(), target=0.0)
+    section = dataclasses.replace(plan.config.plan, topology="", chips=(), target=0.0)
     try:
         best, *_ = search(dataclasses.replace(plan.config, plan=section))
     except ValueError:  # nothing does

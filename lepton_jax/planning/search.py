@@ -14,7 +14,12 @@ from typing import Any
 from lepton_jax.config import RunConfig
 from lepton_jax.engine.sizing import max_len_of
 from lepton_jax.planning.chips import TPUS
-from lepton_jax.planning.from_config import chips_of, served_of
+from lepton_jax.planning.from_config import (
+    chips_of,
+    presets_of,
+    require_plannable,
+    served_of,
+)
 from lepton_jax.planning.memory import full_sizes, memory_of
 from lepton_jax.planning.plan import budget_of
 from lepton_jax.planning.roofline import decode_cost
@@ -42,9 +47,16 @@ def search(config: RunConfig) -> list[Found]:
     """All that fit and reach `plan.target`, best first: fewest chips, then the least lossy preset,
     then the most tokens/s. Of a kind of chip only its smallest slice that does is listed.
 
-    Raises ValueError where nothing does, with what comes nearest.
+    Raises ValueError where nothing does, with what comes nearest, and on fields without effect.
     """
+    require_plannable(config)
     plan, best, nearest = config.plan, [], (0.0, "")
+    if plan.topology:
+        raise ValueError(
+            f"plan.topology={plan.topology!r}: a search tries all slices; leave it out"
+        )
+    if config.compression.rules:
+        raise ValueError("compression.rules: a search tries plan.presets; leave the rules out")
     for kind in plan.chips or tuple(TPUS):
         if kind not in TPUS:
             raise ValueError(f"plan.chips={kind!r} is unknown: want some of {', '.join(TPUS)}")
@@ -68,8 +80,9 @@ def search(config: RunConfig) -> list[Found]:
 
 def _candidates(config: RunConfig, kind: str) -> Iterator[Found]:
     chip, max_len = TPUS[kind], 0
-    for preset in config.plan.presets:
-        compression = dataclasses.replace(config.compression, preset=preset, rules=())
+    presets = config.plan.presets
+    for preset in presets_of(config.model.path, presets) or presets:
+        compression = dataclasses.replace(config.compression, preset=preset)
         served = served_of(dataclasses.replace(config, compression=compression), chip)
         max_len = max_len or max_len_of(config.engine, served.config.max_position)
         context = min(config.plan.context or max_len, max_len)
