@@ -22,6 +22,11 @@ def main(config: RunConfig) -> int:
 
     with cli.user_errors(ValueError, OSError):
         config.require_one_engine("bench")
+        if config.engine.speculation == "draft":
+            raise ValueError(
+                "bench measures one model, without a draft: leave out engine.speculation=draft "
+                "(scripts/bench_speculation.py measures it)"
+            )
         names = workloads.select(config.bench.measure)
         if workloads.STARTS in names:
             for record in starts.measure_starts(sys.argv[1:], repeats=config.bench.repeats):

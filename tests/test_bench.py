@@ -13,7 +13,7 @@ import pytest
 from engine_reference import tiny
 
 from lepton_jax.config import BenchSection, CompressionSection, EngineSection, RunConfig
-from lepton_jax.jobs import benchmark, workloads
+from lepton_jax.jobs import benchmark, starts, workloads
 from lepton_jax.jobs.summary import ModelCost
 from lepton_jax.jobs.workloads import WORKLOADS, Workload
 from lepton_jax.telemetry import DevicePeaks, StepStats
@@ -197,6 +197,18 @@ def test_the_driver_refuses_unknown_measurements():
     assert done.returncode == 2, done.stderr
     assert "error: bench.measure='decode_7' is unknown" in done.stderr
     assert not done.stdout
+
+
+def test_a_draft_model_is_refused():
+    done = drive("--config=configs/bench.py", "--config.engine.speculation=draft")
+    assert done.returncode == 2, done.stderr
+    assert "error: bench measures one model" in done.stderr
+
+
+def test_a_start_that_fails_says_why(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ValueError, match=r"exit code 2: .*nowhere\.py.* there is no such file"):
+        starts.time_start(["--config=nowhere.py"], str(tmp_path))
 
 
 @pytest.mark.slow

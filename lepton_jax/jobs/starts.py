@@ -37,7 +37,10 @@ def measure_starts(arguments: Sequence[str], *, repeats: int) -> Iterator[dict[s
 
 
 def time_start(arguments: Sequence[str], cache: str) -> tuple[float, dict[str, Any]]:
-    """Seconds to the first token of one child, and its record. Raises RuntimeError if it fails."""
+    """Seconds to the first token of one child, and its record.
+
+    Raises ValueError with the last line that it says where it fails.
+    """
     command = [sys.executable, "-m", "lepton_jax.bench", *arguments]
     command.append("--config.bench.measure=first_token")
     begun = time.perf_counter()
@@ -55,5 +58,9 @@ def time_start(arguments: Sequence[str], cache: str) -> tuple[float, dict[str, A
         took = time.perf_counter() - begun
         if child.wait() or not line:
             log.seek(0)
-            raise RuntimeError(f"a start ended with {child.returncode}: {log.read()[-2000:]}")
+            said = log.read().split("\n")
+            last = next((line for line in reversed(said) if line.strip()), "nothing was said")
+            raise ValueError(
+                f"a start ended with exit code {child.returncode}: {last.removeprefix('error: ')}"
+            )
     return took, json.loads(line)
