@@ -17,7 +17,10 @@ minor_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])'; }
 make_environment() {
     local venv=$1 python=${2:-}
     if "$venv/bin/python" -c 'import pip' 2>/dev/null; then
-        local asked=${python:-${PYTHON:-}}
+        local asked=$python
+        if [[ -z $asked && -n ${PYTHON:-} ]]; then
+            asked=$("$checkout/scripts/find_python.sh") || exit 1
+        fi
         if [[ -n $asked && $(minor_of "$asked") != $(minor_of "$venv/bin/python") ]]; then
             stop "$venv holds Python $(minor_of "$venv/bin/python") and $asked is $(minor_of "$asked");" \
                 "remove the folder to change it: rm -r '$venv'"
@@ -49,22 +52,25 @@ for requirement in wanted:  # grows by the extras that it names
 PYTHON
 }
 
-# install_package VENV EXTRA [lowest]: the checkout, editable; EXTRA may be "". Skipped when a stamp
-# says that nothing changed since.
+# install_package VENV EXTRA [lowest|newest]: the checkout, editable; EXTRA may be "". Skipped when a
+# stamp says that nothing changed since, but not with newest: the index may have changed.
 install_package() {
     local venv=$1 extra=$2 versions=${3:-}
     local python=$venv/bin/python stamp=$venv/.installed-${extra:-package} options=()
     local key
     key="$checkout $versions $(cksum <"$checkout/pyproject.toml")"
-    if [[ -f $stamp && $(<"$stamp") == "$key" ]]; then return; fi
+    if [[ $versions != newest && -f $stamp && $(<"$stamp") == "$key" ]]; then return; fi
     say "installing lepton_jax${extra:+ with the extra $extra} into $venv"
     if [[ $versions == lowest ]]; then
         lowest_versions "$python" >"$venv/lowest.txt"
         # The pip of an old Python searches for minutes where a new one takes seconds.
         "$python" -m pip install --quiet --disable-pip-version-check --upgrade pip
         options=(--constraint "$venv/lowest.txt")
+    elif [[ $versions == newest ]]; then
+        options=(--upgrade --upgrade-strategy eager)
     fi
-    "$python" -m pip install --quiet --disable-pip-version-check "${options[@]}" \
+    # The bash of macOS takes an empty array for an unset one.
+    "$python" -m pip install --quiet --disable-pip-version-check ${options[@]+"${options[@]}"} \
         --editable "$checkout${extra:+[$extra]}" ||
         stop "pip could not install the package: is a package index reachable? (pip config list)"
     echo "$key" | tee "$venv/.installed-package" >"$stamp"

@@ -9,7 +9,8 @@ usage: scripts/launch_tpu_pod.sh TPU ZONE FOLDER -- FLAGS OF lepton_jax.run
 
   TPU     name of the TPU VM, as in gcloud compute tpus tpu-vm list
   ZONE    its zone
-  FOLDER  the checkout on every host, with its .venv (scripts/quickstart.sh makes it)
+  FOLDER  the checkout on every host, with its .venv (scripts/quickstart.sh makes it; then on every
+          host .venv/bin/pip install 'jax[tpu]')
 
 Adds --config.hosts.coordinator=auto; mesh.model must be the number of chips of the slice, and
 job.input and model.path must be readable on every host (gs:// or a shared disk).

@@ -28,8 +28,8 @@ done
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 export fast_only
 
-pythons=$("$checkout/scripts/find_python.sh" --all) || exit 1
-mapfile -t pythons <<<"$pythons"
+found=$("$checkout/scripts/find_python.sh" --all) || exit 1
+IFS=$'\n' read -r -d '' -a pythons <<<"$found" || true  # the bash of macOS has no mapfile
 last=$((${#pythons[@]} - 1))
 if ((last == 0)); then say "only one Python was found (${pythons[0]}): both runs use it"; fi
 runs=("lowest ${pythons[last]}" "newest ${pythons[0]}")

@@ -1,7 +1,11 @@
-"""Measuring scripts run to their end on a tiny model; their figures are for people to look at."""
+"""Measuring scripts run to their end on a tiny model (their figures are for people to look at), and
+environments are made by a python that only notes what it is asked for.
+"""
 
 import json
+import os
 import runpy
+import subprocess
 from pathlib import Path
 
 from compress_makers import model_folder
@@ -16,3 +20,41 @@ def test_speculation_is_measured_for_each_contender(tmp_path, capsys):
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [record["kind"] for record in records] == ["off", "lookup", "draft"]
     assert [record["same_texts"] for record in records] == ["1/1"] * 3
+
+
+def in_environment(venv, call, **variables):
+    """Runs a function of environment.sh on a virtual environment; what its python was asked for."""
+    python, asked = venv / "bin" / "python", venv / "asked"
+    python.parent.mkdir(parents=True, exist_ok=True)
+    python.write_text(f'#!/bin/sh\necho "$@" >>"{asked}"\n')
+    python.chmod(0o755)
+    ran = subprocess.run(
+        [
+            "bash",
+            "-euc",
+            f'source "$1"; {call}',
+            "script",
+            str(SCRIPTS / "environment.sh"),
+            str(venv),
+        ],
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+    )
+    return ran, asked.read_text().splitlines()
+
+
+def test_a_python_that_cannot_be_used_is_named(tmp_path):
+    ran, _ = in_environment(tmp_path, 'make_environment "$2"', PYTHON="/nope")
+    assert ran.returncode == 1
+    assert "PYTHON=/nope can't be used" in ran.stderr and "remove the folder" not in ran.stderr
+
+
+def test_the_newest_packages_are_looked_for_each_time(tmp_path):
+    for versions, installations in (("", 1), ("newest", 2)):
+        call = f'install_package "$2" test {versions}'
+        for _ in "ab":
+            ran, asked = in_environment(tmp_path / f"of-{versions}", call)
+            assert ran.returncode == 0, ran.stderr
+        assert len(asked) == installations
+        assert all(("--upgrade-strategy eager" in line) == bool(versions) for line in asked)
