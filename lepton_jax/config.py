@@ -32,6 +32,7 @@ RECOVERIES = ("none", "norms", "lora", "all")
 _MOST = config_fields.MOST
 _MOST_ANSWERS = 256
 _MOST_BIAS = 1e6
+_MOST_PORT = 65534  # the next one is used too
 _CONSTRAINTS = ("choices", "regex", "json_schema")  # of which an answer has one at most
 
 
@@ -82,7 +83,9 @@ class PoolSection:
     gpus: float = _doc(0.0, "GPUs of an actor")
     tpus: float = _doc(0.0, "TPU chips of an actor")
     stall_seconds: float = _doc(
-        300.0, "without progress, after which idle replicas take over the rows of a replica"
+        300.0,
+        "without progress, after which idle replicas take over the rows of a replica; with "
+        "job.exact=false only: otherwise all wait for the slowest",
     )
 
     def __post_init__(self):
@@ -107,8 +110,10 @@ class HostsSection:
     def __post_init__(self):
         _check_types(self)
         host, _, port = self.coordinator.rpartition(":")
-        good = self.coordinator in ("", "auto") or (host and port.isdecimal())
-        _check(self, "coordinator", bool(good), "HOST:PORT, auto, or nothing")
+        good = host and port.isdecimal() and 1 <= int(port) <= _MOST_PORT
+        good = good or self.coordinator in ("", "auto")
+        wanted = f"HOST:PORT with a port from 1 to {_MOST_PORT}, auto, or nothing"
+        _check(self, "coordinator", bool(good), wanted)
         _check(self, "count", 1 <= self.count <= _MOST, "1 or more")
         _check(self, "index", 0 <= self.index < self.count, f"0 to {self.count - 1} (hosts.count)")
         _check(self, "timeout", 1 <= self.timeout < math.inf, "1 or more")
@@ -532,7 +537,7 @@ class RunConfig:
         of them.
         """
         self.require_one_model(driver)
-        if self.replicas > 1 or self.hosts.coordinator:
+        if self.mesh.data > 1 or self.pool.ray or self.hosts.coordinator:
             raise ValueError(
                 f"{driver} works with one engine on one host: leave out mesh.data, pool.ray and "
                 "hosts.coordinator"

@@ -23,6 +23,8 @@ from lepton_jax.config import (
     [
         (ModelSection, {"dtype": "int4"}),
         (ModelSection, {"path": 3}),
+        (HostsSection, {"coordinator": "h:65535"}),
+        (HostsSection, {"coordinator": "h:0"}),
         (MeshSection, {"data": 0}),
         (MeshSection, {"model": 0}),
         (EngineSection, {"rows": 0}),
@@ -135,7 +137,7 @@ def test_drivers_of_one_engine_refuse_more():
     RunConfig().require_one_engine("bench")
     for several in (
         RunConfig(mesh=MeshSection(data=2)),
-        RunConfig(pool=PoolSection(ray=2)),
+        RunConfig(pool=PoolSection(ray=1)),
         RunConfig(hosts=HostsSection("h:1")),
     ):
         with pytest.raises(ValueError, match="bench works with one engine on one host"):

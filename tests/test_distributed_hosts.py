@@ -11,11 +11,21 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import pytest
 from compress_makers import config_file, model_folder
 
-from lepton_jax.config import HostsSection, JobSection, MeshSection, RunConfig
-from lepton_jax.distributed.hosts import ALONE, Hosts, differences, hello, join, plan_digest
+from lepton_jax.config import HostsSection, JobSection, MeshSection, PoolSection, RunConfig
+from lepton_jax.distributed.hosts import (
+    ALONE,
+    Hosts,
+    _compare,
+    _start_jax,
+    differences,
+    hello,
+    join,
+    plan_digest,
+)
 from lepton_jax.distributed.links import GONE, Link, accept, connect
 from lepton_jax.engine.request import Chunk, Entry, Plan, Request, Row
 
@@ -34,11 +44,16 @@ def free_ports():
         return port
 
 
-def linked():
-    """Hosts 0 and 1 of this process."""
+def ends():
+    """Of a connection."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         near = socket.create_connection(server.getsockname())
-        far, _ = server.accept()
+        return near, server.accept()[0]
+
+
+def linked():
+    """Hosts 0 and 1 of this process."""
+    near, far = ends()
     return Hosts(0, 2, {1: Link(near)}), Hosts(1, 2, {0: Link(far)})
 
 
@@ -80,13 +95,34 @@ def test_hosts_that_do_not_come_are_named():
         connect(("127.0.0.1", port + 1), 1, 0.2)
 
 
-def test_an_index_is_one_hosts():
-    port = free_ports()
-    twice = [threading.Thread(target=connect, args=(("127.0.0.1", port), 1, 5.0)) for _ in "ab"]
+def test_an_index_is_one_hosts_and_both_are_told():
+    port, said = free_ports(), []
+
+    def come():
+        links = {0: connect(("127.0.0.1", port), 1, 5.0)}
+        with pytest.raises(ValueError) as error:
+            _compare(links, 1, {})
+        said.append(str(error.value))
+
+    twice = [threading.Thread(target=come) for _ in "ab"]
     for thread in twice:
         thread.start()
     with pytest.raises(ValueError, match="two hosts have hosts.index=1"):
         accept(("127.0.0.1", port), 3, 5.0)
+    for thread in twice:
+        thread.join(timeout=5.0)
+    assert said == ["two hosts have hosts.index=1: give each its own"] * 2
+
+
+def test_a_host_that_ends_before_all_have_met_is_named():
+    near, far = ends()
+    far.close()
+    with pytest.raises(ValueError, match="host 1 has ended before all had met"):
+        _compare({1: Link(near)}, 0, {})
+    near, far = ends()
+    far.close()
+    with pytest.raises(ValueError, match="host 0 has ended before all had met"):
+        _compare({0: Link(near)}, 1, {})
 
 
 def test_strangers_at_the_door_are_no_hosts():
@@ -131,10 +167,21 @@ def test_what_several_hosts_cannot_do_is_refused():
     hosts = HostsSection("h:1", count=2)
     with pytest.raises(ValueError, match="mesh.data or pool.ray makes replicas"):
         join(RunConfig(hosts=hosts, mesh=MeshSection(data=2)))
+    with pytest.raises(ValueError, match="mesh.data or pool.ray makes replicas"):
+        join(RunConfig(hosts=hosts, pool=PoolSection(ray=1)))
     with pytest.raises(ValueError, match="job.exact=true"):
         join(RunConfig(hosts=hosts, job=JobSection(exact=False)))
     with pytest.raises(ValueError, match="coordinator='nowhere' is not allowed: want HOST:PORT"):
         HostsSection("nowhere")
+
+
+def test_auto_where_jax_knows_no_cluster_says_what_to_give(monkeypatch):
+    def none(**_):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", none)
+    with pytest.raises(ValueError, match=r"hosts\.coordinator=auto: jax can't .* give HOST:PORT"):
+        _start_jax(HostsSection("auto"))
 
 
 class Runs:

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import sys
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -18,6 +20,7 @@ from lepton_jax.config import (
     RunConfig,
     SamplingParams,
 )
+from lepton_jax.distributed.ray_replicas import RayActors
 from lepton_jax.jobs.driver import Job
 from lepton_jax.jobs.mode_for import mode_for
 
@@ -36,6 +39,29 @@ def test_a_log_of_decisions_that_nobody_here_takes_is_refused(tmp_path):
     )
     with LeptonEngine() as lepton, pytest.raises(ValueError, match="optimizer.log is of an engine"):
         lepton.load_model(config=config)
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"ray": 1, "cpus": 8}, r"pool.cpus=8 each don't fit: Ray's machines have 4, 6 CPU"),
+        ({"ray": 4, "cpus": 3}, "pool.ray=4 actors with pool.cpus=3 each don't fit"),
+        ({"ray": 2, "gpus": 1}, "have 1, 0 GPU"),
+    ],
+)
+def test_actors_that_no_machine_can_hold_are_refused_and_ray_is_ended(asked, says, monkeypatch):
+    ended = []
+    machines = [{"CPU": 4.0, "GPU": 1.0}, {"CPU": 6.0}]
+    fake = SimpleNamespace(
+        is_initialized=lambda: False,
+        init=lambda **_: None,
+        nodes=lambda: [{"Alive": True, "Resources": machine} for machine in machines],
+        shutdown=lambda: ended.append(True),
+    )
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    with pytest.raises(ValueError, match=says):
+        RayActors(PoolSection(**asked), lambda: None)
+    assert ended == [True]
 
 
 @pytest.mark.slow

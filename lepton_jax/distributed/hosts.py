@@ -24,8 +24,8 @@ from typing import Any
 import jax
 
 from lepton_jax import compat
-from lepton_jax.config import RunConfig
-from lepton_jax.distributed.links import Link, accept, connect, leave
+from lepton_jax.config import HostsSection, RunConfig
+from lepton_jax.distributed.links import Link, accept, connect, leave, tell
 from lepton_jax.engine.request import Plan
 
 _PACKAGES = ("jax", "jaxlib", "numpy")
@@ -51,7 +51,8 @@ class Hosts:
     def share(self, value: Any) -> Any:
         """Host 0's value, on all hosts; JSON."""
         if self.first:
-            self._say({"value": value})
+            for link in self._links.values():
+                link.send({"value": value})
             return value
         return self._links[0].next()["value"]
 
@@ -84,23 +85,16 @@ class Hosts:
             time.sleep(_GRACE)  # what meets a lost host fails before the link says which it is
         if not isinstance(error, SystemExit):
             traceback.print_exception(error)
-        self._say({"farewell": f"host {self.index} of {self.count} has failed; see its own output"})
+        farewell = f"host {self.index} of {self.count} has failed; see its own output"
+        tell(self._links.values(), {"farewell": farewell})
         sys.stderr.flush()
         os._exit(error.code if isinstance(error, SystemExit) and type(error.code) is int else 1)
-
-    def _say(self, message: Any) -> None:
-        for link in self._links.values():
-            link.send(message)
 
     def _gone(self, other: int, reason: str) -> None:
         """Another host is gone: this one ends too, and host 0 tells the rest why."""
         reason = reason or f"host {other} of {self.count} is gone (killed, or cut off)"
-        for index, link in self._links.items():
-            if index != other:
-                try:
-                    link.send({"farewell": reason})
-                except OSError:
-                    continue  # gone as well
+        rest = [link for index, link in self._links.items() if index != other]
+        tell(rest, {"farewell": reason})
         leave(f"{reason}; {_AGAIN}")
 
 
@@ -119,7 +113,7 @@ def join(config: RunConfig) -> Hosts:
     _check(config)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if section.coordinator == "auto":
-        jax.distributed.initialize(initialization_timeout=int(section.timeout))
+        _start_jax(section)
         index, count = jax.process_index(), jax.process_count()
         address = _published_address(index, section.timeout)
     else:
@@ -129,9 +123,7 @@ def join(config: RunConfig) -> Hosts:
     links = _meet(address, index=index, count=count, seconds=section.timeout)
     _compare(links, index, hello(config))
     if section.coordinator != "auto":
-        jax.distributed.initialize(
-            section.coordinator, count, index, initialization_timeout=int(section.timeout)
-        )
+        _start_jax(section, section.coordinator, count, index)
     if config.mesh.model != jax.device_count():
         raise ValueError(
             f"mesh.model={config.mesh.model}, and the {count} hosts have {jax.device_count()} "
@@ -186,7 +178,7 @@ def _source_digest() -> str:
 def _check(config: RunConfig) -> None:
     """What several hosts can't do together."""
     job = config.job
-    if config.replicas > 1:
+    if config.mesh.data > 1 or config.pool.ray:
         raise ValueError(
             "hosts.coordinator joins hosts into one mesh, and mesh.data or pool.ray makes "
             "replicas: choose one (replicas on several machines are pool.ray)"
@@ -198,6 +190,18 @@ def _check(config: RunConfig) -> None:
         )
 
 
+def _start_jax(section: HostsSection, *where: Any) -> None:
+    """Joins the devices. Raises ValueError where jax can't; `where` is what "auto" leaves to it."""
+    try:
+        jax.distributed.initialize(*where, initialization_timeout=int(section.timeout))
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"hosts.coordinator={section.coordinator}: jax can't join the hosts ({error}): auto is "
+            "for TPU pods, Slurm, Open MPI and Kubernetes; elsewhere give HOST:PORT of host 0, "
+            "hosts.count and each host's hosts.index"
+        ) from error
+
+
 def _meet(address: tuple[str, int], *, index: int, count: int, seconds: float) -> dict[int, Link]:
     if index == 0:
         return accept(address, count, seconds)
@@ -205,18 +209,32 @@ def _meet(address: tuple[str, int], *, index: int, count: int, seconds: float) -
 
 
 def _compare(links: dict[int, Link], index: int, mine: dict[str, str]) -> None:
-    """All hosts send what they are to host 0, which answers with what differs."""
+    """All hosts send what they are to host 0, which answers with the problem, "" where none is."""
     if index:
-        links[0].send({"hello": mine})
-        problem = links[0].read()["problem"]
+        tell(links.values(), {"hello": mine})  # host 0 may have answered already, and left
+        try:
+            problem = links[0].read()["problem"]
+        except OSError:
+            problem = "host 0 has ended before all had met: see its own output"
     else:
-        found = {n: differences(mine, link.read()["hello"]) for n, link in sorted(links.items())}
-        lines = [f"hosts 0 and {n}: {'; '.join(what)}" for n, what in found.items() if what]
-        problem = " | ".join(lines)
-        for link in links.values():
-            link.send({"problem": problem})
+        problem = _problem(links, mine)
+        tell(links.values(), {"problem": problem})
     if problem:
-        raise ValueError(f"the hosts differ: {problem}. Give all the same versions and flags")
+        raise ValueError(problem)
+
+
+def _problem(links: dict[int, Link], mine: dict[str, str]) -> str:
+    """What keeps the hosts from working together, in host 0's eyes."""
+    lines = []
+    for n, link in sorted(links.items()):
+        try:
+            found = differences(mine, link.read()["hello"])
+        except OSError:
+            return f"host {n} has ended before all had met: see its own output"
+        if found:
+            lines.append(f"hosts 0 and {n}: {'; '.join(found)}")
+    text = " | ".join(lines)
+    return text and f"the hosts differ: {text}. Give all the same versions and flags"
 
 
 def _published_address(index: int, seconds: float) -> tuple[str, int]:

@@ -5,6 +5,7 @@ learn it within seconds and end with a line that names it, where a collective wo
 Numbers of models never travel here. Read next: `hosts.py`.
 """
 
+import contextlib
 import json
 import os
 import queue
@@ -12,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 2}  # seconds, seconds, times
@@ -87,8 +88,19 @@ class Link:
                 gone("")
 
 
+def tell(links: Iterable[Link], message: Any) -> None:
+    """Sends to all that are there."""
+    for link in links:
+        with contextlib.suppress(OSError):
+            link.send(message)
+
+
 def accept(address: tuple[str, int], count: int, seconds: float) -> dict[int, Link]:
-    """Links of hosts 1 to count - 1, by index. Raises ValueError naming those that don't come."""
+    """Links of hosts 1 to count - 1, by index.
+
+    Raises ValueError naming those that don't come, or whose index is another's; those that have
+    come are told it as the "problem".
+    """
     try:
         server = socket.create_server(("", address[1]))
     except OSError as error:
@@ -96,30 +108,43 @@ def accept(address: tuple[str, int], count: int, seconds: float) -> dict[int, Li
             f"hosts.coordinator: port {address[1]} of this host can't be opened "
             f"({error.strerror}): give another port"
         ) from error
+    came: list[Link] = []
+    try:
+        with server:
+            return _accepted(server, count, seconds, came=came)
+    except ValueError as error:
+        tell(came, {"problem": str(error)})
+        raise
+
+
+def _accepted(
+    server: socket.socket, count: int, seconds: float, *, came: list[Link]
+) -> dict[int, Link]:
+    """Adds each host that comes to `came`."""
     links: dict[int, Link] = {}
     end = time.monotonic() + seconds
-    with server:
-        while len(links) < count - 1:
-            server.settimeout(max(0.01, end - time.monotonic()))
-            try:
-                connection, _ = server.accept()
-            except TimeoutError as error:
-                missing = [n for n in range(1, count) if n not in links]
-                raise ValueError(
-                    f"hosts {missing} of hosts.count={count} haven't come within "
-                    f"hosts.timeout={seconds:g} s: start the same command on each, with its "
-                    "hosts.index"
-                ) from error
-            link = Link(connection)
-            index = link.introduced()
-            if index is None:
-                connection.close()
-                continue
-            if index in links:
-                raise ValueError(f"two hosts have hosts.index={index}: give each its own")
-            if index >= count:
-                raise ValueError(f"a host has hosts.index={index}, and hosts.count={count} here")
-            links[index] = link
+    while len(links) < count - 1:
+        server.settimeout(max(0.01, end - time.monotonic()))
+        try:
+            connection, _ = server.accept()
+        except TimeoutError as error:
+            missing = [n for n in range(1, count) if n not in links]
+            raise ValueError(
+                f"hosts {missing} of hosts.count={count} haven't come within "
+                f"hosts.timeout={seconds:g} s: start the same command on each, with its "
+                "hosts.index"
+            ) from error
+        link = Link(connection)
+        index = link.introduced()
+        if index is None:
+            connection.close()
+            continue
+        came.append(link)
+        if index in links:
+            raise ValueError(f"two hosts have hosts.index={index}: give each its own")
+        if index >= count:
+            raise ValueError(f"a host has hosts.index={index}, and hosts.count={count} here")
+        links[index] = link
     return links
 
 

@@ -78,7 +78,8 @@ class RayActors:
     """
 
     def __init__(self, section: PoolSection, load: Callable[[], Starter]):
-        """Raises ValueError where Ray is missing, can't be reached, or lacks what is asked of it.
+        """Raises ValueError where Ray is missing, can't be reached, or lacks what is asked of it;
+        what was started here is ended then.
 
         `load` is pickled and called in each actor.
         """
@@ -91,20 +92,24 @@ class RayActors:
         self._ray, self._mine = ray, not ray.is_initialized()
         if self._mine:
             self._connect(section)
-        self._check_resources(section)
-        options: dict[str, Any] = {"num_cpus": section.cpus, "num_gpus": section.gpus}
-        if section.tpus:
-            options["resources"] = {"TPU": section.tpus}
-        actor = ray.remote(**options)(_Actor)
-        cores = 0 if section.gpus or section.tpus else max(1, int(section.cpus))
-        self._actors = [
-            actor.remote(load, range(n * cores, (n + 1) * cores)) for n in range(section.ray)
-        ]
+        self._actors: list[Any] = []
         try:
+            self._start_actors(section, load)
             self.fingerprint, self.bytes = self._one_model()
         except BaseException:
             self.close()
             raise
+
+    def _start_actors(self, section: PoolSection, load: Callable[[], Starter]) -> None:
+        self._check_resources(section)
+        options: dict[str, Any] = {"num_cpus": section.cpus, "num_gpus": section.gpus}
+        if section.tpus:
+            options["resources"] = {"TPU": section.tpus}
+        actor = self._ray.remote(**options)(_Actor)
+        cores = 0 if section.gpus or section.tpus else max(1, int(section.cpus))
+        self._actors = [
+            actor.remote(load, range(n * cores, (n + 1) * cores)) for n in range(section.ray)
+        ]
 
     def start(
         self, workload: Sequence[Any], *, slots: int, strict: bool, profile: Any
@@ -148,15 +153,15 @@ class RayActors:
 
     def _check_resources(self, section: PoolSection) -> None:
         """An actor that no machine can hold would wait forever."""
-        found = self._ray.cluster_resources()
-        names = {"CPU": "cpus", "GPU": "gpus", "TPU": "tpus"}
-        for resource, field in names.items():
-            wanted = getattr(section, field) * section.ray
-            if wanted > found.get(resource, 0):
+        machines = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        for resource, field in (("CPU", "cpus"), ("GPU", "gpus"), ("TPU", "tpus")):
+            each = getattr(section, field)
+            found = [machine.get(resource, 0) for machine in machines]
+            if each and sum(int(count / each + 1e-9) for count in found) < section.ray:
                 raise ValueError(
-                    f"pool.ray={section.ray} actors with pool.{field}="
-                    f"{getattr(section, field):g} need {wanted:g} {resource}, and Ray has "
-                    f"{found.get(resource, 0):g}: lower one of them or add machines"
+                    f"pool.ray={section.ray} actors with pool.{field}={each:g} each don't fit: "
+                    f"Ray's machines have {', '.join(f'{count:g}' for count in found)} {resource}, "
+                    "and an actor is on one of them; lower one of the two or add machines"
                 )
 
     def _get(self, calls: list, what: str) -> list:
