@@ -25,6 +25,7 @@ from ml_collections import config_dict, config_flags
 from tqdm.auto import tqdm
 
 from lepton_jax.config import RunConfig, from_mapping, refuse_unknown
+from lepton_jax.config_fields import A_LIST
 
 SET_UP_FAILED = 2  # exit code
 _BY_SIGNAL = 128  # plus a signal's number: exit codes of those that one has ended, as in a shell
@@ -46,7 +47,7 @@ def describe_fields() -> str:
     """All fields as flags: type, default and meaning."""
     lines = [
         "FILE.py[:arg] with get_config(arg=None). Any field of it can be overridden; none stands "
-        "for no value where that may be, () for an empty list:"
+        f"for no value where that may be, () for an empty list; a list of texts is {A_LIST}:"
     ]
     for name, section in _SECTIONS.items():
         lines.append("")

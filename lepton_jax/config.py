@@ -393,9 +393,10 @@ class SamplingParams:
         return next((name for name in _CONSTRAINTS if getattr(self, name)), "")
 
     def _check_constraint(self) -> None:
-        texts = [self.choices] if isinstance(self.choices, str) else self.choices
-        good = isinstance(texts, (list, tuple)) and all(isinstance(t, str) and t for t in texts)
-        _check(self, "choices", good, "a list of texts")
+        texts = self.choices
+        good = isinstance(texts, (list, tuple)) and len(texts) != 1
+        good = good and all(isinstance(text, str) and text for text in texts)
+        _check(self, "choices", good, f"two or more texts: {config_fields.A_LIST}")
         object.__setattr__(self, "choices", tuple(texts))
         _check(self, "json_schema", isinstance(self.json_schema, Mapping), "an object")
         others = [name for name in _CONSTRAINTS if getattr(self, name) and name != self.guided]

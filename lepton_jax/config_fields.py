@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+A_LIST = "\"('yes','no')\" on the command line, or the flag repeated"  # how to give texts
 MOST = 2**31 - 1  # counts travel to the device as int32
 
 

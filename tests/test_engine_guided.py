@@ -237,12 +237,12 @@ def test_a_limit_cuts_and_says_so():
     schema = {"type": "string", "minLength": 20, "maxLength": 30}
     (answer,) = answers([(ids(4), SamplingParams(json_schema=schema, max_tokens=6))])
     assert answer.finish_reason == "length" and len(answer.token_ids) == 6
-    (answer,) = answers([(ids(4), SamplingParams(choices=("abcdefgh",), max_tokens=3))])
+    (answer,) = answers([(ids(4), SamplingParams(regex="abcdefgh", max_tokens=3))])
     assert (answer.text, answer.finish_reason) == ("abc", "length")
 
 
 def test_stop_texts_end_guided_rows_too():
-    (answer,) = answers([(ids(5), SamplingParams(choices=("one two three",), stop=(" t",)))])
+    (answer,) = answers([(ids(5), SamplingParams(regex="one two three", stop=(" t",)))])
     assert (answer.text, answer.finish_reason) == ("one", "stop")
 
 
@@ -276,10 +276,10 @@ def test_a_tokenizer_without_an_end_is_the_rows_problem():
 
 def test_an_answer_has_one_form():
     with pytest.raises(ValueError, match="nothing beside choices"):
-        SamplingParams(choices=("a",), regex="b")
-    with pytest.raises(ValueError, match="choices=\\(1,\\) is not allowed: want a list of texts"):
-        SamplingParams(choices=(1,))
-    assert SamplingParams(choices="one").choices == ("one",)
+        SamplingParams(choices=("a", "c"), regex="b")
+    for wrong in ((1, 2), ("yes,no",), "one"):
+        with pytest.raises(ValueError, match=r"choices=.* is not allowed: want two or more texts"):
+            SamplingParams(choices=wrong)
     assert Grammar.of(SamplingParams()) is None
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from lepton_jax.config import ScoringSection
+from lepton_jax.config_fields import A_LIST
 from lepton_jax.engine.scored import Scored, ScoreSpec
 from lepton_jax.jobs.alerts import parse_alert
 from lepton_jax.jobs.pairs import Likelihood, Questions, chat_pair, split_pair
@@ -47,7 +48,9 @@ class ClassifyMode(ChoosingMode):
         text and label.
         """
         if len(section.labels) < 2 or len(set(section.labels)) < len(section.labels):
-            raise ValueError(f"scoring.labels={section.labels!r}: want two or more, all different")
+            raise ValueError(
+                f"scoring.labels={section.labels!r}: want two or more, all different: {A_LIST}"
+            )
         self._section = section
         self._before, self._after = _split_template(section)
         self._alert = parse_alert(section.alert, section.labels)
