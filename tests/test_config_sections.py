@@ -78,6 +78,7 @@ def test_values_in_the_forms_that_json_and_python_give():
 
 def test_every_field_is_documented():
     described = cli.describe_fields()
+    assert "('yes','no')" in described
     for section in dataclasses.fields(RunConfig):
         if section.metadata:
             assert f"--config.{section.name} (" in described

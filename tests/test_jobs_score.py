@@ -261,7 +261,7 @@ def test_classify_as_a_chat():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"labels": ("a",)}, "want two or more"),
+        ({"labels": ("a,b",)}, "want two or more, .* or the flag repeated"),
         ({"labels": ("a", "a")}, "all different"),
         ({"template": "{label}"}, "no place for the text"),
         ({"template": "{text}"}, "want {label} after"),
