@@ -140,32 +140,36 @@ class BeatStats:
 
 @dataclasses.dataclass(frozen=True)
 class DevicePeaks:
-    """What the maker states for one device: bytes/s of memory, dense FLOP/s in bf16 and int8."""
+    """What the maker states for one device: bytes/s of memory, dense FLOP/s in bf16 and int8, and
+    bytes/s that it sends to other devices over all its links; 0: unknown.
+    """
 
     bandwidth: float
     bf16: float
     int8: float
+    link: float = 0.0
 
 
 # The keys are `jax.Device.device_kind`. TPU: the "System architecture" pages of v4, v5e, v5p, v6e
 # and TPU7x in Google Cloud's documentation (docs.cloud.google.com/tpu/docs). v4 has no faster int8
 # and none is stated for TPU7x: their int8 column repeats bf16. A TPU7x chip shows as two devices,
-# each half of it. GPU: NVIDIA's data sheets of the A100, H100 and H200, without sparsity.
+# each half of it. GPU: NVIDIA's data sheets of the A100, H100 and H200, without sparsity. Links are
+# half of what is stated for both directions together: of ICI, of NVLink on SXM boards, of PCIe.
 _PEAKS = {
-    "TPU v4": DevicePeaks(1.228e12, 275e12, 275e12),
-    "TPU v5 lite": DevicePeaks(0.819e12, 197e12, 394e12),
-    "TPU v5e": DevicePeaks(0.819e12, 197e12, 394e12),
-    "TPU v5": DevicePeaks(2.765e12, 459e12, 918e12),
-    "TPU v5p": DevicePeaks(2.765e12, 459e12, 918e12),
-    "TPU v6 lite": DevicePeaks(1.638e12, 918e12, 1836e12),
-    "TPU v6e": DevicePeaks(1.638e12, 918e12, 1836e12),
-    "TPU7x": DevicePeaks(3.69e12, 1153.5e12, 1153.5e12),
-    "NVIDIA A100-SXM4-40GB": DevicePeaks(1.555e12, 312e12, 624e12),
-    "NVIDIA A100-SXM4-80GB": DevicePeaks(2.039e12, 312e12, 624e12),
-    "NVIDIA A100 80GB PCIe": DevicePeaks(1.935e12, 312e12, 624e12),
-    "NVIDIA H100 80GB HBM3": DevicePeaks(3.35e12, 989e12, 1979e12),
-    "NVIDIA H100 PCIe": DevicePeaks(2.0e12, 756e12, 1513e12),
-    "NVIDIA H200": DevicePeaks(4.8e12, 989e12, 1979e12),
+    "TPU v4": DevicePeaks(1.228e12, 275e12, 275e12, 300e9),
+    "TPU v5 lite": DevicePeaks(0.819e12, 197e12, 394e12, 200e9),
+    "TPU v5e": DevicePeaks(0.819e12, 197e12, 394e12, 200e9),
+    "TPU v5": DevicePeaks(2.765e12, 459e12, 918e12, 600e9),
+    "TPU v5p": DevicePeaks(2.765e12, 459e12, 918e12, 600e9),
+    "TPU v6 lite": DevicePeaks(1.638e12, 918e12, 1836e12, 400e9),
+    "TPU v6e": DevicePeaks(1.638e12, 918e12, 1836e12, 400e9),
+    "TPU7x": DevicePeaks(3.69e12, 1153.5e12, 1153.5e12, 300e9),
+    "NVIDIA A100-SXM4-40GB": DevicePeaks(1.555e12, 312e12, 624e12, 300e9),
+    "NVIDIA A100-SXM4-80GB": DevicePeaks(2.039e12, 312e12, 624e12, 300e9),
+    "NVIDIA A100 80GB PCIe": DevicePeaks(1.935e12, 312e12, 624e12, 32e9),
+    "NVIDIA H100 80GB HBM3": DevicePeaks(3.35e12, 989e12, 1979e12, 450e9),
+    "NVIDIA H100 PCIe": DevicePeaks(2.0e12, 756e12, 1513e12, 64e9),
+    "NVIDIA H200": DevicePeaks(4.8e12, 989e12, 1979e12, 450e9),
 }
 
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+import types
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -12,7 +14,7 @@ from lepton_jax.engine.runner import Runner
 from lepton_jax.kernels import attention_tpu, attention_xla
 from lepton_jax.models.build import abstract_model
 from lepton_jax.models.registry import config_from_hf
-from lepton_jax.planning.chips import Chip
+from lepton_jax.planning.chips import TPUS, Chip, chip_here
 from lepton_jax.planning.memory import (
     cache_bytes,
     fits,
@@ -178,3 +180,18 @@ def test_collectives_take_their_share_and_need_links():
     cost = decode_cost(served(shards=2), linked, rows=3, context=10)
     assert cost.reduced_bytes == 5 * 3 * 16 * 2  # two a layer and the embedding's, in bf16
     assert cost.interconnect == pytest.approx(5 * all_reduce_seconds(linked, 96, shards=2))
+
+
+@pytest.mark.parametrize(
+    ("platform", "kind", "link"),
+    [
+        ("tpu", "TPU v5 lite", TPUS["v5e"].link),
+        ("tpu", "TPU v4", 2 * TPUS["v4"].link),  # its two cores are one device
+        ("gpu", "NVIDIA H200", 450e9),
+    ],
+)
+def test_the_links_of_the_device_at_hand_are_known(platform, kind, link, monkeypatch):
+    here = types.SimpleNamespace(platform=platform, device_kind=kind, memory_stats=lambda: None)
+    monkeypatch.setattr(jax, "local_devices", lambda: [here])
+    assert chip_here().link == link
+    assert decode_cost(served(shards=2), chip_here(), rows=3, context=10).interconnect > 0

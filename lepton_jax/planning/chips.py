@@ -1,8 +1,8 @@
 """What makers state for their chips, and what a small measurement says of the CPU at hand.
 
 TPU figures: the "System architecture" pages of v4, v5e, v5p, v6e and TPU7x in Google Cloud's
-documentation (docs.cloud.google.com/tpu/docs). Bandwidths and peaks of products are those of
-`telemetry.py`. Read next: `roofline.py`, which holds work against them.
+documentation (docs.cloud.google.com/tpu/docs). Bandwidths, peaks of products and links are those
+of `telemetry.py`. Read next: `roofline.py`, which holds work against them.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class Chip:
       memory: bytes that a program may use; 0: unknown.
       bandwidth: bytes/s of that memory.
       float32, bf16, int8: FLOP/s of dense products whose both sides have that type.
-      link: bytes/s to other devices, all links and both directions together; 0: unknown.
+      link: bytes/s that it sends to other devices over all its links; 0: unknown.
       hop: seconds before the first byte from a neighbour arrives.
       operation: seconds that a small operation takes whatever its size; 0: not counted.
       platform: as jax names it.
@@ -55,27 +55,26 @@ def _made(name: str, peaks: DevicePeaks, *, memory: int, **more) -> Chip:
         float32=peaks.bf16 / 6,
         bf16=peaks.bf16,
         int8=peaks.int8,
+        link=peaks.link,
         **more,
     )
 
 
-def _tpu(name: str, kind: str, *, gib: float, gbits: float, parts: int = 1) -> Chip:
-    """A device that is one of `parts` of a chip with this interconnect; `gib` are its own."""
-    peaks = device_peaks(kind)
-    if name == "v4":  # telemetry has those of both cores
-        peaks = DevicePeaks(*(peak / parts for peak in dataclasses.astuple(peaks)))
-    return _made(name, peaks, memory=int(gib * _GIB), link=gbits / parts / 8 * 1e9)
+def _tpu(name: str, kind: str, *, gib: float, parts: int = 1) -> Chip:
+    """A device that is one of `parts` of a kind that telemetry has; `gib` are its own."""
+    peaks = dataclasses.astuple(device_peaks(kind))
+    return _made(name, DevicePeaks(*(peak / parts for peak in peaks)), memory=int(gib * _GIB))
 
 
-# Memory is what the compiler lets a program have (libtpu 0.0.52); interconnect is in Gbit/s a chip.
-# A TPU7x chip shows as two devices. So does a v4 chip to the compiler alone: a machine that has one
+# Memory is what the compiler lets a program have (libtpu 0.0.52). A TPU7x chip shows as two
+# devices, which telemetry has. So does a v4 chip to the compiler alone: a machine that has one
 # joins its two cores, so that a plan for v4 counts half-chips.
 TPUS = {
-    "v4": _tpu("v4", "TPU v4", gib=15.25, gbits=2400, parts=2),
-    "v5e": _tpu("v5e", "TPU v5e", gib=15.75, gbits=1600),
-    "v5p": _tpu("v5p", "TPU v5p", gib=95.73, gbits=4800),
-    "v6e": _tpu("v6e", "TPU v6e", gib=31.24, gbits=3200),
-    "tpu7x": _tpu("tpu7x", "TPU7x", gib=94.74, gbits=9600, parts=2),
+    "v4": _tpu("v4", "TPU v4", gib=15.25, parts=2),
+    "v5e": _tpu("v5e", "TPU v5e", gib=15.75),
+    "v5p": _tpu("v5p", "TPU v5p", gib=95.73),
+    "v6e": _tpu("v6e", "TPU v6e", gib=31.24),
+    "tpu7x": _tpu("tpu7x", "TPU7x", gib=94.74),
 }
 
 
