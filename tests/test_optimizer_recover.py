@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from compress_makers import RECEIPT, model_folder
 
-from lepton_jax import LeptonOptimizer, compress
+from lepton_jax import LeptonEngine, LeptonOptimizer, compress
 from lepton_jax.checkpoints.load import load
 from lepton_jax.checkpoints.orbax_store import save
-from lepton_jax.config import CalibrationSection, ReceiptSection, RunConfig
+from lepton_jax.config import CalibrationSection, MeshSection, ReceiptSection, RunConfig
 
 SPARSE = r"layers\..* -> weights=keep prune=magnitude pattern=2:4 storage=sparse"
 TEXT = CalibrationSection(window_tokens=32)
@@ -49,3 +49,6 @@ def test_what_it_refuses(models):
         optimizer.recover(student, dense, step=3)
     with pytest.raises(ValueError, match=r"None is no model: want a path, or an engine"):
         optimizer.recover(student, None)
+    cut = LeptonEngine().load_model(dense, config=RunConfig(mesh=MeshSection(model=2)))
+    with pytest.raises(ValueError, match=r"lies on 2 devices.*or load it with mesh\.model=1"):
+        optimizer.recover(student, cut)

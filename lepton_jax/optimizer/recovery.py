@@ -19,6 +19,7 @@ from lepton_jax.compression.receipt import fingerprint_of, weights_sha256
 from lepton_jax.compression.recover import recover
 from lepton_jax.compression.training import Listen
 from lepton_jax.config import CalibrationSection, RecoverySection
+from lepton_jax.sharding import Placement
 from lepton_jax.text import tokenizer as tokenizers
 
 
@@ -42,7 +43,8 @@ def recover_model(
       folder: where the training is kept; one that is there goes on.
       listen: called as `Training.run` says.
 
-    Raises ValueError where the two models don't belong together or nothing can be trained.
+    Raises ValueError where the two models don't belong together, one lies on several devices, or
+    nothing can be trained.
     """
     calibration = calibration or CalibrationSection()
     student, teacher = _loaded(student), _loaded(teacher)
@@ -67,4 +69,10 @@ def _loaded(model: Any) -> Loaded:
     found = getattr(model, "loaded", model)
     if not isinstance(found, Loaded):
         raise ValueError(f"{model!r:.80} is no model: want a path, or an engine with a model")
+    devices = len(Placement.holding(found.leaves, found.model.heads).devices)
+    if devices > 1:
+        raise ValueError(
+            f"{model!r:.80} lies on {devices} devices, each with a part of every weight, and "
+            "recovery trains on one: give the model's path, or load it with mesh.model=1"
+        )
     return found
