@@ -12,7 +12,7 @@ import pytest
 import lepton_jax.optimizer as optimizer_room
 from lepton_jax.engine.knobs import Knobs
 from lepton_jax.optimizer.controller import Controller, Machine
-from lepton_jax.optimizer.costs import Costs
+from lepton_jax.optimizer.costs import UNIT, CostMeter, Costs
 from lepton_jax.optimizer.decisions import Decision, explained
 from lepton_jax.optimizer.feedback import Feedback
 from lepton_jax.optimizer.simulated_engine import SimulatedEngine, SimulatedRow, SimulatedSizes
@@ -257,6 +257,18 @@ def test_latency_keeps_blocks_short():
             controller.decide(BeatStats(prefill_tokens=400, tokens=264, **flow))
         ends[objective] = controller.knobs.decode_block
     assert ends["latency"] < ends["throughput"]
+
+
+def test_steps_that_take_no_time_say_nothing_of_what_a_beat_costs_in_them():
+    knobs, meter = Knobs(8, 512, 32), CostMeter()
+    most = dataclasses.replace(knobs, decode_block=32, admit_together=32)
+    controller = Controller(Machine(knobs, most, (128, 512)), meter=meter)
+    flow = dict(rounds=256, rows=32, row_places=32, view=256, waiting=9, ended=8)
+    for steps, seconds in [(8, 0.0010), (4, 0.0011)] * 4:  # longer blocks take no longer
+        controller.decide(BeatStats(steps=steps, decode_seconds=seconds, **flow))
+    assert meter.costs(UNIT).step_seconds(32, 256) == 0
+    assert controller.knobs.beat_cost == knobs.beat_cost
+    assert controller.knobs.decode_block == 32
 
 
 def test_decisions_are_logged_and_explained(tmp_path):

@@ -184,7 +184,7 @@ class Controller:
             why = "the shortest blocks and waits that keep most of the throughput"
         yield from self._set("decode_block", block, why, **numbers)
         yield from self._set("admit_together", together, why, **numbers)
-        if self._meter:
+        if self._meter and flow.step:  # of tiny models it is lost in the rest
             cost = round(flow.beat / flow.step, 1)
             if abs(cost - knobs.beat_cost) > 0.3 * knobs.beat_cost:
                 yield from self._set("beat_cost", cost, "measured", **numbers)
