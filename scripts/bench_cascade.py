@@ -164,6 +164,9 @@ def main() -> None:
     parser.add_argument("--orders", type=int, default=500, help="replays")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    calibration = Promise(promise_of(args)).account()["calibration"]
+    if args.rows <= calibration:
+        parser.error(f"--rows={args.rows}: want more than the {calibration} of the calibration")
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "messages.jsonl"
         texts = messages(args.rows, args.seed)

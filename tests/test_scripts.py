@@ -6,8 +6,10 @@ import json
 import os
 import runpy
 import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 from compress_makers import model_folder
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -58,3 +60,11 @@ def test_the_newest_packages_are_looked_for_each_time(tmp_path):
             assert ran.returncode == 0, ran.stderr
         assert len(asked) == installations
         assert all(("--upgrade-strategy eager" in line) == bool(versions) for line in asked)
+
+
+def test_a_cascade_is_not_measured_on_its_calibration_alone(monkeypatch, capsys):
+    main = runpy.run_path(str(SCRIPTS / "bench_cascade.py"))["main"]
+    monkeypatch.setattr(sys, "argv", ["bench_cascade.py", "--rows=736", "--model=/gone"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "--rows=736: want more than the 736 of the calibration" in capsys.readouterr().err
