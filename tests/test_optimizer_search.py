@@ -160,6 +160,16 @@ def test_precisions_are_tried_as_far_as_they_keep_the_accuracy(config, tmp_path)
         strict.search(cached, PROMPTS, given=GIVEN)
 
 
+def test_accuracy_is_measured_on_one_device(config, tmp_path):
+    shared = with_fields(config, {"compression.preset": "int8", "mesh.model": 2})
+    strict = LeptonOptimizer(directory=tmp_path, max_kl=1e-9)
+    with pytest.raises(ValueError, match="'int8' diverges by .* more than optimizer.max_kl=1e-09"):
+        strict.search(shared, PROMPTS, given=GIVEN)
+    small = LeptonOptimizer(directory=tmp_path / "small", max_kl=1e-9, memory=1000)
+    with pytest.raises(ValueError, match="max_kl is measured on one device.*preset='none' needs"):
+        small.search(shared, PROMPTS, given=GIVEN)
+
+
 def test_meshes_are_tried_on_their_devices(config):
     asked = goal(config, trials=3, repeats=1, objective="cost")
     tokenizer = tuning.load_tokenizer(config)

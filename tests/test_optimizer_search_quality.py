@@ -3,14 +3,17 @@
 The true costs aren't those of the roofline that predictions begin with.
 """
 
+import dataclasses
 import random
 import types
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from engine_reference import tiny
 
 from lepton_jax.config import EngineSection, OptimizerSection, RunConfig, SamplingParams
+from lepton_jax.models.build import abstract_model
 from lepton_jax.optimizer import predict
 from lepton_jax.optimizer import search as searching
 from lepton_jax.optimizer.costs import ON_CPU, Costs
@@ -55,7 +58,8 @@ WORK = {
 @pytest.fixture
 def find(monkeypatch):
     """`find(costs, requests, **options)`: a search on machines with these costs."""
-    model, _ = tiny("llama")
+    config = dataclasses.replace(tiny("llama")[0].config, max_position=512)
+    model = abstract_model(config, jnp.float32, jnp.float32)
     loaded = types.SimpleNamespace(model=model, leaves=())
     monkeypatch.setattr(searching.Shelf, "model", lambda *_: loaded)
     monkeypatch.setattr(Predictor, "_chip", lambda *_: CHIP)  # each device is one of its own

@@ -145,7 +145,10 @@ def table(found: Found) -> str:
         f"accuracy kept: KL from the uncompressed model {kl}",
         f"{found.considered} candidates, {found.too_large} too large for the memory, "
         f"{len(found.tried)} tried",
+        *(f"{count} can't be predicted: {why}" for why, count in found.unpredicted.items()),
     ]
+    if not found.tried[0].fits:
+        lines.append("the config as it was doesn't fit into the memory and couldn't be the best")
     if coarse:
         lines.append(f"presets and caches that diverge more than allowed: {coarse}")
     return "\n".join(lines)

@@ -11,9 +11,9 @@ import numpy as np
 
 from lepton_jax.compression.presets import compress_specs
 from lepton_jax.compression.recipe import Recipe
-from lepton_jax.config import RunConfig
+from lepton_jax.config import CompressionSection, RunConfig
 from lepton_jax.engine.scored import Scoring
-from lepton_jax.engine.sizing import kv_dtype_of, wanted_pages
+from lepton_jax.engine.sizing import kv_dtype_of, max_len_of, wanted_pages
 from lepton_jax.kernels.attention import backend_for
 from lepton_jax.kernels.kv_cache import QUANTIZED
 from lepton_jax.models.build import Model
@@ -21,18 +21,21 @@ from lepton_jax.optimizer.costs import CostMeter, Costs, assumed
 from lepton_jax.optimizer.feedback import Feedback
 from lepton_jax.optimizer.play import Play
 from lepton_jax.optimizer.sample import SampledRequest
+from lepton_jax.optimizer.shelf import draft_of
 from lepton_jax.optimizer.simulated_engine import SimulatedEngine, SimulatedRow, SimulatedSizes
 from lepton_jax.optimizer.trial import Trial, look_ahead
 from lepton_jax.planning.chips import Chip, chip_here
+from lepton_jax.planning.from_config import served_of, stored_leaves
 from lepton_jax.planning.memory import memory_of
 from lepton_jax.planning.roofline import decode_cost, prefill_cost
 from lepton_jax.planning.served import Served
+from lepton_jax.tensors import CompressedTensor
 
 _DISPATCH = 0.002  # seconds that the host needs for a beat, where nothing is measured
 _ROWS, _TOKENS = (1, 32), (128, 512)  # at which the roofline is read
 _RENDEZVOUS = 5e-5  # seconds until threads that are a CPU's devices have met
 
-Kind = tuple[str, str, int, int]  # preset, dtype of the cache, replicas, devices of each
+Kind = tuple[CompressionSection, str, int, int]  # with dtype of the cache, replicas, devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +72,7 @@ class Predictor:
         self._knows_lengths = False
         self._meters: dict[Kind, CostMeter] = {}
         self._served: dict[Kind, Served] = {}
+        self._drafts: dict[tuple[Kind, Kind], Served] = {}
         self._drawn: dict[Kind, Costs] = {}
         self._plays: dict[tuple, tuple[Play, ...]] = {}
         self._feedback_costs = assumed(self._platform)
@@ -105,7 +109,11 @@ class Predictor:
         )
 
     def outlook(self, config: RunConfig) -> Outlook:
-        """Of a candidate applied to the config."""
+        """Of a candidate applied to the config.
+
+        Raises ValueError where nothing can be predicted: the model can't be cut so, the devices'
+        interconnect isn't known, or a request doesn't fit.
+        """
         costs, sizes = self.costs(config), self._sizes(config)
         plays = self._play(config, sizes)
         clocks = [play.clock(costs) for play in plays]
@@ -113,6 +121,8 @@ class Predictor:
         first = np.concatenate([clock[play.first] - clock[play.added] for play, clock in pairs])
         whole = np.concatenate([clock[play.ended] - clock[play.added] for play, clock in pairs])
         memory = memory_of(self._serve(config), sizes).total
+        if config.engine.speculation == "draft":
+            memory += memory_of(self._draft(config), sizes).total
         if self._platform == "cpu":  # whose devices share the host's
             memory *= config.mesh.data * config.mesh.model
         return Outlook(
@@ -122,6 +132,10 @@ class Predictor:
             memory=memory,
             plays=plays,
         )
+
+    def weight_bytes(self, config: RunConfig) -> int:
+        """Of a config's model on one of its devices."""
+        return self._serve(config).weight_bytes
 
     def _play(self, config: RunConfig, sizes: SimulatedSizes) -> tuple[Play, ...]:
         """A run of each replica's share of the requests."""
@@ -148,10 +162,10 @@ class Predictor:
     def _sizes(self, config: RunConfig) -> SimulatedSizes:
         """As the engine plans them for this sample."""
         e = config.engine
-        context = self._model.config.max_position
+        most = max_len_of(e, self._model.config.max_position)
         totals = [len(request.prompt_ids) + request.limit for request in self._requests]
-        max_len = e.max_len or min(context, max(totals))
-        totals = [min(max_len, total) for total in totals]
+        totals = [min(most, total) for total in totals]
+        max_len = e.max_len or max(totals)
         banks = self._serve(config).axis.banks
         pages = wanted_pages(totals, rows=e.rows, page_size=e.page_size, banks=banks)
         return SimulatedSizes.of(
@@ -170,14 +184,26 @@ class Predictor:
         if kind not in self._served:
             rules = Recipe.from_config(config.compression).rules
             specs = self._model.specs
-            leaves = compress_specs(rules, specs) if rules else specs
-            own, compressed = specs["embed"].dtype, bool(rules)
+            stored = stored_leaves(config.model.path, self._model)
+            leaves = compress_specs(rules, specs) if rules or stored is None else stored
+            compressed = any(isinstance(leaf, CompressedTensor) for leaf in leaves.values())
+            own = specs["embed"].dtype
             kv_dtype = kv_dtype_of(config.engine, own, compressed=compressed)
             mesh = config.mesh
             self._served[kind] = Served(
                 self._model, leaves, self._backend, kv_dtype, mesh.model, mesh.expert
             )
         return self._served[kind]
+
+    def _draft(self, config: RunConfig) -> Served:
+        """The draft model beside the model, on its devices and with a cache like its own."""
+        draft, other = draft_of(config), bool(config.engine.draft_model)
+        key = _kind(config), _kind(draft)
+        if key not in self._drafts:
+            found = served_of(draft, self._chip(draft)) if other else self._serve(draft)
+            kv_dtype = self._serve(config).kv_dtype
+            self._drafts[key] = dataclasses.replace(found, kv_dtype=kv_dtype)
+        return self._drafts[key]
 
     def _roofline(self, config: RunConfig) -> Costs:
         kind = _kind(config)
@@ -227,7 +253,7 @@ def simulated(request: SampledRequest, length: int) -> SimulatedRow:
 
 def _kind(config: RunConfig) -> Kind:
     mesh = config.mesh
-    return config.compression.preset, config.engine.kv_dtype, mesh.data, mesh.model
+    return config.compression, config.engine.kv_dtype, mesh.data, mesh.model
 
 
 def _alike(kind: Kind, other: Kind) -> int:

@@ -2,6 +2,7 @@
 that its run had, and speculation, where what was answered or what a draft model costs promises it.
 """
 
+import contextlib
 from collections.abc import Collection, Iterator, Sequence
 
 from lepton_jax.config import RunConfig
@@ -11,6 +12,7 @@ from lepton_jax.optimizer.costs import Costs
 from lepton_jax.optimizer.play import prefill_sizes
 from lepton_jax.optimizer.predict import Predictor
 from lepton_jax.optimizer.sample import SampledRequest
+from lepton_jax.optimizer.shelf import draft_of
 from lepton_jax.optimizer.space import PRESETS, with_fields
 from lepton_jax.optimizer.trial import Trial
 from lepton_jax.telemetry import BeatStats
@@ -62,15 +64,19 @@ def _drafted(
     else:
         presets = [preset for preset in PRESETS if preset != config.compression.preset]
     costs, rows = predictor.costs(config), _rows(trial.beats)
-    best, share = presets[0], float("inf")
+    shares = {}
     for preset in presets:
-        drafting = predictor.costs(with_fields(config, {"compression.preset": preset}))
-        cost = drafting.step_seconds(rows) / (costs.step_seconds(rows) or 1.0)
-        best, share = (preset, cost) if cost < share else (best, share)
+        draft = draft_of(with_fields(config, {"engine.draft_preset": preset}))
+        with contextlib.suppress(ValueError):  # its weights can't be cut for this mesh
+            seconds = predictor.costs(draft).step_seconds(rows)
+            shares[preset] = seconds / (costs.step_seconds(rows) or 1.0)
+    if not shares:
+        return
+    best = min(shares, key=shares.get)
     gains = []
     for draft in draft_sizes(config.engine.draft_tokens):
         tokens = 1 + sum(_ACCEPTED**place for place in range(1, 1 + draft))
-        gains.append(gain(costs, rows, draft, tokens, share=share))
+        gains.append(gain(costs, rows, draft, tokens, share=shares[best]))
     fields = _fields(costs, "draft") | {"engine.draft_preset": best}
     yield fields, _share(trial.beats, max(gains, default=1.0))
 

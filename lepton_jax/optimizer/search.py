@@ -6,16 +6,19 @@ corrects them for the next choice. Read next: `space.py`, `predict.py`, `trial.p
 """
 
 import dataclasses
+import functools
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import jax
 import psutil
 
 from lepton_jax.checkpoints.loaded import Loaded
-from lepton_jax.config import RunConfig
+from lepton_jax.config import MeshSection, RunConfig
 from lepton_jax.engine.sizing import DEVICE_SHARE
+from lepton_jax.models.build import Model
 from lepton_jax.optimizer.accuracy import Accuracy, Precision
 from lepton_jax.optimizer.costs import Costs
 from lepton_jax.optimizer.predict import Outlook, Predictor
@@ -46,7 +49,7 @@ _KEPT_SHARE = 8  # of the memory: one part of so many may hold models that were 
 @dataclasses.dataclass(frozen=True)
 class Tried:
     """A candidate that was run. `predicted` seconds are those from just before its trial, `score`
-    is what the objective makes small.
+    is what the objective makes small, `fits` whether the memory allows it to win.
     """
 
     candidate: Candidate
@@ -54,6 +57,7 @@ class Tried:
     trial: Trial
     costs: Costs
     score: float
+    fits: bool
 
     @property
     def error(self) -> float:
@@ -69,6 +73,7 @@ class Found:
       best: the winner.
       tried: all trials in their order; the first is the config as it was.
       considered: candidates in the space; `too_large` of them don't fit into memory.
+      unpredicted: why nothing could be said of others, with how many these are.
       too_coarse: precisions, in words, that diverge more than allowed, with their KL.
       kl: of the winner's precision; None where nothing was measured.
     """
@@ -77,6 +82,7 @@ class Found:
     tried: tuple[Tried, ...]
     considered: int
     too_large: int
+    unpredicted: Mapping[str, int]
     too_coarse: dict[str, float]
     kl: float | None
 
@@ -120,13 +126,14 @@ class Search:
         self._shelf = Shelf(self._budget // _KEPT_SHARE, progress)
         self._tried: list[Tried] = []
         self._too_coarse: dict[str, float] = {}
+        self._unpredicted: Counter[str] = Counter()
 
     def run(self) -> Found:
         """Raises ValueError where no candidate keeps what was asked, naming the nearest."""
-        config, loaded = self._config, self._shelf.model(self._config)
-        self._require_accurate(config)
-        predictor = Predictor(loaded.model, self._requests)
-        candidates = space(config, self._axes(loaded), given=self._given)
+        config, (model, choices) = self._config, self._read()
+        predictor = Predictor(model, self._requests)
+        self._require_accurate(config, predictor)
+        candidates = space(config, choices, given=self._given)
         outlooks = self._outlooks(predictor, candidates)
         fitting = self._fitting(outlooks)
         own = candidates[0]
@@ -141,7 +148,7 @@ class Search:
             if self._promise(following, outlooks[following])[1] > self._margin * self._least():
                 break
             precision = _precision(following.applied(config))
-            if self._is_accurate(precision):
+            if self._is_accurate(precision, predictor):
                 left.remove(following)
                 self._try(following, outlooks[following].seconds, predictor)
             else:
@@ -153,10 +160,16 @@ class Search:
             best,
             tuple(self._tried),
             considered=len(candidates),
-            too_large=len(candidates) - len(fitting),
+            too_large=len(candidates) - len(fitting) - self._unpredicted.total(),
+            unpredicted=self._unpredicted,
             too_coarse=self._too_coarse,
             kl=None if config.compression.rules else kl,
         )
+
+    def _read(self) -> tuple[Model, Axes]:
+        """The model without its weights, which only the shelf keeps, and what varies."""
+        loaded = self._shelf.model(self._config)
+        return loaded.model, self._axes(loaded)
 
     def _axes(self, loaded: Loaded) -> Axes:
         """What varies: precisions only as far as some divergence is allowed."""
@@ -182,9 +195,12 @@ class Search:
         config = best.candidate.applied(self._config)
         asked = dict(predictor=predictor, given=self._given)
         for fields, share in list(refinements(config, best.trial, self._requests, **asked)):
-            if share <= _PROMISE:
-                best = self._best()
-                self._try(best.candidate.changed(fields), share * best.trial.seconds, predictor)
+            if share > _PROMISE:
+                continue
+            best = self._best()
+            candidate = best.candidate.changed(fields)
+            if predictor.outlook(candidate.applied(self._config)).memory <= self._budget:
+                self._try(candidate, share * best.trial.seconds, predictor)
 
     def _outlooks(
         self, predictor: Predictor, candidates: Sequence[Candidate]
@@ -193,7 +209,13 @@ class Search:
         for done, candidate in enumerate(candidates):
             if done % 64 == 0:
                 self._progress("predict", done, len(candidates), candidate.text())
-            found[candidate] = predictor.outlook(candidate.applied(self._config))
+            config = candidate.applied(self._config)
+            try:
+                found[candidate] = predictor.outlook(config)
+            except ValueError as error:
+                if config == self._config:
+                    raise
+                self._unpredicted[str(error)] += 1
         return found
 
     def _fitting(self, outlooks: Mapping[Candidate, Outlook]) -> list[Candidate]:
@@ -207,11 +229,11 @@ class Search:
             )
         return fitting
 
-    def _require_accurate(self, config: RunConfig) -> None:
+    def _require_accurate(self, config: RunConfig, predictor: Predictor) -> None:
         own, most = _precision(config), self._asked.max_kl
         if not most or own == ("none", "auto") or "compression.preset" in self._given:
             return
-        kl = self._accuracy.measure(own, self._load_preset)
+        kl = self._accuracy.measure(own, functools.partial(self._load_whole, predictor))
         if kl > most:
             cache = f" with engine.kv_dtype={own[1]!r}" if own[1] != "auto" else ""
             raise ValueError(
@@ -219,24 +241,37 @@ class Search:
                 f" optimizer.max_kl={most:g}: raise it, or give another preset or dtype"
             )
 
-    def _is_accurate(self, precision: Precision) -> bool:
+    def _is_accurate(self, precision: Precision, predictor: Predictor) -> bool:
         """Whether a precision that isn't the config's own keeps optimizer.max_kl."""
         if precision == _precision(self._config):
             return True
         if self._accuracy.kl(precision) is None:
             self._progress("accuracy", 0, 1, " ".join(precision))
-        kl = self._accuracy.measure(precision, self._load_preset)
+        kl = self._accuracy.measure(precision, functools.partial(self._load_whole, predictor))
         if kl > self._asked.max_kl:
             self._too_coarse[" ".join(part for part in precision if part != "auto")] = kl
         return kl <= self._asked.max_kl
 
-    def _load_preset(self, preset: str) -> Loaded:
-        return self._shelf.model(with_fields(self._config, {"compression.preset": preset}))
+    def _load_whole(self, predictor: Predictor, preset: str) -> Loaded:
+        """On one device, because a decoder that isn't cut measures the accuracy.
+
+        Raises ValueError where it has too little memory.
+        """
+        config = with_fields(self._config, {"compression.preset": preset})
+        config = dataclasses.replace(config, mesh=MeshSection())
+        needed = predictor.weight_bytes(config)
+        if needed > self._budget:
+            raise ValueError(
+                f"optimizer.max_kl is measured on one device, and compression.preset={preset!r} "
+                f"needs {needed} bytes of its {self._budget}: leave optimizer.max_kl out and give "
+                "compression.preset"
+            )
+        return self._shelf.model(config)
 
     def _try(self, candidate: Candidate, seconds: float, predictor: Predictor) -> None:
         """Runs a candidate that is expected to take so many seconds."""
         config, repeats = candidate.applied(self._config), self._asked.repeats
-        devices, costs = config.mesh.data * config.mesh.model, predictor.costs(config)
+        costs, outlook = predictor.costs(config), predictor.outlook(config)
         drafts = config.engine.speculation == "draft"
         draft = self._shelf.draft(config) if drafts else None
         latency = self._asked.objective == "latency"
@@ -246,21 +281,25 @@ class Search:
             config,
             self._requests,
             tokenizer=self._tokenizer,
-            plays=predictor.outlook(config).plays if self._tried else (),
+            plays=outlook.plays if self._tried else (),
             costs=costs,
-            best=math.inf if latency or not self._tried else self._least() / devices,
+            best=math.inf if latency else self._least() / self._paid(config),
             progress=lambda run: self._progress("try", run, repeats, candidate.text()),
         )
         predictor.learn(config, trial)
-        costs = predictor.costs(config)
-        self._tried.append(Tried(candidate, seconds, trial, costs, self._score(config, trial)))
+        costs, fits = predictor.costs(config), outlook.memory <= self._budget
+        score = self._score(config, trial)
+        self._tried.append(Tried(candidate, seconds, trial, costs, score, fits))
 
     def _score(self, config: RunConfig, expected: Outlook | Trial) -> float:
         """What is made as small as possible: seconds, of a request or of all devices in use."""
         if self._asked.objective == "latency":
             return expected.whole
-        devices = config.mesh.data * config.mesh.model
-        return expected.seconds * (devices if self._asked.objective == "cost" else 1)
+        return expected.seconds * self._paid(config)
+
+    def _paid(self, config: RunConfig) -> int:
+        """Devices whose seconds count."""
+        return config.mesh.data * config.mesh.model if self._asked.objective == "cost" else 1
 
     def _promise(self, candidate: Candidate, outlook: Outlook) -> tuple[bool, float]:
         """Whether it is expected to miss the first token's bound, and its expected score."""
@@ -277,17 +316,26 @@ class Search:
         return promised[0] < _PROMISE * promised[1]
 
     def _least(self) -> float:
-        """The best score so far."""
-        return min(one.score for one in self._tried)
+        """The best score so far of what may win; infinite where nothing may."""
+        return min((one.score for one in self._tried if self._may_win(one)), default=math.inf)
+
+    def _may_win(self, one: Tried) -> bool:
+        most = self._asked.max_ttft
+        return one.fits and (not most or one.trial.first_token <= most)
 
     def _best(self) -> Tried:
-        most = self._asked.max_ttft
-        good = [one for one in self._tried if not most or one.trial.first_token <= most]
-        if not good:
-            nearest = min(self._tried, key=lambda one: one.trial.first_token)
+        good = [one for one in self._tried if self._may_win(one)]
+        fitting = [one for one in self._tried if one.fits]
+        if not fitting:
             raise ValueError(
-                f"optimizer.max_ttft={most:g} s isn't met by what was tried: the nearest is "
-                f"{nearest.trial.first_token:.3g} s (95th percentile) with "
+                f"nothing that was tried fits into optimizer.memory={self._budget} bytes: raise "
+                "it, optimizer.trials, or optimizer.max_kl"
+            )
+        if not good:
+            nearest = min(fitting, key=lambda one: one.trial.first_token)
+            raise ValueError(
+                f"optimizer.max_ttft={self._asked.max_ttft:g} s isn't met by what was tried: the "
+                f"nearest is {nearest.trial.first_token:.3g} s (95th percentile) with "
                 f"{nearest.candidate.text()}; with optimizer.objective=latency nothing queues"
             )
         return min(good, key=lambda one: one.score)

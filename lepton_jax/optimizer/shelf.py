@@ -35,10 +35,8 @@ class Shelf:
 
     def draft(self, config: RunConfig) -> Loaded:
         """The draft model of a config that speculates with one."""
-        engine = config.engine
-        model = dataclasses.replace(config.model, path=engine.draft_model or config.model.path)
-        compression = CompressionSection(preset=engine.draft_preset)
-        return self._take(_Wanted(model, compression, MeshSection()))
+        draft = draft_of(config)
+        return self._take(_Wanted(draft.model, draft.compression, MeshSection()))
 
     def _take(self, wanted: _Wanted) -> Loaded:
         for place, (other, loaded) in enumerate(self._held):
@@ -56,6 +54,14 @@ class Shelf:
         loaded = load_compressed(wanted.model, recipe, progress=progress, devices=devices)
         self._held.append((wanted, loaded))
         return loaded
+
+
+def draft_of(config: RunConfig) -> RunConfig:
+    """The config with its draft model as the model."""
+    engine = config.engine
+    model = dataclasses.replace(config.model, path=engine.draft_model or config.model.path)
+    compression = CompressionSection(preset=engine.draft_preset)
+    return dataclasses.replace(config, model=model, compression=compression)
 
 
 def _nbytes(loaded: Loaded) -> int:
