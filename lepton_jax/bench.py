@@ -27,6 +27,7 @@ def main(config: RunConfig) -> int:
                 "bench measures one model, without a draft: leave out engine.speculation=draft "
                 "(scripts/bench_speculation.py measures it)"
             )
+        config.require_no_feedback("bench")
         names = workloads.select(config.bench.measure)
         if workloads.STARTS in names:
             for record in starts.measure_starts(sys.argv[1:], repeats=config.bench.repeats):

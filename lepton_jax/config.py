@@ -544,6 +544,15 @@ class RunConfig:
                 "hosts.coordinator"
             )
 
+    def require_no_feedback(self, driver: str) -> None:
+        """Raises ValueError where a driver whose engines keep their knobs is asked to set them."""
+        asked = self.optimizer
+        if asked.log or asked.feedback == "on" or asked.profile not in ("auto", "off"):
+            raise ValueError(
+                f"{driver} runs the config as it is, without feedback: leave out optimizer.log, "
+                "optimizer.profile and optimizer.feedback=on"
+            )
+
     def require_one_process(self, driver: str) -> None:
         """Raises ValueError where other processes are asked of a driver that has only its own."""
         if self.pool.ray or self.hosts.coordinator:

@@ -2,11 +2,14 @@
 
     python -m lepton_jax.tune --config=configs/tune.py --config.model.path=MODEL \\
         --config.job.input=prompts.jsonl --config.optimizer.max_kl=0.02
+    python -m lepton_jax.run --config=configs/tune.py --config.model.path=MODEL \\
+        --config.job.input=prompts.jsonl --config.job.output=answers.jsonl
 
 It tries candidates on the first rows of the input and keeps the best as a profile, which `run`
-takes from then on for the same model, device and kind of input. Fields that are given in the config
-file or on the command line stay as they are. Exit codes: 0 done, 2 the goal can't be met or the
-set-up failed. Read next: `optimizer/search.py`.
+takes from then on for the same model, device and kind of input, where compression is given as it
+was here, or left open as it was. Fields that are given in the config file or on the command line
+stay as they are. Exit codes: 0 done, 2 the goal can't be met or the set-up failed. Read next:
+`optimizer/search.py`.
 """
 
 import sys
@@ -23,6 +26,7 @@ def main(config: RunConfig) -> int:
 
     with cli.user_errors(ValueError, OSError):
         config.require_one_process("tune")
+        tuning.require_search(config)
         requests = tuning.sample_requests(config, tuning.load_tokenizer(config))
         optimizer = LeptonOptimizer.of(config)
         with cli.Bars() as bars:

@@ -12,6 +12,7 @@ from lepton_jax.config import (
     JobSection,
     MeshSection,
     ModelSection,
+    OptimizerSection,
     PoolSection,
     RunConfig,
     SamplingParams,
@@ -143,3 +144,11 @@ def test_drivers_of_one_engine_refuse_more():
     ):
         with pytest.raises(ValueError, match="bench works with one engine on one host"):
             several.require_one_engine("bench")
+
+
+def test_a_driver_without_feedback_refuses_what_is_asked_of_it():
+    RunConfig(optimizer=OptimizerSection(profile="off", feedback="off")).require_no_feedback("x")
+    for asked in (dict(log="decisions"), dict(profile="file.json"), dict(feedback="on")):
+        config = RunConfig(optimizer=OptimizerSection(**asked))
+        with pytest.raises(ValueError, match="bench runs the config as it is, without feedback"):
+            config.require_no_feedback("bench")

@@ -226,3 +226,22 @@ def test_rows_are_sampled_as_their_mode_makes_requests(config, tmp_path):
     (scored,) = tuning.sample_requests(dataclasses.replace(config, job=job), tokenizer)
     assert bytes(scored.prompt_ids) == b"ab" and scored.limit == 0
     assert scored.asked.targets == ((ord("b"),), (ord("c"),))
+
+
+def test_rows_that_the_engine_will_refuse_are_no_sample(config, tmp_path, caplog):
+    tokenizer = tuning.load_tokenizer(config)
+    rows = tmp_path / "rows.jsonl"
+    asked = [
+        {"id": "good", "prompt": "abc"},
+        {"id": "long", "prompt": "a" * 40},
+        {"id": "odd", "prompt_tokens": [1, 9999]},
+        {"id": "two", "prompt": "ab", "sampling": {"n": 2}},
+    ]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    job = dataclasses.replace(config.job, input=str(rows))
+    short = with_fields(dataclasses.replace(config, job=job), {"engine.max_len": 32})
+    sampled = tuning.sample_requests(short, tokenizer)
+    assert [bytes(r.prompt_ids) for r in sampled] == [b"abc", b"ab", b"ab"]
+    assert "sampled without 2 rows that become error rows: 'long': the prompt has 40" in caplog.text
+    few_pages = with_fields(short, {"engine.num_pages": 2, "engine.max_len": 64})
+    assert len(tuning.sample_requests(few_pages, tokenizer)) == 3

@@ -1,23 +1,27 @@
 """Between jobs and the optimizer: a sample of a job's requests, and the profile that a run takes.
 
 A mode turns rows into requests in its session's `add`; here it adds them to a `_Recorder` in place
-of an engine, so that every mode is sampled by its own rules. Read next:
+of an engine, so that every mode is sampled by its own rules, and refused by an engine's. Read next:
 `lepton_jax/optimizer/lepton_optimizer.py`, `lepton_jax/tune.py`.
 """
 
 import dataclasses
 import itertools
+import logging
+import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from lepton_jax.checkpoints import load as checkpoints
 from lepton_jax.config import RunConfig, SamplingParams
+from lepton_jax.engine.protocol import Limits
 from lepton_jax.engine.request import StepOutput
 from lepton_jax.engine.scored import Scoring
+from lepton_jax.engine.sizing import max_len_of
 from lepton_jax.jobs.files.source import RowError, Source
 from lepton_jax.jobs.mode_for import mode_for
 from lepton_jax.jobs.openai_batch import BatchMode
-from lepton_jax.jobs.rows import Row, read_rows
+from lepton_jax.jobs.rows import BadRow, read_rows
 from lepton_jax.optimizer import profile as profiles
 from lepton_jax.optimizer.profile import Key, Profile
 from lepton_jax.optimizer.sample import SampledRequest, workload_class
@@ -26,31 +30,34 @@ from lepton_jax.optimizer.space import with_fields
 from lepton_jax.text import tokenizer as tokenizers
 from lepton_jax.text.tokenizer import Tokenizer
 
-_ANY_LENGTH = 2**30  # tokens: the recorder refuses none
+log = logging.getLogger(__name__)
 
 
 class _Recorder:
-    """Takes requests as an engine does and keeps them."""
+    """Takes and refuses requests as an engine of these limits does, and keeps them."""
 
-    max_len = _ANY_LENGTH
     has_work = False
 
-    def __init__(self):
-        self.requests: list[SampledRequest] = []
+    def __init__(self, limits: Limits):
+        self.max_len = limits.max_len
+        self.requests: dict[str, SampledRequest] = {}
+        self._limits = limits
 
     def add_request(
         self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams
     ) -> None:
-        self.requests.append(SampledRequest(tuple(prompt_ids), params))
+        self._limits.check_request(prompt_ids, params)
+        self.requests[request_id] = SampledRequest(tuple(prompt_ids), params)
 
     def add_scoring(self, request_id: str, prompt_ids: Sequence[int], scoring: Scoring) -> None:
-        self.requests.append(SampledRequest(tuple(prompt_ids), scoring))
+        self._limits.check_scoring(prompt_ids, scoring)
+        self.requests[request_id] = SampledRequest(tuple(prompt_ids), scoring)
 
     def step(self) -> list[StepOutput]:
         return []
 
     def abort(self, request_id: str) -> None:
-        """Nothing runs."""
+        self.requests.pop(request_id, None)
 
     def forget(self) -> None:
         """Nothing is remembered."""
@@ -58,24 +65,51 @@ class _Recorder:
 
 def sample_requests(config: RunConfig, tokenizer: Tokenizer) -> list[SampledRequest]:
     """Requests of the first rows of job.input, up to `optimizer.sample`. Rows that would become
-    error rows are left out. Raises ValueError (JobError) where the input can't be read.
+    error rows are left out, which is said. Raises ValueError (JobError) where the input can't be
+    read.
     """
     job = dataclasses.replace(config.job, follow=0.0)  # what is there now is enough
     one_model = {"scoring.calibrate": False, "cascade.agreement": 0.0}  # else answers are needed
     asked = with_fields(config, one_model)
-    source, mode, recorder = Source(job), mode_for(asked), _Recorder()
+    source, mode, recorder = Source(job), mode_for(asked), _Recorder(_limits(config))
     batch = source.format == "openai_batch"
     mode = BatchMode(mode, config.job.mode) if batch else mode
     session = mode.open(recorder, tokenizer)
     id_field = "custom_id" if batch else "id"
     rows = read_rows(source, mode, id_field=id_field, strict=source.strict)
+    errors = []
     for number, row in enumerate(itertools.islice(rows, config.optimizer.sample)):
-        if isinstance(row, Row):
-            try:
-                session.add(str(number), row.work)
-            except RowError:
-                continue  # it becomes an error row of the job
-    return recorder.requests[: config.optimizer.sample]
+        try:
+            if isinstance(row, BadRow):
+                raise RowError(row.type, row.message)
+            session.add(str(number), row.work)
+        except RowError as error:
+            errors.append(f"{row.id!r}: {error}")
+    if errors:
+        log.warning("sampled without %d rows that become error rows: %s", len(errors), errors[0])
+    return list(recorder.requests.values())[: config.optimizer.sample]
+
+
+def _limits(config: RunConfig) -> Limits:
+    """Of an engine of this config; pages that it plans itself are enough for any request."""
+    model, engine = checkpoints.describe(config.model.path).config, config.engine
+    return Limits(
+        vocab_size=model.vocab_size,
+        max_len=max_len_of(engine, model.max_position),
+        page_size=engine.page_size,
+        num_pages=engine.num_pages or sys.maxsize,
+        num_layers=model.num_layers,
+    )
+
+
+def require_search(config: RunConfig) -> None:
+    """Raises ValueError where a search is asked for what only a run does."""
+    asked = config.optimizer
+    if asked.log or asked.profile not in ("auto", "off"):
+        raise ValueError(
+            "tune makes a profile, takes none, and logs no decisions: leave out optimizer.profile "
+            "and optimizer.log, which are for run"
+        )
 
 
 def load_tokenizer(config: RunConfig) -> Tokenizer:
