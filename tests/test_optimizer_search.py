@@ -3,20 +3,24 @@
 import dataclasses
 import json
 import math
+import re
+import runpy
 from pathlib import Path
 
 import pytest
 from compress_makers import model_folder
 
-from lepton_jax import LeptonOptimizer
+from lepton_jax import LeptonOptimizer, cli, tune
 from lepton_jax.config import EngineSection, JobSection, ModelSection, RunConfig, SamplingParams
 from lepton_jax.jobs import tuning
+from lepton_jax.optimizer import lepton_optimizer, refine
 from lepton_jax.optimizer import profile as profiles
-from lepton_jax.optimizer import refine
 from lepton_jax.optimizer.accuracy import Accuracy
+from lepton_jax.optimizer.costs import UNIT
 from lepton_jax.optimizer.profile import Profile
-from lepton_jax.optimizer.search import Search
-from lepton_jax.optimizer.space import MESH, with_fields
+from lepton_jax.optimizer.search import Found, Search, Tried
+from lepton_jax.optimizer.space import MESH, Candidate, with_fields
+from lepton_jax.optimizer.trial import Trial
 
 PROMPTS = [f"{word} of number {n}" for n, word in enumerate(["a row", "another row"] * 6)]
 GIVEN = (
@@ -109,6 +113,80 @@ def test_a_run_takes_the_profile_and_says_so(searched, monkeypatch):
     named = goal(longer, profile=str(optimizer.path_of(profile)))
     with pytest.raises(ValueError, match="another kind of workload"):
         tuning.with_profile(named, GIVEN)
+
+
+def test_a_run_says_that_its_compression_has_no_profile(searched, monkeypatch):
+    config, optimizer, profile, _ = searched
+    directory = optimizer.path_of(profile).parent
+    monkeypatch.setattr(profiles, "default_directory", lambda: directory)
+    int8 = with_fields(config, {"compression.preset": "int8"})
+    applied, taken, said = tuning.with_profile(int8, [*GIVEN, "compression.preset"])
+    assert (applied.engine, taken) == (config.engine, None)
+    assert 'none for compression ["int8"], but for free (free: for runs that give neither' in said
+
+
+@pytest.fixture
+def found_at_once(monkeypatch):
+    """Searches find the config as it is."""
+
+    def run(search) -> Found:
+        values = {"compression.preset": "compression", "engine.kv_dtype": "engine"}
+        fields = {
+            n: getattr(getattr(search._config, s), n.split(".")[1]) for n, s in values.items()
+        }
+        trial = Trial(1.0, 0.1, 0.5, (), 0.0, 0, (), {})
+        best = Tried(Candidate.of(fields), 1.0, trial, UNIT, 1.0, True)
+        return Found(best, (best,), 1, 0, {}, {}, None)
+
+    monkeypatch.setattr(lepton_optimizer.Search, "run", run)
+
+
+def test_compression_without_a_bound_is_only_for_runs_that_ask_for_it(
+    config, found_at_once, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(profiles, "default_directory", lambda: tmp_path)
+    compressed = with_fields(config, {"compression.preset": "w8a8", "engine.kv_dtype": "bfloat16"})
+    profile = LeptonOptimizer(directory=tmp_path).search(compressed, config_requests(config))
+    assert profile.key.compression == '["w8a8"]' and not profile.fields
+    dense, taken, said = tuning.with_profile(config, ())
+    assert (dense.compression, dense.engine, taken) == (config.compression, config.engine, None)
+    assert 'none for compression free, but for ["w8a8"]' in said
+    assert tuning.with_profile(compressed, ["compression.preset"])[1] == profile
+    bounded = LeptonOptimizer(directory=tmp_path, max_kl=0.1)
+    free = bounded.search(compressed, config_requests(config))
+    assert free.key.compression == "free" and free.fields["compression.preset"] == "w8a8"
+
+
+def config_requests(config):
+    return tuning.sample_requests(config, tuning.load_tokenizer(config))
+
+
+def test_the_documented_pair_of_commands_makes_a_profile_and_takes_it(
+    config, found_at_once, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(profiles, "default_directory", lambda: tmp_path)
+    file = Path(__file__).parent.parent / "configs" / "tune.py"
+    named = runpy.run_path(str(file))["get_config"]()
+    given = [f"{section}.{field}" for section in named for field in named[section]]
+    shipped = cli.run_config(cli.whole_config(named))
+    asked = dataclasses.replace(shipped, model=config.model, job=config.job)
+    for page in (file, file.parent.parent / "README.md", Path(tune.__file__)):
+        commands = re.findall(
+            r"python -m lepton_jax\.(\w+) --config=configs/(tune\.py)", page.read_text()
+        )
+        assert [name for name, _ in commands] == ["tune", "run"], page
+    requests = config_requests(asked)
+    optimizer = LeptonOptimizer.of(asked)
+    optimizer._directory = tmp_path
+    profile = optimizer.search(asked, requests, given=given)
+    assert tuning.with_profile(asked, given)[1] == profile
+
+
+def test_tune_refuses_what_only_a_run_does(config, capsys):
+    for fields in (dict(log="decisions"), dict(profile="a.json")):
+        with pytest.raises(SystemExit, match="2"):
+            tune.main(goal(config, **fields))
+        assert "leave out optimizer.profile and optimizer.log" in capsys.readouterr().err
 
 
 def test_without_profiles_nothing_is_read(config, tmp_path, monkeypatch):

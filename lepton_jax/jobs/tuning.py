@@ -136,8 +136,11 @@ def with_profile(
     model = checkpoints.identify(config.model.path)
     key = Key.here(model, config, given=given, workload="")
     if asked == "auto" and not profiles.has_any(key, directory):
+        return without, None, profiles.otherwise_compressed(key, directory)
+    requests = sample_requests(config, load_tokenizer(config))
+    if asked == "auto" and not requests:
         return without, None, ""
-    kind = workload_class(sample_requests(config, load_tokenizer(config)))
+    kind = workload_class(requests)
     key = Key.here(model, config, given=given, workload=kind)
     if asked == "auto":
         profile, where = profiles.find(key, directory)

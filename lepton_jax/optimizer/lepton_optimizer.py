@@ -26,6 +26,7 @@ from lepton_jax.optimizer.profile import Key, Profile
 from lepton_jax.optimizer.recovery import recover_model
 from lepton_jax.optimizer.sample import SampledRequest, require_rows, workload_class
 from lepton_jax.optimizer.search import Found, Search
+from lepton_jax.optimizer.space import PRECISION, field_of
 from lepton_jax.text import tokenizer as tokenizers
 
 
@@ -89,7 +90,8 @@ class LeptonOptimizer:
         Args:
           engine_or_config: a `RunConfig`, or an engine that was loaded with one (`.config`).
           workload: a sample of the real requests: texts, lists of token ids, or `SampledRequest`s.
-          given: fields ("engine.rows") that must stay as they are.
+          given: fields ("engine.rows") that must stay as they are. Without `max_kl` compression and
+            the cache's dtype are among them where the config sets them.
           progress: called with (stage, done, total, what).
 
         Raises ValueError where the goal can't be met, with the nearest that can.
@@ -98,6 +100,7 @@ class LeptonOptimizer:
         config = dataclasses.replace(
             config, optimizer=dataclasses.replace(config.optimizer, **self._goal)
         )
+        given = set(given) if config.optimizer.max_kl else {*given, *_set_precision(config)}
         compile_cache.enable()
         path = config.model.path
         source = config.model.tokenizer or checkpoints.tokenizer_source(path)
@@ -112,7 +115,8 @@ class LeptonOptimizer:
         self.found = found = search.run()
         key = Key.here(fingerprint, config, given=given, workload=workload_class(requests))
         best = found.best
-        fields = dict(best.candidate.fields)
+        asked = given.intersection(PRECISION)  # of the runs that ask for it alone
+        fields = {name: value for name, value in best.candidate.fields if name not in asked}
         profile = Profile(key, fields, best.costs, best.trial.knobs, _numbers(found))
         profile.save(self._directory / key.file_name)
         return profile
@@ -154,6 +158,12 @@ class LeptonOptimizer:
     def path_of(self, profile: Profile) -> Path:
         """Where `search` put it."""
         return self._directory / profile.key.file_name
+
+
+def _set_precision(config: RunConfig) -> list[str]:
+    """Fields of the precision that a config sets."""
+    usual = RunConfig()
+    return [name for name in PRECISION if field_of(config, name) != field_of(usual, name)]
 
 
 def _numbers(found: Found) -> dict[str, float]:

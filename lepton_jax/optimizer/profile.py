@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +165,17 @@ def has_any(key: Key, directory: Path) -> bool:
     return bool(_near(key, directory))
 
 
+def otherwise_compressed(key: Key, directory: Path) -> str:
+    """What to tell a user whose key has no profile because of its compression alone; else ""."""
+    others = sorted({n.compression for n in _near(key, directory, but=("workload", "compression"))})
+    if not others:
+        return ""
+    return (
+        f"profile: none for compression {key.compression}, but for {', '.join(others)} (free: for "
+        "runs that give neither compression.preset nor compression.rules)"
+    )
+
+
 def find(key: Key, directory: Path) -> tuple[Profile | None, str]:
     """The profile of a key and where it lies, or None and why there is none.
 
@@ -189,13 +200,14 @@ def profile_fits(profile: Profile, key: Key, path: Path) -> None:
         )
 
 
-def _near(key: Key, directory: Path) -> list[Key]:
-    """Keys of profiles that differ in the workload only."""
+def _near(key: Key, directory: Path, *, but: Sequence[str] = ("workload",)) -> list[Key]:
+    """Keys of profiles that differ in these only."""
     keys = []
     for path in sorted(directory.glob("*.json")):
         try:
             keys.append(Profile.read(path).key)
         except ValueError:
             continue  # it is refused by name once a run asks for it
-    same = dataclasses.replace
-    return [k for k in keys if same(k, workload="") == same(key, workload="")]
+    same = dict.fromkeys(but, "")
+    wanted = dataclasses.replace(key, **same)
+    return [other for other in keys if dataclasses.replace(other, **same) == wanted]
