@@ -15,6 +15,7 @@ from lepton_jax.config import EngineSection, JobSection, ModelSection, RunConfig
 from lepton_jax.jobs import tuning
 from lepton_jax.optimizer import lepton_optimizer, refine
 from lepton_jax.optimizer import profile as profiles
+from lepton_jax.optimizer import search as searching
 from lepton_jax.optimizer.accuracy import Accuracy
 from lepton_jax.optimizer.costs import UNIT
 from lepton_jax.optimizer.profile import Profile
@@ -238,14 +239,16 @@ def test_precisions_are_tried_as_far_as_they_keep_the_accuracy(config, tmp_path)
         strict.search(cached, PROMPTS, given=GIVEN)
 
 
-def test_accuracy_is_measured_on_one_device(config, tmp_path):
+def test_accuracy_is_measured_on_one_device(config, tmp_path, monkeypatch):
     shared = with_fields(config, {"compression.preset": "int8", "mesh.model": 2})
     strict = LeptonOptimizer(directory=tmp_path, max_kl=1e-9)
     with pytest.raises(ValueError, match="'int8' diverges by .* more than optimizer.max_kl=1e-09"):
         strict.search(shared, PROMPTS, given=GIVEN)
-    small = LeptonOptimizer(directory=tmp_path / "small", max_kl=1e-9, memory=1000)
-    with pytest.raises(ValueError, match="max_kl is measured on one device.*preset='none' needs"):
-        small.search(shared, PROMPTS, given=GIVEN)
+    monkeypatch.setattr(searching, "_device_memory", lambda: 1000)
+    with pytest.raises(
+        ValueError, match="max_kl is measured on one device.*bytes of its 1000: lea"
+    ):
+        strict.search(shared, PROMPTS, given=GIVEN)
 
 
 def test_meshes_are_tried_on_their_devices(config):

@@ -6,7 +6,6 @@ corrects them for the next choice. Read next: `space.py`, `predict.py`, `trial.p
 """
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections import Counter
@@ -27,6 +26,7 @@ from lepton_jax.optimizer.sample import SampledRequest, require_rows, shares_beg
 from lepton_jax.optimizer.shelf import Shelf
 from lepton_jax.optimizer.space import (
     KV_DTYPES,
+    PRECISION,
     PRESETS,
     Axes,
     Candidate,
@@ -148,7 +148,7 @@ class Search:
             if self._promise(following, outlooks[following])[1] > self._margin * self._least():
                 break
             precision = _precision(following.applied(config))
-            if self._is_accurate(precision, predictor):
+            if self._is_accurate(precision):
                 left.remove(following)
                 self._try(following, outlooks[following].seconds, predictor)
             else:
@@ -231,9 +231,11 @@ class Search:
 
     def _require_accurate(self, config: RunConfig, predictor: Predictor) -> None:
         own, most = _precision(config), self._asked.max_kl
+        if most and config.mesh.model > 1 and not self._given.issuperset(PRECISION):
+            self._require_whole(config, predictor)
         if not most or own == ("none", "auto") or "compression.preset" in self._given:
             return
-        kl = self._accuracy.measure(own, functools.partial(self._load_whole, predictor))
+        kl = self._accuracy.measure(own, self._load_whole)
         if kl > most:
             cache = f" with engine.kv_dtype={own[1]!r}" if own[1] != "auto" else ""
             raise ValueError(
@@ -241,32 +243,32 @@ class Search:
                 f" optimizer.max_kl={most:g}: raise it, or give another preset or dtype"
             )
 
-    def _is_accurate(self, precision: Precision, predictor: Predictor) -> bool:
+    def _require_whole(self, config: RunConfig, predictor: Predictor) -> None:
+        """Raises ValueError where accuracy can't be measured because one device is too small."""
+        dense = with_fields(config, {"compression.preset": "none", "compression.rules": ()})
+        needed = predictor.weight_bytes(dataclasses.replace(dense, mesh=MeshSection()))
+        if needed > _device_memory():
+            raise ValueError(
+                f"optimizer.max_kl is measured on one device, and the uncompressed model needs "
+                f"{needed} bytes of its {_device_memory()}: leave optimizer.max_kl out and give "
+                "compression.preset"
+            )
+
+    def _is_accurate(self, precision: Precision) -> bool:
         """Whether a precision that isn't the config's own keeps optimizer.max_kl."""
         if precision == _precision(self._config):
             return True
         if self._accuracy.kl(precision) is None:
             self._progress("accuracy", 0, 1, " ".join(precision))
-        kl = self._accuracy.measure(precision, functools.partial(self._load_whole, predictor))
+        kl = self._accuracy.measure(precision, self._load_whole)
         if kl > self._asked.max_kl:
             self._too_coarse[" ".join(part for part in precision if part != "auto")] = kl
         return kl <= self._asked.max_kl
 
-    def _load_whole(self, predictor: Predictor, preset: str) -> Loaded:
-        """On one device, because a decoder that isn't cut measures the accuracy.
-
-        Raises ValueError where it has too little memory.
-        """
+    def _load_whole(self, preset: str) -> Loaded:
+        """On one device, because a decoder that isn't cut measures the accuracy."""
         config = with_fields(self._config, {"compression.preset": preset})
-        config = dataclasses.replace(config, mesh=MeshSection())
-        needed = predictor.weight_bytes(config)
-        if needed > self._budget:
-            raise ValueError(
-                f"optimizer.max_kl is measured on one device, and compression.preset={preset!r} "
-                f"needs {needed} bytes of its {self._budget}: leave optimizer.max_kl out and give "
-                "compression.preset"
-            )
-        return self._shelf.model(config)
+        return self._shelf.model(dataclasses.replace(config, mesh=MeshSection()))
 
     def _try(self, candidate: Candidate, seconds: float, predictor: Predictor) -> None:
         """Runs a candidate that is expected to take so many seconds."""
