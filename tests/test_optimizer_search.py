@@ -11,7 +11,14 @@ import pytest
 from compress_makers import model_folder
 
 from lepton_jax import LeptonOptimizer, cli, tune
-from lepton_jax.config import EngineSection, JobSection, ModelSection, RunConfig, SamplingParams
+from lepton_jax.config import (
+    CascadeSection,
+    EngineSection,
+    JobSection,
+    ModelSection,
+    RunConfig,
+    SamplingParams,
+)
 from lepton_jax.jobs import tuning
 from lepton_jax.optimizer import lepton_optimizer, refine
 from lepton_jax.optimizer import profile as profiles
@@ -307,6 +314,16 @@ def test_rows_are_sampled_as_their_mode_makes_requests(config, tmp_path):
     (scored,) = tuning.sample_requests(dataclasses.replace(config, job=job), tokenizer)
     assert bytes(scored.prompt_ids) == b"ab" and scored.limit == 0
     assert scored.asked.targets == ((ord("b"),), (ord("c"),))
+
+
+def test_a_table_is_sampled_as_a_job_reads_it(config, tmp_path):
+    rows = tmp_path / "rows.csv"
+    rows.write_text('prompt_tokens,prompt,note\n"[97, 98]",,x\n,ab,y\n')
+    job = dataclasses.replace(config.job, input=str(rows), keep="note,asked=prompt")
+    cascade = CascadeSection(agreement=0.9, audit=0.5)
+    asked = dataclasses.replace(config, job=job, cascade=cascade)
+    sampled = tuning.sample_requests(asked, tuning.load_tokenizer(config))
+    assert [bytes(request.prompt_ids) for request in sampled] == [b"ab", b"ab"]
 
 
 def test_rows_that_the_engine_will_refuse_are_no_sample(config, tmp_path, caplog):

@@ -13,7 +13,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from lepton_jax.checkpoints import load as checkpoints
-from lepton_jax.config import RunConfig, SamplingParams
+from lepton_jax.config import CascadeSection, RunConfig, SamplingParams
 from lepton_jax.engine.protocol import Limits
 from lepton_jax.engine.request import StepOutput
 from lepton_jax.engine.scored import Scoring
@@ -69,13 +69,14 @@ def sample_requests(config: RunConfig, tokenizer: Tokenizer) -> list[SampledRequ
     read.
     """
     job = dataclasses.replace(config.job, follow=0.0)  # what is there now is enough
-    one_model = {"scoring.calibrate": False, "cascade.agreement": 0.0}  # else answers are needed
-    asked = with_fields(config, one_model)
+    asked = with_fields(config, {"scoring.calibrate": False})  # else answers are needed
+    asked = dataclasses.replace(asked, cascade=CascadeSection())  # and here of two models
     source, mode, recorder = Source(job), mode_for(asked), _Recorder(_limits(config))
     batch = source.format == "openai_batch"
     mode = BatchMode(mode, config.job.mode) if batch else mode
     session = mode.open(recorder, tokenizer)
     id_field = "custom_id" if batch else "id"
+    source.serve(mode.fields, id_field=id_field)
     rows = read_rows(source, mode, id_field=id_field, strict=source.strict)
     errors = []
     for number, row in enumerate(itertools.islice(rows, config.optimizer.sample)):
