@@ -129,7 +129,7 @@ def test_a_killed_recovery_goes_on(model, whole, tmp_path, monkeypatch):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not output.exists() and (tmp_path / "out.recovery" / "step-00000004").is_dir()
+    assert not output.exists() and (tmp_path / "out.recovery" / "step-00000005").is_dir()
     longer = dataclasses.replace(CONFIG.recovery, steps=13)
     with pytest.raises(ValueError, match=r"interrupted recovery with another recovery: give the"):
         compress(model, output, config=dataclasses.replace(CONFIG, recovery=longer))
@@ -139,7 +139,7 @@ def test_a_killed_recovery_goes_on(model, whole, tmp_path, monkeypatch):
 
     monkeypatch.setattr(compress_model, "_compressed", again)
     made = compress(model, output, config=CONFIG)
-    assert made["recovery"]["resumed_at"] == 4 and made["recovery"]["steps_done"] == 12
+    assert made["recovery"]["resumed_at"] == 5 and made["recovery"]["steps_done"] == 12
     assert made["weights_sha256"] == whole[1]["weights_sha256"]
     assert made["structured"] == whole[1]["structured"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mark", "out"]

@@ -9,6 +9,8 @@ import pytest
 import tiny_models
 from engine_reference import tiny
 
+from lepton_jax.checkpoints.loaded import Loaded
+from lepton_jax.compression import recover
 from lepton_jax.compression.calibrate import compress_layers
 from lepton_jax.compression.quality import reference
 from lepton_jax.compression.recipe import parse_rule
@@ -146,11 +148,36 @@ def test_a_training_that_goes_on_is_the_same(teacher):
     whole, counters = Training(MODEL, before, teacher, QUICK).run(
         keep=lambda state: kept.append(jax.device_get(state))
     )
-    assert [state.counters.step for state in kept] == [8, 16, 24]
-    again, others = Training(MODEL, before, teacher, QUICK).run(kept[0])
+    assert [state.counters.step for state in kept] == list(range(1, 25))
+    again, others = Training(MODEL, before, teacher, QUICK).run(kept[10])
     assert others.evaluations == counters.evaluations
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_kept_training_goes_on_for_the_same_models_and_settings_alone(
+    teacher, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(recover, "_SAVE_SECONDS", 0.0)
+    section = dataclasses.replace(QUICK, steps=2)
+    before = student(*RECIPES["2:4"])
+
+    def run(leaves=before, teacher=teacher, **fields):
+        loaded = Loaded(MODEL.config, MODEL, tuple(leaves.values()), tmp_path, "", 0)
+        changed = dataclasses.replace(section, **fields)
+        return recover.recover(loaded, teacher, changed, folder=tmp_path)[1]
+
+    assert run()["resumed_at"] is None
+    assert run(tensorboard="curves")["resumed_at"] == 2
+    for other in (
+        {"leaves": before | {"final_norm": 2 * before["final_norm"]}},
+        {"teacher": dataclasses.replace(teacher, windows=teacher.windows[::-1])},
+        {"teacher": dataclasses.replace(teacher, head=2 * teacher.head)},
+        {"learning_rate": 2e-2},
+        {"seed": 1},
+    ):
+        with pytest.raises(ValueError, match="holds the training of another model, or with other"):
+            run(**other)
 
 
 def test_it_ends_when_nothing_helps(teacher):

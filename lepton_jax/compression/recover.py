@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from lepton_jax.checkpoints.loaded import Loaded
+from lepton_jax.checkpoints.loaded import Loaded, digest
 from lepton_jax.checkpoints.train_state import TrainStates
 from lepton_jax.compression.quality import Reference
+from lepton_jax.compression.receipt import weights_sha256
 from lepton_jax.compression.training import Counters, Listen, State, Training
 from lepton_jax.config import RecoverySection
 
-_SAVE_SECONDS = 60.0  # at most so much work is lost
+_SAVE_SECONDS = 60.0  # at most so much work is lost, and a step
 
 
 def recover(
@@ -39,19 +40,18 @@ def recover(
       student: compressed; its leaves keep their types and sizes.
       teacher: the dense model on windows of text.
       section: how to train.
-      folder: where the training is kept; one that is there goes on. None: nowhere.
+      folder: where the training is kept; the same that is there goes on. None: nowhere.
       listen: called as `Training.run` says.
 
-    Raises ValueError where nothing can be trained, or the loss is not finite.
+    Raises ValueError where nothing can be trained, the folder holds another training, or the loss
+    is not finite.
     """
     leaves = dict(zip(student.model.specs, student.leaves, strict=True))
     training = Training(student.model, leaves, teacher, section)
     state, keep = training.start(), None
     if folder is not None:
-        states = TrainStates(folder)
-        keep, found = _Saver(states).keep, states.restore(state.arrays)
-        if found is not None:
-            state = State(found[0], Counters(**found[1]))
+        saver = _Saver(folder, training=_digest(student, teacher, section))
+        keep, state = saver.keep, saver.restored(state)
     began = state.counters.step
     trained, counters = training.run(state, keep=keep, listen=listen)
     kept = tuple(trained[path] for path in student.model.specs)
@@ -67,12 +67,38 @@ def recover(
 
 
 class _Saver:
-    """Saves a state, but not more often than once in `_SAVE_SECONDS`."""
+    """Saves the states of a training, but not more often than once in `_SAVE_SECONDS`."""
 
-    def __init__(self, states: TrainStates):
-        self._states, self._saved = states, time.monotonic()
+    def __init__(self, folder: Path, *, training: str):
+        self._folder, self._training = folder, training
+        self._states, self._saved = TrainStates(folder), time.monotonic()
+
+    def restored(self, start: State) -> State:
+        """The newest state; `start`, which tells its shapes, where there is none.
+
+        Raises ValueError where it is of another training.
+        """
+        found = self._states.restore(start.arrays)
+        if found is None:
+            return start
+        arrays, counters = found
+        if counters.pop("training", "") != self._training:
+            raise ValueError(
+                f"{self._folder} holds the training of another model, or with other windows "
+                "or fields of recovery: name another folder, or remove it to start anew"
+            )
+        return State(arrays, Counters(**counters))
 
     def keep(self, state: State) -> None:
         if time.monotonic() - self._saved >= _SAVE_SECONDS:
-            self._states.save(state.arrays, state.counters._asdict())
+            counters = state.counters._asdict() | {"training": self._training}
+            self._states.save(state.arrays, counters)
             self._saved = time.monotonic()
+
+
+def _digest(student: Loaded, teacher: Reference, section: RecoverySection) -> str:
+    """Of all that the steps of a training depend on: both models, the windows, the section."""
+    arrays = dict(zip(student.model.specs, student.leaves, strict=True))
+    arrays |= {"teacher.head": teacher.head, "teacher.windows": teacher.windows}
+    weights = weights_sha256(arrays, list(arrays.values()))
+    return digest([weights, dataclasses.asdict(section) | {"tensorboard": ""}])

@@ -109,7 +109,7 @@ class Training:
 
         Args:
           state: where to go on; by default the start.
-          keep: called after each evaluation, with what is needed to go on from there.
+          keep: called after each step, with what is needed to go on from there.
           listen: called after each step with its number and "loss", "kl", "hidden",
             "learning_rate", and after an evaluation "held_out_kl".
 
@@ -133,7 +133,7 @@ class Training:
                 found["held_out_kl"] = counters.evaluations[-1][2]
             if listen is not None:
                 listen(counters.step, found)
-            if keep is not None and "held_out_kl" in found:
+            if keep is not None:
                 keep(State(arrays, counters))
         return self._parts.applied(self._leaves, arrays["best"]), counters
 
