@@ -128,6 +128,16 @@ def test_wanda_is_the_textbooks():
         np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+def test_an_expert_that_no_token_visited_is_pruned_by_magnitude():
+    weight = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 8)), jnp.float32)
+    seen = {"count": jnp.asarray([5.0, 0.0]), "squares": jnp.stack([jnp.arange(8.0), jnp.zeros(8)])}
+    scheme = Scheme("keep", prune="wanda", sparsity=0.5)
+    found = compress_calibrated(weight, scheme, seen, Options())
+    by_size = jnp.sort(jnp.abs(weight[1]), axis=-1)[:, 4:5]
+    expected = jnp.where(jnp.abs(weight[1]) >= by_size, weight[1], 0)
+    np.testing.assert_array_equal(found[1], expected)
+
+
 def test_a_scheme_without_calibration_is_what_loading_does(tiny):
     model, leaves, tokens = tiny("llama")
     rule = f"embed|{PRODUCTS} -> weights=int4 group=16 rounding=mse"

@@ -9,5 +9,10 @@ import jax.numpy as jnp
 
 
 def wanda_scores(weight: jax.Array, squares: jax.Array) -> jax.Array:
-    """float32 `[*, O, I]` from a weight of that shape and the squared norms `[*, I]` of inputs."""
-    return jnp.abs(weight.astype(jnp.float32)) * jnp.sqrt(squares)[..., None, :]
+    """float32 `[*, O, I]` from a weight of that shape and the squared norms `[*, I]` of inputs.
+
+    Where all norms are 0, as of an expert that no token visited, magnitudes alone decide.
+    """
+    seen = jnp.any(squares > 0, axis=-1, keepdims=True)
+    norms = jnp.where(seen, jnp.sqrt(squares), 1.0)
+    return jnp.abs(weight.astype(jnp.float32)) * norms[..., None, :]
