@@ -39,6 +39,8 @@ def test_unused_rules_are_errors():
         assign([Rule("embed", 1), Rule(r"layers\.9\..*", 2)], SPECS)
     with pytest.raises(ValueError, match="earlier rule"):
         assign([Rule(".*", 1), Rule("embed", 2)], SPECS)
+    with pytest.raises(ValueError, match=r"earlier rule took\): \['embed'\]"):
+        assign([Rule("embed", 1), Rule("embed", 2)], SPECS)
 
 
 def test_bad_patterns_are_named():

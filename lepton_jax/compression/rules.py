@@ -34,19 +34,18 @@ def assign(rules: Iterable[Rule[T]], paths: Iterable[str]) -> dict[str, T]:
     """
     compiled = [(rule, _compile(rule.pattern)) for rule in rules]
     paths = list(paths)
-    unused = {rule.pattern for rule, _ in compiled}
+    unused = dict(enumerate(rule.pattern for rule, _ in compiled))
     actions = {}
     for path in paths:
-        for rule, pattern in compiled:
+        for number, (rule, pattern) in enumerate(compiled):
             if pattern.fullmatch(path):
                 actions[path] = rule.action
-                unused.discard(rule.pattern)
+                unused.pop(number, None)
                 break
     if unused:
         raise ValueError(
             "compression rules that match no parameter (or only ones that an earlier rule took): "
-            f"{sorted(unused)}; "
-            f"paths look like {paths[:6]}"
+            f"{list(unused.values())}; paths look like {paths[:6]}"
         )
     return actions
 
