@@ -11,6 +11,7 @@ from lepton_jax.compression import automatic
 from lepton_jax.compression import receipt as receipts
 from lepton_jax.config import (
     CalibrationSection,
+    EngineSection,
     ModelSection,
     ReceiptSection,
     RecoverySection,
@@ -67,6 +68,10 @@ def test_a_sweep_goes_on_where_it_stopped(model, tmp_path, monkeypatch):
     other = dataclasses.replace(settings, receipt=ReceiptSection(**RECEIPT))
     with pytest.raises(ValueError, match="holds a sweep of another receipt"):
         SweepJob(other).run()
+    for engine in (EngineSection(kv_dtype="int8"), EngineSection(rows=2)):
+        other = dataclasses.replace(settings, engine=engine)
+        with pytest.raises(ValueError, match="holds a sweep of another engine"):
+            SweepJob(other).run()
     other = dataclasses.replace(settings, calibration=CalibrationSection(seed=1))
     with pytest.raises(ValueError, match="holds a sweep of another calibration"):
         SweepJob(other).run()

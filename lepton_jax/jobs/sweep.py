@@ -25,6 +25,7 @@ from lepton_jax.config import CompressionSection, RecoverySection, RunConfig, re
 from lepton_jax.jobs.compress import compress, measure_dense, write, write_receipt
 from lepton_jax.jobs.compress_inputs import Progress, require_sense, silent
 from lepton_jax.jobs.recovery import folder_of
+from lepton_jax.whole_file import write_whole
 
 _PLAN, _TABLE, _TEXT, _PAGE = "sweep.json", "table.json", "table.md", "pareto.html"
 COLUMNS = (
@@ -101,35 +102,32 @@ class SweepJob:
             "source": checkpoints.identify(self.config.model.path),
             "model": dataclasses.asdict(self.config.model),
             "calibration": dataclasses.asdict(self.config.calibration),
+            "engine": dataclasses.asdict(self.config.engine),
             "receipt": dataclasses.asdict(self.config.receipt),
             "recipes": {name: self._recipe_dict(name) for name in self._recipes},
             "keep": self.config.sweep.keep,
         }
+        plan = json.loads(json.dumps(plan))
         place = self.output / _PLAN
         if not self.output.exists():
             self.output.mkdir(parents=True)
-            _replace(place, json.dumps(plan, indent=1) + "\n")
+            write_whole(place, json.dumps(plan, indent=1) + "\n")
             return
         if not place.is_file():
             raise ValueError(f"{self.output} exists and is no sweep's: name a new directory")
         found = json.loads(place.read_text(encoding="utf-8"))
-        other = [
-            key
-            for key in plan
-            if key != "recipes" and found.get(key) != json.loads(_text(plan[key]))
-        ]
+        other = [key for key in plan if key != "recipes" and found.get(key) != plan[key]]
         other += [
             f"recipe {name}"
-            for name in found["recipes"]
-            if name in plan["recipes"]
-            and found["recipes"][name] != json.loads(_text(plan["recipes"][name]))
+            for name, recipe in found["recipes"].items()
+            if plan["recipes"].get(name, recipe) != recipe
         ]
         if other:
             raise ValueError(
                 f"{self.output} holds a sweep of another {', '.join(other)}: name a new directory "
                 "or remove it"
             )
-        _replace(place, json.dumps(plan, indent=1) + "\n")
+        write_whole(place, json.dumps(plan, indent=1) + "\n")
 
     def _informed(self, recipe: Recipe) -> Recipe:
         """With the sensitivities that another recipe's budget was met by, which are the same."""
@@ -164,11 +162,11 @@ class SweepJob:
     def _write_results(self) -> None:
         rows = self._rows()
         table = [dict(zip(COLUMNS, row, strict=True)) for row in rows]
-        _replace(self.output / _TABLE, json.dumps(table, indent=1) + "\n")
-        _replace(self.output / _TEXT, self.table() + "\n")
+        write_whole(self.output / _TABLE, json.dumps(table, indent=1) + "\n")
+        write_whole(self.output / _TEXT, self.table() + "\n")
         title = f"Recipes on {self.config.model.path}"
         page = pareto_page(self._receipts, title=title, columns=COLUMNS, rows=rows)
-        _replace(self.output / _PAGE, page)
+        write_whole(self.output / _PAGE, page)
 
     def _rows(self) -> list[tuple[str, ...]]:
         if not self._receipts:
@@ -211,14 +209,3 @@ def _with_ends(estimate: dict[str, float], digits: int) -> str:
     """A value and the ends of its interval, with so many significant digits."""
     value, low, high = (f"{estimate[name]:#.{digits}g}" for name in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
-
-
-def _text(value: Any) -> str:
-    return json.dumps(value)
-
-
-def _replace(place: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    scratch = place.with_name(f".{place.name}.partial")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, place)
