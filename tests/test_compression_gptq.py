@@ -3,6 +3,8 @@
 The one difference to the textbook is ours too: grids are fitted to GPTQ's loss, not to extremes.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -115,7 +117,7 @@ def test_what_is_stored_is_what_was_settled_and_beats_rounding(scheme):
     settled = gptq(weight, hessian, scheme)
     leaf = make_leaf(settled.values, settled.grid, scheme)
     np.testing.assert_allclose(leaf.dense(jnp.float32), settled.weights, rtol=1e-6, atol=1e-6)
-    plain = quantize(jnp.asarray(weight), Scheme(**{**scheme.as_dict(), "rounding": "mse"}))
+    plain = quantize(jnp.asarray(weight), dataclasses.replace(scheme, rounding="mse"))
 
     def loss(dense):
         error = np.asarray(dense, np.float64) - weight

@@ -187,5 +187,8 @@ def test_calibrated_schemes_are_refused():
     ],
 )
 def test_patterns_that_do_not_fit_a_weight(fields, message):
+    scheme = Scheme("keep", prune="magnitude", **fields)
     with pytest.raises(ValueError, match=message):
-        compress_weight(jnp.ones(SHAPE), Scheme("keep", prune="magnitude", **fields))
+        compress_weight(jnp.ones(SHAPE), scheme)
+    with pytest.raises(ValueError, match=message):
+        scheme.plan(ParamSpec(SHAPE, jnp.float32, ("a", "b", "embed"), 1))

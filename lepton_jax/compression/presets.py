@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from lepton_jax.compression.leaf import compress_weight
 from lepton_jax.compression.rules import Rule, assign, weights_of
-from lepton_jax.compression.scheme import Scheme
+from lepton_jax.compression.scheme import Scheme, planned_leaf
 from lepton_jax.tensors import ParamSpec
 
 _SENSITIVE = r"embed|head|layers\.\d+\.(qkv|down|experts_down)"
@@ -64,8 +64,12 @@ def compressor(rules: Sequence[Rule[Scheme]], specs: Mapping[str, ParamSpec]) ->
 
 
 def compress_specs(rules: Sequence[Rule[Scheme]], specs: Mapping[str, ParamSpec]) -> dict:
-    """The specs of the compressed model, without touching a weight."""
+    """The specs of the compressed model, without touching a weight.
+
+    Raises ValueError on rules that nothing uses, and naming the weight where a scheme doesn't fit.
+    """
     actions = scheme_of_each(rules, specs)
     return {
-        path: actions[path].plan(spec) if path in actions else spec for path, spec in specs.items()
+        path: planned_leaf(path, spec, actions[path]) if path in actions else spec
+        for path, spec in specs.items()
     }

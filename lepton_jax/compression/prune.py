@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from lepton_jax.compression.quantize import Grid, fit_grid, in_groups, make_leaf, round_to_grid
 from lepton_jax.compression.scheme import Scheme
 from lepton_jax.tensors import BitmaskTensor, BlockSparseTensor, NMTensor
-from lepton_jax.tensors.block_sparse import check_tiles
 from lepton_jax.tensors.leaves import CompressedTensor
 
 
@@ -40,15 +39,13 @@ def mask_by_score(scores: jax.Array, scheme: Scheme, *, per_output: bool = False
 
     Raises ValueError where the pattern doesn't fit the shape or would keep nothing.
     """
-    inputs = scores.shape[-1]
+    scheme.require_pattern(scores.shape)
     if scheme.tile:
         return _tile_mask(scores, scheme)
     if scheme.n_of_m:
         n, m = scheme.n_of_m
-        if inputs % m:
-            raise ValueError(f"pattern {scheme.pattern} does not divide {inputs} inputs")
         return _largest_of_few(scores.reshape(-1, m), n).reshape(scores.shape)
-    compared = scores.reshape(-1, inputs if per_output else scores.size)
+    compared = scores.reshape(-1, scores.shape[-1] if per_output else scores.size)
     return _largest(compared, scheme.kept_of(compared.shape[1])).reshape(scores.shape)
 
 
@@ -107,7 +104,6 @@ def _rounded(array, mask, scheme: Scheme):
 
 def _tile_mask(scores, scheme: Scheme):
     height, width = scheme.tile
-    check_tiles(scores.shape, height, width)
     tiles = scores.reshape(-1, height, scores.shape[-1] // width, width)
     norms = jnp.sum(jnp.square(tiles.astype(jnp.float32)), axis=(1, 3))
     kept = _largest(norms, scheme.kept_of(norms.shape[1]))

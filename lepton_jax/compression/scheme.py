@@ -5,12 +5,13 @@ neighbours). Read next: `rules.py` (which weight gets which), `presets.py`.
 """
 
 import dataclasses
+import math
 import re
-from typing import Any
 
 import jax.numpy as jnp
 
 from lepton_jax.tensors import BitmaskTensor, BlockSparseTensor, NMTensor, ParamSpec, QTensor
+from lepton_jax.tensors.block_sparse import check_tiles
 from lepton_jax.tensors.leaves import CompressedTensor
 
 WEIGHTS = ("int8", "int4", "float8", "keep")
@@ -167,6 +168,7 @@ class Scheme:
         """
         if self.storage == "sparse":
             return self._plan_sparse(spec)
+        self.require_pattern(spec.shape)
         if self.weights == "keep":
             return spec
         return QTensor.planned(
@@ -195,6 +197,22 @@ class Scheme:
             kept = spec.size // inputs * self.kept_of(inputs)
         return BitmaskTensor.planned(spec, kept=kept, values=values)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Its fields, for manifests and receipts."""
-        return dataclasses.asdict(self)
+    def require_pattern(self, shape: tuple[int, ...]) -> None:
+        """Raises ValueError where the pattern doesn't fit `[*out, I]`, or keeps nothing of it."""
+        inputs = shape[-1]
+        if self.tile:
+            check_tiles(shape, *self.tile)
+            self.kept_of(inputs // self.tile[1])
+        elif self.n_of_m:
+            if inputs % self.n_of_m[1]:
+                raise ValueError(f"pattern {self.pattern} does not divide {inputs} inputs")
+        elif self.prune != "none":
+            self.kept_of(inputs if self.prune == "wanda" else math.prod(shape))
+
+
+def planned_leaf(path: str, spec: ParamSpec, scheme: Scheme) -> CompressedTensor | ParamSpec:
+    """`scheme.plan(spec)`; its errors name the weight."""
+    try:
+        return scheme.plan(spec)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error

@@ -28,7 +28,7 @@ from lepton_jax.compression.layer_programs import LayerPrograms, embedded
 from lepton_jax.compression.leaf import compress_weight
 from lepton_jax.compression.quality import head_path, logits_of
 from lepton_jax.compression.rules import weights_of
-from lepton_jax.compression.scheme import Scheme
+from lepton_jax.compression.scheme import Scheme, planned_leaf
 from lepton_jax.models.build import Model
 from lepton_jax.models.decoder import rms_norm
 
@@ -75,7 +75,7 @@ def measure_sensitivity(
 
     Raises ValueError naming the weight where a scheme doesn't fit it.
     """
-    ids = jnp.asarray(tokens, jnp.int32)
+    sizes, ids = planned_bytes(model, schemes), jnp.asarray(tokens, jnp.int32)
     run = _Run(model, leaves, ids, schemes, draws=draws, seed=seed)
     total = model.config.num_layers + 1
     for done, index in enumerate(reversed(range(total - 1)), 1):
@@ -89,21 +89,15 @@ def measure_sensitivity(
     # `[schemes, windows, draws]` for each path: half the mean square, by token
     squares = [np.mean(np.square(run.changes[path]), axis=(1, 2)) for path in paths]
     kl = np.stack(squares).astype(np.float64) / (2 * tokens.shape[1])
-    return Sensitivity(tuple(paths), tuple(schemes), kl, planned_bytes(model, schemes))
+    return Sensitivity(tuple(paths), tuple(schemes), kl, sizes)
 
 
 def planned_bytes(model: Model, schemes: Sequence[Scheme]) -> np.ndarray:
     """int64 `[weights, schemes]`. Raises ValueError naming the weight that a scheme doesn't fit."""
     paths = weights_of(model.specs)
-    return np.array([[_planned_bytes(path, model, s) for s in schemes] for path in paths], np.int64)
-
-
-def _planned_bytes(path: str, model: Model, scheme: Scheme) -> int:
-    try:
-        plan = scheme.plan(model.specs[path])
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return sum(spec.nbytes for spec in jax.tree.leaves(plan))
+    plans = [[planned_leaf(path, model.specs[path], s) for s in schemes] for path in paths]
+    sizes = [[sum(spec.nbytes for spec in jax.tree.leaves(plan)) for plan in row] for row in plans]
+    return np.array(sizes, np.int64)
 
 
 class _Run:
