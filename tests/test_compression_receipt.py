@@ -10,6 +10,7 @@ import pytest
 from engine_reference import tiny
 
 from lepton_jax.compression import receipt as receipts
+from lepton_jax.compression.presets import scheme_of_each
 from lepton_jax.compression.quantize import quantize
 from lepton_jax.compression.receipt_page import page, pareto_front, pareto_page
 from lepton_jax.compression.recipe import Recipe, parse_rule, rule_text
@@ -125,6 +126,36 @@ def test_loading_refuses_what_needs_calibration(section, says):
     with pytest.raises(ValueError, match=rf"{says}.*lepton_jax.compress --config=.*path=m --con"):
         Recipe.from_config(section).require_no_calibration("m")
     Recipe.of(preset="w8a8").require_no_calibration("m")
+
+
+STATIC = "layers.* -> weights=int8 activations=static"
+
+
+@pytest.mark.parametrize(
+    ("fields", "idle"),
+    [
+        (dict(preset="int8", smooth="smoothquant"), "smooth='smoothquant'"),
+        (dict(rules=("embed -> weights=int8",), smooth="awq"), "smooth='awq'"),
+        (dict(drop_layers=1, smooth="awq"), "smooth='awq'"),
+        (dict(preset="int4", smooth="awq", alpha=0.7), "alpha=0.7"),
+        (dict(preset="w8a8", ranges="mse"), "ranges='mse'"),
+        (dict(rules=(STATIC,), percentile=99.0), "percentile=99.0"),
+        (dict(preset="int8", keep_experts=2, damp=0.1), "damp=0.1"),
+        (dict(rules=(STATIC,), act_order=True), "act_order=True"),
+        (dict(preset="w8a8", smooth="smoothquant", alpha=0.7), ""),
+        (dict(auto_kl=0.1, smooth="awq"), ""),
+        (dict(rules=(STATIC,), ranges="percentile", percentile=99.0), ""),
+        (dict(keep_ffn=0.5, damp=0.1), ""),
+        (dict(rules=("layers.* -> weights=int8 rounding=gptq",), act_order=True, damp=0.1), ""),
+    ],
+)
+def test_options_that_change_nothing_are_refused(fields, idle):
+    recipe = Recipe.from_config(CompressionSection(**fields))
+    schemes = scheme_of_each(recipe.rules, SPECS)
+    if not idle:
+        return recipe.require_use(schemes)
+    with pytest.raises(ValueError, match=rf"compression\.{idle} changes nothing here, it is for"):
+        recipe.require_use(schemes)
 
 
 def test_the_digest_sees_every_bit_and_the_type():

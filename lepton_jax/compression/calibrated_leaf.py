@@ -62,11 +62,11 @@ class Options:
         for name, allowed in (("smooth", SMOOTHING), ("ranges", RANGES)):
             value = getattr(self, name)
             if value not in allowed:
-                raise ValueError(f"calibration {name}={value!r}: allowed are {', '.join(allowed)}")
+                raise ValueError(f"compression.{name}={value!r}: allowed are {', '.join(allowed)}")
         for name, least, most in (("alpha", 0, 1), ("percentile", 50, 100), ("damp", 1e-6, 1)):
             value = getattr(self, name)
             if not least <= value <= most:
-                raise ValueError(f"calibration {name}={value}: want {least} to {most}")
+                raise ValueError(f"compression.{name}={value}: want {least} to {most}")
 
 
 def kinds_for(scheme: Scheme, options: Options) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ order (`rules.py`). Read next: `scheme.py` (the fields), `presets.py` (recipes w
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lepton_jax.compression.automatic import Automatic
@@ -19,12 +19,21 @@ from lepton_jax.compression.calibrated_leaf import Options, kinds_for
 from lepton_jax.compression.presets import preset_rules
 from lepton_jax.compression.rules import Rule
 from lepton_jax.compression.scheme import Scheme
+from lepton_jax.compression.smooth import PAIRS, pairs_for
 from lepton_jax.compression.structure import Structure
 from lepton_jax.config import CompressionSection
 
 KEEP = "keep"  # in place of fields
 _FIELDS = {field.name: field for field in dataclasses.fields(Scheme)}
 _TRUTHS = {"true": True, "false": False}
+_PURPOSES = {
+    "smooth": "layers with quantized weights (awq) or activations (smoothquant)",
+    "alpha": "smooth=smoothquant",
+    "ranges": "activations=static",
+    "percentile": "ranges=percentile of activations=static",
+    "damp": "rounding=gptq, prune=sparsegpt, keep_ffn and keep_kv_heads",
+    "act_order": "rounding=gptq",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +77,7 @@ class Recipe:
         automatic = Automatic(
             section.auto_bytes,
             section.auto_kl,
-            tuple(parse_scheme(text) for text in section.candidates),
+            tuple(parse_scheme(text, "compression.candidates") for text in section.candidates),
         )
         if automatic and recipe.rules:
             raise ValueError(
@@ -100,6 +109,31 @@ class Recipe:
         found = [str(part) for part in (self.structure, self.automatic) if part]
         found += [f"smooth={self.options.smooth}"] if self.options.smooth != "none" else []
         return found + [f"rule '{rule_text(r)}'" for r in self.rules if self._needs_tokens(r)]
+
+    def require_use(self, schemes: Mapping[str, Scheme]) -> None:
+        """Raises ValueError on an option that changes nothing of weights with these schemes."""
+        options, structure = self.options, self.structure
+        named = [(path.rpartition(".")[2], scheme) for path, scheme in schemes.items()]
+        if self.automatic:
+            named += [(pair.target, s) for pair in PAIRS for s in self.automatic.candidates]
+        found = [scheme for _, scheme in named]
+        static = any(scheme.activations == "static" for scheme in found)
+        solved = any("hessian" in kinds_for(scheme, options) for scheme in found)
+        used = {
+            "smooth": any(pairs_for(options.smooth, {name: scheme}) for name, scheme in named),
+            "alpha": options.smooth == "smoothquant",
+            "ranges": static,
+            "percentile": static and options.ranges == "percentile",
+            "damp": solved or structure.keep_ffn < 1 or structure.keep_kv_heads > 0,
+            "act_order": any(scheme.rounding == "gptq" for scheme in found),
+        }
+        for field in dataclasses.fields(options):
+            value = getattr(options, field.name)
+            if value != field.default and not used[field.name]:
+                raise ValueError(
+                    f"compression.{field.name}={value!r} changes nothing here, it is for "
+                    f"{_PURPOSES[field.name]}: leave it out"
+                )
 
     def _needs_tokens(self, rule: Rule[Scheme]) -> bool:
         return bool(kinds_for(rule.action, self.options))
@@ -141,28 +175,31 @@ def parse_rule(text: str) -> Rule[Scheme]:
         raise ValueError(
             f"compression rule {text!r}: want PATTERN -> FIELD=VALUE ..., or PATTERN -> {KEEP}"
         )
+    return Rule(pattern, _scheme(action, f"compression rule {text!r}"))
+
+
+def parse_scheme(text: str, where: str = "scheme") -> Scheme:
+    """What `scheme_text` gives, read back. Raises ValueError that begins with `where`."""
+    return _scheme(text.strip(), f"{where} {text!r}")
+
+
+def _scheme(action: str, where: str) -> Scheme:
     if action == KEEP:
-        return Rule(pattern, Scheme(weights="keep"))
+        return Scheme(weights="keep")
     values: dict[str, Any] = {}
-    for word in action.split():
+    for word in action.split() or [""]:
         name, equals, value = word.partition("=")
         if name not in _FIELDS or not equals:
             raise ValueError(
-                f"compression rule {text!r}: {word!r} is no FIELD=VALUE; fields are "
-                f"{', '.join(_FIELDS)}"
+                f"{where}: {word!r} is no FIELD=VALUE; fields are {', '.join(_FIELDS)}"
             )
         if name in values:
-            raise ValueError(f"compression rule {text!r}: {name} is given twice")
-        values[name] = _value(text, name, value)
+            raise ValueError(f"{where}: {name} is given twice")
+        values[name] = _value(where, name, value)
     try:
-        return Rule(pattern, Scheme(**values))
+        return Scheme(**values)
     except ValueError as error:
-        raise ValueError(f"compression rule {text!r}: {error}") from None
-
-
-def parse_scheme(text: str) -> Scheme:
-    """What `scheme_text` gives, read back."""
-    return parse_rule(f".* -> {text}").action
+        raise ValueError(f"{where}: {error}") from None
 
 
 def rule_text(rule: Rule[Scheme]) -> str:
@@ -182,12 +219,12 @@ def scheme_text(scheme: Scheme) -> str:
     return " ".join(words)
 
 
-def _value(text: str, name: str, value: str) -> Any:
+def _value(where: str, name: str, value: str) -> Any:
     """A field's value in the type of its default."""
     default = _FIELDS[name].default
     if isinstance(default, bool):
         if value.lower() not in _TRUTHS:
-            raise ValueError(f"compression rule {text!r}: {name}={value!r}: want true or false")
+            raise ValueError(f"{where}: {name}={value!r}: want true or false")
         return _TRUTHS[value.lower()]
     if isinstance(default, str):
         return value
@@ -195,4 +232,4 @@ def _value(text: str, name: str, value: str) -> Any:
         return type(default)(value)
     except ValueError:
         wanted = "a whole number" if isinstance(default, int) else "a number"
-        raise ValueError(f"compression rule {text!r}: {name}={value!r}: want {wanted}") from None
+        raise ValueError(f"{where}: {name}={value!r}: want {wanted}") from None
