@@ -11,6 +11,10 @@ short: they tell methods apart, not their last per cent.
 
 _TABLES = "embed|head -> weights=int8"
 _LAYERS = r"layers\..* -> "
+_STATIC = (  # experts have no static activations
+    r"embed|head|layers\.\d+\.experts_.* -> weights=int8",
+    r"layers\..* -> weights=int8 activations=static",
+)
 _UNIFORM = (
     "weights=int8 group=32",
     "weights=int8",
@@ -36,10 +40,12 @@ def get_config(arg=None):
     recipes = {
         "int8": {"preset": "int8"},
         "int8-g32": _everywhere("weights=int8 group=32"),
-        "int8-g32-gptq": _everywhere("weights=int8 group=32 rounding=gptq"),
+        "int8-g32-gptq": {
+            "rules": ("embed -> weights=int8 group=32", ".* -> weights=int8 group=32 rounding=gptq")
+        },
         "w8a8": {"preset": "w8a8"},
-        "w8a8-static": _layers("weights=int8 activations=static"),
-        "w8a8-smoothquant": _layers("weights=int8 activations=static", smooth="smoothquant"),
+        "w8a8-static": {"rules": _STATIC},
+        "w8a8-smoothquant": {"rules": _STATIC, "smooth": "smoothquant"},
         "fp8": {"preset": "fp8"},
         "int4": _layers("weights=int4 group=128"),
         "int4-mse": _layers("weights=int4 group=128 rounding=mse"),

@@ -194,7 +194,7 @@ class CompressionSection:
     auto_bytes: float = _doc(
         0.0,
         "automatic mixed precision: the candidate for each weight that loses least within so many "
-        "bytes, up to 1 a share of the dense model's (calibrated)",
+        "bytes, up to 1 a share of the model's in float32 (calibrated)",
     )
     auto_kl: float = _doc(
         0.0, "or the smallest of which the predicted KL is at most this, in nats a token"

@@ -11,8 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_models
 from compress_makers import RECEIPT, config_file, model_folder
 
 from lepton_jax import LeptonEngine, cli, compress
@@ -24,11 +26,15 @@ from lepton_jax.config import (
     CalibrationSection,
     CompressionSection,
     EngineSection,
+    MeshSection,
     ReceiptSection,
+    RecoverySection,
     RunConfig,
     recipe_sections,
 )
+from lepton_jax.jobs.compress_inputs import require_fit
 from lepton_jax.jobs.verify import failures, report, verify_receipt
+from lepton_jax.models.build import abstract_model
 
 ROOT = Path(__file__).parents[1]
 QUICK = ReceiptSection(**RECEIPT | {"prompts": 0})
@@ -191,7 +197,7 @@ def test_a_budget_becomes_rules_and_an_8_bit_cache_is_measured_too(model, tmp_pa
     [
         (
             {"auto_bytes": 0.01},
-            r"budget of \d+ bytes: the smallest .* is \d+, 0\.1\d+ of the dense",
+            r"budget of \d+ bytes: the smallest .* is \d+, 0\.1\d+ of the model in float32",
         ),
         ({"auto_bytes": 0.5, "auto_kl": 0.1}, "are both given"),
         ({"auto_kl": 0.1, "candidates": ()}, "compression.candidates is empty"),
@@ -267,6 +273,14 @@ def test_mistakes_are_named_before_anything_is_written(model, tmp_path):
         (dict(rules=("leyer.* -> weights=int8",)), config(), r"match no parameter.*'leyer\.\*'"),
         (dict(rules=("embed -> weights=int2",)), config(), "int2.*allowed are int8"),
         (dict(preset="int5"), config(), "'int5' is unknown"),
+        (
+            dict(preset="int8"),
+            config(compression=CompressionSection(smooth="smoothquant")),
+            "compression.smooth='smoothquant' changes nothing here",
+        ),
+        (dict(preset="int8"), config(recovery=RecoverySection(train="lora")), "no weight of a lay"),
+        (dict(preset="int8"), config(mesh=MeshSection(model=2)), "mesh.model=2: compress works on"),
+        (dict(preset="int8"), config(engine=EngineSection(speculation="draft")), "take off or loo"),
         (dict(preset="int8"), config(receipt=long), "window_tokens is 500, but the model.*128"),
         (
             dict(preset="int8"),
@@ -370,6 +384,41 @@ def test_shipped_configs_hold_recipes_that_fit(file, model):
         assert bool(recipe.calibrated) == measured or any(
             word in repr(section) for word in ("gpt", "wanda", "'awq", "smoothq", "static")
         )
+
+
+def sized(case, layers=12, **sizes):
+    """The config of a tiny model's family with other sizes."""
+    config = tiny_models.read_config(case)
+    windows, ropes = (values * layers for values in (config.layer_windows, config.layer_ropes))
+    of_layers = {"layer_windows": windows[:layers], "layer_ropes": ropes[:layers]}
+    return dataclasses.replace(config, num_layers=layers, **of_layers, **sizes)
+
+
+@pytest.mark.parametrize("name", ["auto", "speed", "sweep"])
+def test_shipped_recipes_fit_the_demo_models(name):
+    """In bfloat16: SmolLM2-135M, here with a head of its own, and Gemma 3 270M."""
+    wide = dict(vocab_size=49152, hidden_size=576, ffn_size=1536, num_heads=9, num_kv_heads=3)
+    flat = dict(vocab_size=262144, hidden_size=640, ffn_size=2048, num_heads=4, num_kv_heads=1)
+    models = [
+        abstract_model(config, jnp.bfloat16, jnp.bfloat16)
+        for config in (sized("llama", head_dim=64, **wide), sized("gemma3", head_dim=256, **flat))
+    ]
+    assert [model.config.tie_embeddings for model in models] == [False, True]
+    made = runpy.run_path(str(ROOT / f"configs/compress_{name}.py"))["get_config"]()
+    settings = cli.run_config(cli.whole_config(made))
+    sections = [recipe_sections(*item) for item in settings.sweep.recipes.items()]
+    for compression, recovery in sections or [(settings.compression, settings.recovery)]:
+        asked = dataclasses.replace(settings, recovery=recovery)
+        for model in models:
+            require_fit(asked, Recipe.from_config(compression), model)
+
+
+def test_the_shipped_static_recipes_fit_experts():
+    made = runpy.run_path(str(ROOT / "configs/compress_sweep.py"))["get_config"]()
+    model = tiny_models.with_tokens("mixtral")[0]
+    for name in ("w8a8-static", "w8a8-smoothquant"):
+        section, _ = recipe_sections(name, made["sweep"]["recipes"][name])
+        require_fit(RunConfig(), Recipe.from_config(section), model)
 
 
 def test_the_command_line(model, tmp_path):

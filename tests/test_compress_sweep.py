@@ -80,6 +80,37 @@ def test_a_sweep_goes_on_where_it_stopped(model, tmp_path, monkeypatch):
         SweepJob(dataclasses.replace(settings, output=str(tmp_path / "taken"))).run()
 
 
+@pytest.mark.parametrize(
+    ("recipe", "says"),
+    [
+        (
+            {"rules": (".* -> weights=int8 rounding=gptq",)},
+            r"compression rule '\.\*': the embedding is looked up",
+        ),
+        (
+            {"rules": (".* -> weights=keep prune=magnitude sparsity=0.5 pattern=192x32",)},
+            "embed: tiles of 192x32 do not cover 260 outputs",
+        ),
+        ({"drop_layers": 1, "smooth": "awq"}, "compression.smooth='awq' changes nothing here"),
+        ({"preset": "int8", "recovery": {"train": "lora"}}, "recovery.train='lora': no weight"),
+    ],
+)
+def test_a_recipe_that_does_not_fit_is_named_before_anything_is_measured(
+    model, tmp_path, monkeypatch, recipe, says
+):
+    monkeypatch.setattr("lepton_jax.jobs.sweep.measure_dense", None)
+    settings = RunConfig(
+        model=ModelSection(path=str(model)),
+        receipt=QUICK,
+        calibration=CALIBRATION,
+        sweep=SweepSection(recipes=RECIPES | {"other": recipe}),
+        output=str(tmp_path / "sweep"),
+    )
+    with pytest.raises(ValueError, match=rf"^sweep.recipes\['other'\]: {says}"):
+        SweepJob(settings).run()
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_a_sweep_measures_sensitivities_once(model, tmp_path, monkeypatch):
     real, measured = automatic.measure_sensitivity, []
 

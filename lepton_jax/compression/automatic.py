@@ -1,6 +1,6 @@
 """Automatic mixed precision: a budget in bytes or in KL, and the rules that make most of it.
 
-    choice = choose(model, leaves, tokens, automatic, dense_bytes=..., seed=0)
+    choice = choose(model, leaves, tokens, automatic, dense=dense, seed=0)
     choice.rules    # ordinary ones, as a person might have written them
 
 Every weight is tried under every candidate on calibration tokens (`sensitivity.py`), then one is
@@ -32,8 +32,8 @@ class Automatic:
     """What is asked for.
 
     Attributes:
-      bytes: most of the compressed weights; up to 1: as a share of the dense ones. 0: the least
-        within `kl`.
+      bytes: most of the compressed weights; up to 1: as a share of what the dense ones take in
+        float32, whatever their dtype is. 0: the least within `kl`.
       kl: most that may be lost, as predicted, in nats a token; 0: the least within `bytes`.
       candidates: schemes to choose from.
       known: what they were found to lose before, on the same tokens; None: it is measured.
@@ -70,21 +70,24 @@ class Automatic:
     def __str__(self) -> str:
         return f"auto_bytes={self.bytes:g}" if self.bytes else f"auto_kl={self.kl:g}"
 
-    def most_bytes(self, dense_bytes: int) -> float:
-        """Of all weights, of a dense model of so many bytes."""
+    def most_bytes(self, dense: Model) -> float:
+        """Of all weights that are made of the dense model's."""
         if not self.bytes:
             return np.inf
-        return self.bytes * dense_bytes if self.bytes <= 1 else self.bytes
+        return self.bytes * _in_float32(dense) if self.bytes <= 1 else self.bytes
 
-    def require_room(self, model: Model, dense_bytes: int) -> None:
-        """Raises ValueError, with the least, where the budget is less than the smallest choice."""
+    def require_room(self, model: Model, dense: Model) -> None:
+        """Raises ValueError, with the least, where the budget is less than the smallest choice for
+        `model`, which is what structured pruning leaves of the dense one.
+        """
         smallest = planned_bytes(model, self.candidates).min(1).sum() + _others(model)
-        most = self.most_bytes(dense_bytes)
+        most = self.most_bytes(dense)
         if smallest > most:
+            share = smallest / _in_float32(dense)
             raise ValueError(
                 f"compression.auto_bytes={self.bytes:g} is a budget of {most:.0f} bytes: the "
-                f"smallest that its candidates allow is {smallest}, {smallest / dense_bytes:.4f} "
-                "of the dense bytes; raise it or add smaller candidates"
+                f"smallest that its candidates allow is {smallest}, {share:.4f} of the "
+                "model in float32; raise it or add smaller candidates"
             )
 
 
@@ -117,23 +120,23 @@ def choose(
     tokens: np.ndarray,
     automatic: Automatic,
     *,
-    dense_bytes: int,
+    dense: Model,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Choice:
     """Measures and chooses.
 
     Args:
-      model: dense; `leaves` its arrays by path.
+      model: of the dense arrays `leaves`, by path.
       tokens: int32 `[windows, T]` to calibrate on.
       automatic: the budget and the candidates.
-      dense_bytes: of the whole model, which a share refers to.
+      dense: the model before structured pruning, which a share of bytes refers to.
       seed: of the draws (`sensitivity.py`).
       progress: called with (done, all, what).
 
     Raises ValueError where nothing fits the budget.
     """
-    automatic.require_room(model, dense_bytes)
+    automatic.require_room(model, dense)
     found = automatic.known or measure_sensitivity(
         model, leaves, tokens, automatic.candidates, seed=seed, progress=progress
     )
@@ -141,12 +144,17 @@ def choose(
     chosen = allocate(
         found.kl,
         found.bytes,
-        most_bytes=automatic.most_bytes(dense_bytes) - others,
+        most_bytes=automatic.most_bytes(dense) - others,
         most_loss=automatic.kl or np.inf,
     )
     lines = np.arange(len(chosen))
     size, loss = found.bytes[lines, chosen].sum(), found.kl[lines, chosen].sum()
     return Choice(automatic, found, tuple(chosen), int(size) + others, float(loss))
+
+
+def _in_float32(model: Model) -> int:
+    """Bytes of its weights, had they that dtype."""
+    return 4 * sum(spec.size for spec in model.specs.values())
 
 
 def _others(model: Model) -> int:

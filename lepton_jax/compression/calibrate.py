@@ -26,13 +26,14 @@ from lepton_jax.compression.calibrated_leaf import (
 )
 from lepton_jax.compression.layer_programs import LayerPrograms, embedded, final_inputs
 from lepton_jax.compression.leaf import compress_weight
+from lepton_jax.compression.quality import head_path
 from lepton_jax.compression.rules import Rule, assign, weights_of
 from lepton_jax.compression.scheme import Scheme
 from lepton_jax.compression.smooth import NEEDS, pairs_for, smoothed
 from lepton_jax.models.build import Model
 from lepton_jax.tensors import CompressedTensor
 
-__all__ = ["Options", "compress_layers"]
+__all__ = ["Options", "compress_layers", "require_methods"]
 
 MOST_HESSIANS = 2**31  # bytes of those of one weight's experts
 Progress = Callable[[int, int, str], None]
@@ -71,7 +72,7 @@ def compress_layers(
     found: dict[str, Any] = dict(leaves)
     programs = LayerPrograms(model)
     total = model.config.num_layers + 1
-    head = "embed" if model.config.tie_embeddings else "head"
+    head = head_path(model)
     if "embed" in run.schemes and not run.kinds("embed"):
         found["embed"] = run.compress("embed", found["embed"], None)
     x = embedded(model, found["embed"], jnp.asarray(tokens, jnp.int32))
@@ -96,6 +97,11 @@ def compress_layers(
     if progress is not None:
         progress(total, total, head)
     return found, {path: run.errors[path] for path in model.specs if path in run.errors}
+
+
+def require_methods(model: Model, rules: Sequence[Rule[Scheme]], options: Options) -> None:
+    """Raises ValueError, naming the rule, where a method doesn't suit a weight of the model."""
+    _Run(model, rules, options).check_methods()
 
 
 class _Run:
@@ -128,20 +134,25 @@ class _Run:
         """Raises ValueError for what can be known beforehand."""
         if tokens.ndim != 2 or 0 in tokens.shape:
             raise ValueError(f"calibration tokens have shape {tokens.shape}: want [windows, T]")
-        config = self.model.config
+        self.check_methods()
         for path in self.schemes:
             if isinstance(leaves[path], CompressedTensor):
                 raise ValueError(f"{path} is compressed already: calibrate the dense model")
+
+    def check_methods(self) -> None:
+        """Raises ValueError, naming the rule, where a method doesn't suit a weight."""
+        for path in self.schemes:
             where = f"compression rule {self.rules[path].pattern!r}"
-            if path == "embed" and not config.tie_embeddings and self.kinds(path):
+            if path == "embed" and head_path(self.model) != path and self.kinds(path):
                 raise ValueError(
                     f"{where}: the embedding is looked up, never multiplied, so nothing calibrates "
                     "it; give it a rule of its own without calibration"
                 )
             if ".experts_" in path:
-                self._check_experts(where, path, leaves[path].shape)
+                self._check_experts(where, path)
 
-    def _check_experts(self, where: str, path: str, shape: tuple[int, ...]) -> None:
+    def _check_experts(self, where: str, path: str) -> None:
+        shape = self.model.specs[path].shape
         if self.schemes[path].activations == "static":
             raise ValueError(
                 f"{where}: {path} of experts has no static activations; take activations=dynamic"

@@ -95,4 +95,6 @@ class Structure:
 
 def planned_model(structure: Structure, model: Model) -> Model:
     """The specs that pruning gives, without touching a weight. Raises ValueError as `plan`."""
+    if not structure:
+        return model
     return abstract_model(structure.plan(model.config), model.dtype, model.activation_dtype)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from lepton_jax.models.build import Model
-from lepton_jax.tensors import CompressedTensor
+from lepton_jax.tensors import CompressedTensor, ParamSpec
 from lepton_jax.tensors.sparse import SparseTensor
 
 _SCALES = ("scale", "offset")
@@ -53,21 +53,15 @@ class Trainable:
         self._adapted: dict[str, tuple[int, ...]] = {}
         self._rank = rank
         self._held = {path for path, leaf in leaves.items() if _is_pruned(leaf)}
+        values = trained_values(model.specs, leaves, train=train)
+        if train == "lora":
+            self._adapted = {path: model.specs[path].shape for path in values}
         for path, spec in model.specs.items():
             fields = _small_fields(leaves[path], inputs=spec.inputs, path=path)
-            value = _value_field(leaves[path]) if _LAYER_WEIGHT.fullmatch(path) else None
-            if spec.inputs and value is not None:
-                if train == "all":
-                    fields += (value,)
-                elif train == "lora":
-                    self._adapted[path] = spec.shape
+            if train == "all" and path in values:
+                fields += (_value_field(leaves[path]),)
             if fields:
                 self._fields[path] = fields
-        if train == "lora" and not self._adapted:
-            raise ValueError(
-                "recovery.train='lora': no weight of a layer holds floats to add to (int8 and int4 "
-                "values are fixed): take recovery.train=norms, which trains their scales"
-            )
 
     def zeros(self, leaves: Mapping[str, Any], seed: int) -> Trained:
         """What is trained, float32, at a place where it changes nothing: by path and name."""
@@ -101,6 +95,27 @@ class Trainable:
         if not isinstance(leaf, CompressedTensor):
             return changes[""]
         return dataclasses.replace(leaf, **changes)
+
+
+def trained_values(
+    specs: Mapping[str, ParamSpec], leaves: Mapping[str, Any], *, train: str
+) -> tuple[str, ...]:
+    """Weights of layers that hold floats, which "all" trains and "lora" adds to; leaves by path,
+    which may be planned ones.
+
+    Raises ValueError where "lora" finds none.
+    """
+    found = tuple(
+        path
+        for path, spec in specs.items()
+        if spec.inputs and _LAYER_WEIGHT.fullmatch(path) and _value_field(leaves[path]) is not None
+    )
+    if train == "lora" and not found:
+        raise ValueError(
+            "recovery.train='lora': no weight of a layer holds floats to add to (int8 and int4 "
+            "values are fixed): take recovery.train=norms, which trains their scales"
+        )
+    return found
 
 
 def _small_fields(leaf: Any, *, inputs: int, path: str) -> tuple[str, ...]:

@@ -35,8 +35,10 @@ from lepton_jax.jobs.compress_inputs import (
     describe,
     load_options,
     load_tokenizer,
+    require_alone,
     require_finite,
-    require_sense,
+    require_fit,
+    require_texts,
     silent,
     stage,
     text_windows,
@@ -76,6 +78,7 @@ class CompressJob:
 
     def __init__(self, config: RunConfig):
         """Raises ValueError on a recipe or an output that can't be."""
+        require_alone(config)
         self.config = config
         self.recipe = Recipe.from_config(config.compression)
         if not self.recipe:
@@ -86,7 +89,9 @@ class CompressJob:
 
     def run(self, progress: Progress = silent) -> receipt.Receipt:
         """Measures, compresses, measures again and writes; the receipt."""
-        require_sense(self.config, [self.recipe])
+        model = describe(self.config)
+        require_fit(self.config, self.recipe, model)
+        require_texts(self.config, model, calibrated=bool(self.recipe.calibrated))
         dense = measure_dense(self.config, progress)
         made = compress(self.config, self.recipe, dense, progress=progress)
         final = write(self.output, made)

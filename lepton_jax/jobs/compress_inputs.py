@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,17 @@ import numpy as np
 from lepton_jax.checkpoints import load as checkpoints
 from lepton_jax.checkpoints.loaded import Loaded
 from lepton_jax.compression import receipt
+from lepton_jax.compression.calibrate import require_methods
 from lepton_jax.compression.calibration_data import (
     CALIBRATION_TEXT,
     HELD_OUT_TEXT,
     Windows,
     draw_windows,
 )
-from lepton_jax.compression.presets import scheme_of_each
+from lepton_jax.compression.presets import compress_specs, scheme_of_each
 from lepton_jax.compression.recipe import Recipe
 from lepton_jax.compression.structure import planned_model
+from lepton_jax.compression.trainable import trained_values
 from lepton_jax.config import CalibrationSection, ReceiptSection, RunConfig
 from lepton_jax.jobs import measures
 from lepton_jax.models.build import Model
@@ -39,18 +41,38 @@ def silent(stage: str, done: int, total: int, what: str) -> None:
     """The progress of those who don't look."""
 
 
-def require_sense(config: RunConfig, recipes: Sequence[Recipe]) -> None:
-    """Raises ValueError for what can be known before hours of work: rules that nothing uses, texts
-    that are too short, windows longer than the model's context.
+def require_alone(config: RunConfig) -> None:
+    """Raises ValueError for what compression would leave out: other devices, a draft model."""
+    if config.mesh.model > 1:
+        raise ValueError(
+            f"mesh.model={config.mesh.model}: compress works on one device: leave out mesh.model "
+            "and mesh.expert"
+        )
+    if config.engine.speculation == "draft":
+        raise ValueError(
+            "engine.speculation='draft': compress measures a model without a draft model beside "
+            "it: take off or lookup"
+        )
+
+
+def require_fit(config: RunConfig, recipe: Recipe, model: Model) -> None:
+    """Raises ValueError where a recipe, or the recovery after it, doesn't suit the dense model:
+    rules that nothing uses, schemes that don't fit a weight, options that change nothing.
     """
-    model, asked = describe(config), config.receipt
-    for recipe in recipes:
-        planned = planned_model(recipe.structure, model)
-        scheme_of_each(recipe.rules, planned.specs)
-        if recipe.automatic:
-            recipe.automatic.require_room(planned, dense_bytes(model))
-    calibrated = any(recipe.calibrated for recipe in recipes)
-    recovers = config.recovery.train != "none"
+    planned = planned_model(recipe.structure, model)
+    leaves = compress_specs(recipe.rules, planned.specs)
+    recipe.require_use(scheme_of_each(recipe.rules, planned.specs))
+    require_methods(planned, recipe.rules, recipe.options)
+    if recipe.automatic:
+        recipe.automatic.require_room(planned, model)
+    trained_values(planned.specs, leaves, train=config.recovery.train)
+
+
+def require_texts(config: RunConfig, model: Model, *, calibrated: bool) -> None:
+    """Raises ValueError where texts are too short, windows longer than the model's context, or
+    quality would be measured on text that compression saw.
+    """
+    asked, recovers = config.receipt, config.recovery.train != "none"
     tokens = measures.longest_texts(asked) if asked.compare else {}
     if calibrated or recovers:
         tokens["calibration.window_tokens"] = config.calibration.window_tokens

@@ -160,7 +160,7 @@ def _calibrate(config: RunConfig, recipe: Recipe, *, progress: Progress) -> Resu
             leaves,
             drawn.tokens,
             recipe.automatic,
-            dense_bytes=loaded.bytes,
+            dense=loaded.model,
             seed=config.calibration.seed,
             progress=stage(progress, "sensitivity"),
         )

@@ -23,7 +23,14 @@ from lepton_jax.compression.receipt_page import pareto_page
 from lepton_jax.compression.recipe import Recipe
 from lepton_jax.config import CompressionSection, RecoverySection, RunConfig, recipe_sections
 from lepton_jax.jobs.compress import compress, measure_dense, write, write_receipt
-from lepton_jax.jobs.compress_inputs import Progress, require_sense, silent
+from lepton_jax.jobs.compress_inputs import (
+    Progress,
+    describe,
+    require_alone,
+    require_fit,
+    require_texts,
+    silent,
+)
 from lepton_jax.jobs.recovery import folder_of
 from lepton_jax.whole_file import write_whole
 
@@ -39,6 +46,7 @@ class SweepJob:
 
     def __init__(self, config: RunConfig):
         """Raises ValueError on a recipe that can't be, or an output that is something else."""
+        require_alone(config)
         if not config.output:
             raise ValueError("output is empty: name the directory to write, --config.output=DIR")
         if not config.receipt.compare:
@@ -66,10 +74,7 @@ class SweepJob:
 
     def run(self, progress: Progress = silent) -> dict[str, receipts.Receipt]:
         """Tries what isn't there yet, writes the table and the page; receipts by recipe."""
-        require_sense(self.config, list(self._recipes.values()))
-        for config in self._configs.values():
-            if config.recovery.train != "none":
-                require_sense(config, [])
+        self._require_sense()
         self._begin()
         dense = None
         for number, (name, recipe) in enumerate(self._recipes.items(), 1):
@@ -85,6 +90,20 @@ class SweepJob:
             self._write_results()
         self._write_results()
         return self._receipts
+
+    def _require_sense(self) -> None:
+        """Raises ValueError, naming the recipe, for what can be known before hours of work."""
+        model = describe(self.config)
+        for name, config in self._configs.items():
+            try:
+                require_fit(config, self._recipes[name], model)
+            except ValueError as error:
+                raise ValueError(f"sweep.recipes[{name!r}]: {error}") from error
+        calibrated = any(recipe.calibrated for recipe in self._recipes.values())
+        require_texts(self.config, model, calibrated=calibrated)
+        for config in self._configs.values():
+            if config.recovery.train != "none":
+                require_texts(config, model, calibrated=False)
 
     def table(self) -> str:
         """Markdown, without the columns that nothing was measured for."""
