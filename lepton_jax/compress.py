@@ -44,6 +44,14 @@ def main(config: RunConfig) -> int:
 
 def verify() -> int | None:
     """What --verify asks for; None where it isn't given."""
+    with cli.user_errors(ValueError):
+        if _DENSE.value and not _VERIFY.value:
+            raise ValueError(
+                f"--dense={_DENSE.value} goes with --verify=DIR alone: a model to compress is "
+                "--config.model.path"
+            )
+        if _VERIFY.value and flags.FLAGS["config"].value is not None:
+            raise ValueError("--verify takes all from DIR's receipt: leave out --config")
     if not _VERIFY.value:
         return None
     from lepton_jax.jobs.verify import failures, report, verify_receipt

@@ -443,6 +443,8 @@ def test_the_command_line(model, tmp_path):
         (["--config={file}"], "output is empty"),
         (["--config={file}", "--config.output={out}", "--config.model.path=gone"], "doesn't exist"),
         (["--verify", "{gone}"], "has no receipt.json"),
+        (["--config={file}", "--dense=gone"], "--dense=gone goes with --verify=DIR alone"),
+        (["--config={file}", "--verify", "{gone}"], "from DIR's receipt: leave out --config"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, arguments, says):
