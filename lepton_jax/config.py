@@ -276,6 +276,12 @@ class RecoverySection:
         _check(self, "minutes", 0 <= self.minutes < math.inf, "0 (off) or a number of minutes")
         _check(self, "learning_rate", 0 < self.learning_rate < 1, "between 0 and 1")
         _check(self, "hidden_weight", 0 <= self.hidden_weight < math.inf, "0 or more")
+        good = self.held_out < self.windows
+        _check(self, "held_out", good, f"fewer than recovery.windows={self.windows}")
+        for field in dataclasses.fields(self):
+            good = self.train != "none" or getattr(self, field.name) == field.default
+            wanted = f"{field.default!r} without training, or recovery.train=norms, lora or all"
+            _check(self, field.name, good, wanted)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ from lepton_jax.config import (
 )
 from lepton_jax.jobs import compress_model
 from lepton_jax.jobs.compress import gap_closed
+from lepton_jax.jobs.recovery import RecoveryFolder
 from lepton_jax.jobs.verify import failures, report, verify_receipt
 
 ROOT = Path(__file__).parents[1]
@@ -146,11 +147,20 @@ def test_a_killed_recovery_goes_on(model, whole, tmp_path, monkeypatch):
 
 
 def test_a_state_that_is_damaged_is_named(model, tmp_path):
-    folder = tmp_path / "out.recovery"
-    folder.mkdir()
+    folder = tmp_path / "out.recovery" / "student"
+    folder.mkdir(parents=True)
     (folder / "plan.json").write_text("{}")
     with pytest.raises(ValueError, match=r"out.recovery holds an interrupted recovery"):
         compress(model, tmp_path / "out", config=CONFIG)
+
+
+def test_a_compression_that_failed_leaves_nothing_to_go_on_with(tmp_path):
+    def fail():
+        raise ValueError("no such weight")
+
+    with pytest.raises(ValueError, match="no such weight"):
+        RecoveryFolder(tmp_path / "out", {"recipe": "wrong"}).student(fail)
+    RecoveryFolder(tmp_path / "out", {"recipe": "right"})
 
 
 def test_mistakes_are_named_before_anything_is_read(model, tmp_path):
@@ -160,6 +170,10 @@ def test_mistakes_are_named_before_anything_is_read(model, tmp_path):
     for field, value in (("train", "some"), ("learning_rate", 0), ("minutes", -1), ("steps", 0)):
         with pytest.raises(ValueError, match=f"RecoverySection: {field}="):
             RecoverySection(**{field: value})
+    with pytest.raises(ValueError, match=r"held_out=8 is not allowed: want fewer than .*windows=8"):
+        RecoverySection(train="all", windows=8)
+    with pytest.raises(ValueError, match=r"steps=9 is not allowed: want 400 without training, or"):
+        RecoverySection(steps=9)
     assert not list(tmp_path.iterdir())
 
 

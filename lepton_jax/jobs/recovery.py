@@ -1,7 +1,7 @@
 """Recovery as part of a compression: what it keeps on disk, its curves, and what it tells.
 
-    OUTPUT.recovery/plan.json     what is being made, so that only the same command goes on with it
-    OUTPUT.recovery/student/      the compressed model before training, and made.json beside it
+    OUTPUT.recovery/student/      the compressed model before training, beside it made.json, and
+                                  plan.json: how, so that only the same command goes on with it
     OUTPUT.recovery/step-*/       the training: what is trained, Adam's moments, the best so far
 
 A killed command goes on from there when it is given again; the folder goes when the result is
@@ -23,7 +23,6 @@ from lepton_jax.compression.quality import Reference
 from lepton_jax.compression.recover import recover
 from lepton_jax.config import RecoverySection
 from lepton_jax.jobs.scalars import ScalarLog
-from lepton_jax.whole_file import write_whole
 
 _PLAN, _STUDENT, _MADE = "plan.json", "student", "made.json"
 Progress = Callable[[int, int, str], None]
@@ -43,13 +42,13 @@ class RecoveryFolder:
 
         Raises ValueError where it holds something else.
         """
-        self.path, plan = folder_of(output), json.loads(json.dumps(plan))
-        place = self.path / _PLAN
+        self.path, self._plan = folder_of(output), json.loads(json.dumps(plan))
+        place = self.path / _STUDENT / _PLAN
         self.path.mkdir(parents=True, exist_ok=True)
         if all(file.name.startswith(".") for file in self.path.iterdir()):
-            write_whole(place, json.dumps(plan, indent=1) + "\n")
+            return
         found = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {}
-        other = [key for key in plan if found.get(key) != plan[key]]
+        other = [key for key in self._plan if found.get(key) != self._plan[key]]
         if other:
             raise ValueError(
                 f"{self.path} holds an interrupted recovery with another {', '.join(other)}: give "
@@ -65,11 +64,12 @@ class RecoveryFolder:
             told = json.loads((place / _MADE).read_text(encoding="utf-8"))
             return checkpoints.load(place), told
         loaded, told = make()
-        save(
-            place,
-            loaded,
-            complete=lambda folder: (folder / _MADE).write_text(json.dumps(told), encoding="utf-8"),
-        )
+
+        def complete(folder: Path) -> None:
+            for name, value in ((_MADE, told), (_PLAN, self._plan)):
+                (folder / name).write_text(json.dumps(value), encoding="utf-8")
+
+        save(place, loaded, complete=complete)
         return loaded, told
 
 
