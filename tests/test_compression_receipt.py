@@ -10,6 +10,7 @@ import pytest
 from engine_reference import tiny
 
 from lepton_jax.compression import receipt as receipts
+from lepton_jax.compression.leaf import relative_error
 from lepton_jax.compression.presets import scheme_of_each
 from lepton_jax.compression.quantize import quantize
 from lepton_jax.compression.receipt_page import page, pareto_front, pareto_page
@@ -175,13 +176,13 @@ def test_the_digest_sees_every_bit_and_the_type():
 
 def test_relative_errors():
     weight = jnp.asarray([[3.0, 0.0], [0.0, 4.0]])
-    assert receipts.relative_error(weight, weight) == 0
-    assert receipts.relative_error(weight, weight * 0.5) == pytest.approx(0.5)
-    assert receipts.relative_error(weight * 0, weight * 0) == 0
-    assert np.isnan(receipts.relative_error(weight.at[0, 0].set(jnp.nan), weight))
+    assert relative_error(weight, weight) == 0
+    assert relative_error(weight, weight * 0.5) == pytest.approx(0.5)
+    assert relative_error(weight * 0, weight * 0) == 0
+    assert np.isnan(relative_error(weight.at[0, 0].set(jnp.nan), weight))
     leaf = quantize(weight, Scheme())
     off = np.linalg.norm(np.asarray(leaf.dense(jnp.float32) - weight))
-    assert receipts.relative_error(weight, leaf) == pytest.approx(off / 5, abs=1e-7)
+    assert relative_error(weight, leaf) == pytest.approx(off / 5, abs=1e-7)
 
 
 def test_kept_weights_are_counted():
@@ -191,12 +192,13 @@ def test_kept_weights_are_counted():
     leaves = [*LEAVES]
     leaves[index] = jnp.asarray(pruned)
     schemes = {"layers.0.down": Scheme(weights="keep", prune="magnitude", sparsity=0.5)}
-    errors = {"layers.0.down": {"weight": 0.5, "product": 0.25}}
+    errors = {"layers.0.down": {"weight": 0.5, "product": 0.25, "exponent": 0.35}}
     rows = receipts.weight_rows(MODEL, leaves, schemes=schemes, errors=errors)
     assert [row["path"] for row in rows] == [p for p, s in SPECS.items() if s.inputs]
     size = receipts.sizes(MODEL, 10, model=MODEL, rows=rows, bytes_now=5)
     down = next(row for row in rows if row["path"] == "layers.0.down")
     assert (down["kept"], down["error"], down["product_error"]) == (pruned.size // 2, 0.5, 0.25)
+    assert [row["exponent"] for row in rows if row["exponent"]] == [down["exponent"]] == [0.35]
     total = sum(s.size for p, s in SPECS.items() if s.inputs and p != "embed")
     assert (size["parameters"], size["kept"]) == (total, total - pruned.size // 2)
     assert size["kept_fraction"] == pytest.approx(size["kept"] / total)

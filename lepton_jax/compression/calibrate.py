@@ -24,7 +24,7 @@ from lepton_jax.compression.calibrated_leaf import (
     kinds_for,
     relative_errors,
 )
-from lepton_jax.compression.layer_programs import LayerPrograms, embedded, final_inputs
+from lepton_jax.compression.layer_programs import LayerPrograms, embedded, final_inputs, layer_of
 from lepton_jax.compression.leaf import compress_weight
 from lepton_jax.compression.quality import head_path
 from lepton_jax.compression.rules import Rule, assign, weights_of
@@ -79,12 +79,9 @@ def compress_layers(
     factors = found.get("rope_factors")
     for index in range(total - 1):
         prefix = f"layers.{index}."
-        layer = {
-            path.removeprefix(prefix): found[path]
-            for path in model.specs
-            if path.startswith(prefix)
-        }
-        layer = run.layer(layer, x, programs=programs.of(index, factors), prefix=prefix)
+        layer = run.layer(
+            layer_of(found, index), x, programs=programs.of(index, factors), prefix=prefix
+        )
         if run.looks_after(index):
             x = programs.of(index, factors).outputs(layer, x)
         found |= {prefix + name: leaf for name, leaf in layer.items()}

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from lepton_jax.compression.gptq import Settled, gptq
+from lepton_jax.compression.leaf import relative_error
 from lepton_jax.compression.prune import (
     magnitude_mask,
     mask_by_score,
@@ -32,7 +33,7 @@ from lepton_jax.compression.smooth import SMOOTHING
 from lepton_jax.compression.sparsegpt import sparsegpt
 from lepton_jax.compression.statistics import RANGES, Statistics, act_range, mean_hessian
 from lepton_jax.compression.wanda import wanda_scores
-from lepton_jax.tensors import CompressedTensor
+from lepton_jax.tensors.leaves import dense_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,16 +164,14 @@ def relative_errors(
 ) -> dict[str, jax.Array]:
     """By how much a leaf differs from the weight `[*out, I]` that it stands for.
 
-    "weight": norm of the difference over that of the weight. "product": the same of the products
+    "weight": `relative_error`. "product": the same of the products
     with the calibration inputs, where their Hessian is known.
     """
-    weight = array.astype(jnp.float32)
-    dense = leaf.dense(jnp.float32) if isinstance(leaf, CompressedTensor) else leaf
-    change = dense.astype(jnp.float32) - weight
-    errors = {"weight": jnp.sqrt(jnp.sum(change**2) / jnp.maximum(jnp.sum(weight**2), 1e-30))}
+    errors = {"weight": relative_error(array, leaf)}
     if statistics is not None and "hessian" in statistics:
         lead = statistics["count"].shape
-        hessian = mean_hessian(statistics)
+        hessian, weight = mean_hessian(statistics), array.astype(jnp.float32)
+        change = dense_of(leaf, jnp.float32) - weight
 
         def energy(w):
             w = w.reshape(*lead, -1, w.shape[-1])

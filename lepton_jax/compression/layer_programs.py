@@ -132,6 +132,12 @@ class _Programs:
         return decoder.layers[0](x, table, **how)[0]
 
 
+def layer_of(leaves: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """The parameters of layer `index` by name, of leaves by path."""
+    prefix = f"layers.{index}."
+    return {p.removeprefix(prefix): leaf for p, leaf in leaves.items() if p.startswith(prefix)}
+
+
 def embedded(model: Model, table: Any, tokens: jax.Array) -> jax.Array:
     """What the first layer gets for tokens `[windows, T]`: `[windows, T, D]`."""
     x = take(table, tokens, model.activation_dtype)

@@ -1,14 +1,17 @@
-"""One weight, compressed by any scheme that needs no calibration.
+"""One weight, compressed by any scheme that needs no calibration, and how far off a leaf is.
 
 The parts are `prune.py` and `quantize.py`; schemes that need it go through `calibrate.py`.
 """
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 
 from lepton_jax.compression.prune import magnitude_mask, store
 from lepton_jax.compression.quantize import quantize
 from lepton_jax.compression.scheme import Scheme
-from lepton_jax.tensors.leaves import CompressedTensor
+from lepton_jax.tensors.leaves import CompressedTensor, dense_of
 
 
 def compress_weight(array: jax.Array, scheme: Scheme) -> CompressedTensor | jax.Array:
@@ -25,3 +28,11 @@ def compress_weight(array: jax.Array, scheme: Scheme) -> CompressedTensor | jax.
     if scheme.prune != "none":
         return store(array, magnitude_mask(array, scheme), scheme)
     return array if scheme.weights == "keep" else quantize(array, scheme)
+
+
+@jax.jit
+def relative_error(weight: jax.Array, leaf: Any) -> jax.Array:
+    """|W - W'| / |W| in the Frobenius norm; 0 for weights of zeros. NaN where W has NaN."""
+    wide = weight.astype(jnp.float32)
+    off, size = jnp.sum((wide - dense_of(leaf, jnp.float32)) ** 2), jnp.sum(wide**2)
+    return jnp.where(size == 0, off, jnp.sqrt(off / jnp.where(size == 0, 1, size)))

@@ -29,6 +29,7 @@ from lepton_jax.compression.sensitivity import Sensitivity
 from lepton_jax.models.build import Model
 from lepton_jax.models.config import ModelConfig
 from lepton_jax.tensors import CompressedTensor
+from lepton_jax.tensors.leaves import dense_of
 
 NAME = "receipt.json"
 FORMAT = "lepton_jax receipt"
@@ -61,18 +62,8 @@ def fingerprint_of(source: str, weights: str) -> str:
 
 
 @jax.jit
-def relative_error(weight: jax.Array, leaf: Any) -> jax.Array:
-    """|W - W'| / |W| in the Frobenius norm; 0 for weights of zeros. NaN where W has NaN."""
-    wide = weight.astype(jnp.float32)
-    kept = leaf.dense(jnp.float32) if isinstance(leaf, CompressedTensor) else leaf
-    off, size = jnp.sum((wide - kept.astype(jnp.float32)) ** 2), jnp.sum(wide**2)
-    return jnp.where(size == 0, off, jnp.sqrt(off / jnp.where(size == 0, 1, size)))
-
-
-@jax.jit
 def _nonzero(leaf: Any) -> jax.Array:
-    dense = leaf.dense(jnp.float32) if isinstance(leaf, CompressedTensor) else leaf
-    return jnp.sum((dense != 0).astype(jnp.int32), axis=-1)
+    return jnp.sum((dense_of(leaf, jnp.float32) != 0).astype(jnp.int32), axis=-1)
 
 
 def weight_rows(
@@ -88,7 +79,8 @@ def weight_rows(
       model: the compressed model; `leaves` its weights.
       schemes: `Scheme` of each weight that changed.
       errors: of each of these by kind: "weight" is `relative_error`, "product" that of its product
-        with calibration inputs where they were gathered.
+        with calibration inputs where they were gathered, "exponent" that of the scales of its
+        inputs where it was smoothed.
     """
     rows = []
     for (path, spec), leaf in zip(model.specs.items(), leaves, strict=True):
@@ -107,6 +99,7 @@ def weight_rows(
                 "kept": kept,
                 "error": error["weight"],
                 "product_error": error.get("product"),
+                "exponent": error.get("exponent"),
             }
         )
     return rows

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lepton_jax.compression.layer_programs import LayerPrograms, embedded
+from lepton_jax.compression.layer_programs import LayerPrograms, embedded, layer_of
 from lepton_jax.compression.leaf import compress_weight
 from lepton_jax.compression.quality import head_path, logits_of
 from lepton_jax.compression.rules import weights_of
@@ -115,7 +115,7 @@ class _Run:
         self._inputs = []
         for index in range(model.config.num_layers):
             self._inputs.append(x)
-            x = self._of(index).outputs(self._layer(index), x)
+            x = self._of(index).outputs(layer_of(leaves, index), x)
         self._outputs = x
         head = head_path(model)
         top = leaves["final_norm"], leaves[head]
@@ -129,14 +129,9 @@ class _Run:
     def _of(self, index: int):
         return self._programs.of(index, self.leaves.get("rope_factors"))
 
-    def _layer(self, index: int) -> dict[str, Any]:
-        prefix = f"layers.{index}."
-        named = {p: leaf for p, leaf in self.leaves.items() if p.startswith(prefix)}
-        return {path.removeprefix(prefix): leaf for path, leaf in named.items()}
-
     def layer(self, index: int) -> None:
         """The weights of a layer, the last one first; leaves the gradients by its inputs."""
-        x, layer, programs = self._inputs.pop(), self._layer(index), self._of(index)
+        x, layer, programs = self._inputs.pop(), layer_of(self.leaves, index), self._of(index)
         for name in layer:
             path = f"layers.{index}.{name}"
             if path not in self._weights:

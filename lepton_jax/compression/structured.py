@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lepton_jax.compression.blocks import block_energies, inputs_of, largest, refit
-from lepton_jax.compression.layer_programs import LayerPrograms, embedded
+from lepton_jax.compression.layer_programs import LayerPrograms, embedded, layer_of
 from lepton_jax.compression.statistics import mean_hessian
 from lepton_jax.compression.structure import Structure, planned_model
 from lepton_jax.models.build import Model, abstract_model
@@ -71,18 +71,13 @@ def prune_structure(
     return model, leaves, told
 
 
-def _layer_of(model: Model, leaves: Mapping[str, Any], index: int) -> dict[str, Any]:
-    prefix = f"layers.{index}."
-    return {p.removeprefix(prefix): leaves[p] for p in model.specs if p.startswith(prefix)}
-
-
 def _influences(
     model: Model, leaves: Mapping[str, Any], x: jax.Array, *, progress: Progress | None
 ) -> list[float]:
     """1 - mean cosine of what each layer gets and gives, over the tokens of `x [windows, T, D]`."""
     programs, factors, found = LayerPrograms(model), leaves.get("rope_factors"), []
     for index in range(model.config.num_layers):
-        y = programs.of(index, factors).outputs(_layer_of(model, leaves, index), x)
+        y = programs.of(index, factors).outputs(layer_of(leaves, index), x)
         found.append(float(_influence(x, y)))
         x = y
         if progress is not None:
@@ -104,7 +99,7 @@ def _keep_layers(
     smaller = abstract_model(config, model.dtype, model.activation_dtype)
     found = {path: leaf for path, leaf in leaves.items() if not path.startswith("layers.")}
     for new, old in enumerate(kept):
-        layer = _layer_of(model, leaves, old)
+        layer = layer_of(leaves, old)
         found |= {f"layers.{new}.{name}": leaf for name, leaf in layer.items()}
     return smaller, {path: found[path] for path in smaller.specs}
 
@@ -124,7 +119,7 @@ def _narrowed(
     found, rows, factors = dict(leaves), [], leaves.get("rope_factors")
     before, after = LayerPrograms(model), LayerPrograms(narrow)
     for index in range(model.config.num_layers):
-        layer = _Layer(_layer_of(model, leaves, index), model.config, narrow.config, damp)
+        layer = _Layer(layer_of(leaves, index), model.config, narrow.config, damp)
         rows.append(layer.prune(before.of(index, factors), x))
         x = after.of(index, factors).outputs(layer.leaves, x)
         found |= {f"layers.{index}.{name}": leaf for name, leaf in layer.leaves.items()}

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lepton_jax.compression.layer_programs import LayerPrograms, embedded
+from lepton_jax.compression.layer_programs import LayerPrograms, embedded, layer_of
 from lepton_jax.compression.quality import head_path, logits_of
 from lepton_jax.models.build import Model
 from lepton_jax.models.decoder import rms_norm
@@ -64,16 +64,12 @@ class WindowLoss:
         model, programs = self._model, LayerPrograms(self._model)
         x = embedded(model, leaves["embed"], ids)
         for index in range(model.config.num_layers):
-            prefix = f"layers.{index}."
             window = programs.of(index, leaves.get("rope_factors")).window
 
             def run(layer, x, window=window):
                 return window({name: self._as_dense(leaf) for name, leaf in layer.items()}, x)
 
-            layer = {p.removeprefix(prefix): leaves[p] for p in model.specs if p.startswith(prefix)}
-            x = jax.checkpoint(
-                run, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            )(layer, x)
+            x = jax.checkpoint(run, policy=_KEPT)(layer_of(leaves, index), x)
         return rms_norm(x, leaves["final_norm"], model.config.norm_eps).astype(jnp.float32)
 
     def _divergence(self, ours, theirs, x: jax.Array, y: jax.Array) -> jax.Array:

@@ -16,7 +16,6 @@ import numpy as np
 
 from lepton_jax.checkpoints import load as checkpoints
 from lepton_jax.checkpoints.loaded import Loaded
-from lepton_jax.compression import receipt
 from lepton_jax.compression.calibrate import require_methods
 from lepton_jax.compression.calibration_data import (
     CALIBRATION_TEXT,
@@ -24,6 +23,7 @@ from lepton_jax.compression.calibration_data import (
     Windows,
     draw_windows,
 )
+from lepton_jax.compression.leaf import relative_error
 from lepton_jax.compression.presets import compress_specs, scheme_of_each
 from lepton_jax.compression.recipe import Recipe
 from lepton_jax.compression.structure import planned_model
@@ -93,7 +93,7 @@ def require_texts(config: RunConfig, model: Model, *, calibrated: bool) -> None:
 
 
 def load_tokenizer(config: RunConfig) -> tokenizers.Tokenizer:
-    """The model's, or the one that the config names."""
+    """The model's, without its weights, or the one that the config names."""
     source = config.model.tokenizer or checkpoints.tokenizer_source(config.model.path)
     return tokenizers.load(source)
 
@@ -141,7 +141,7 @@ def require_finite(loaded: Loaded) -> None:
                 f"{loaded.tokenizer_source} holds compressed weights ({path} and others): compress "
                 "the original model"
             )
-        if not np.isfinite(float(receipt.relative_error(leaf, leaf))):
+        if not np.isfinite(float(relative_error(leaf, leaf))):
             raise ValueError(not_finite(loaded.tokenizer_source, path))
 
 

@@ -18,6 +18,7 @@ from lepton_jax.compression import quality, receipt
 from lepton_jax.compression.automatic import choose
 from lepton_jax.compression.calibrate import compress_layers
 from lepton_jax.compression.calibration_data import CALIBRATION_TEXT
+from lepton_jax.compression.leaf import relative_error
 from lepton_jax.compression.presets import compressor
 from lepton_jax.compression.recipe import Recipe, rule_text
 from lepton_jax.compression.structured import prune_structure
@@ -123,7 +124,7 @@ def _stream(config: RunConfig, recipe: Recipe, *, progress: Progress) -> Result:
 
     def compress_one(path, spec, array):
         leaf = change(path, spec, array)
-        error = float(receipt.relative_error(array, leaf))
+        error = float(relative_error(array, leaf))
         if not np.isfinite(error):
             raise ValueError(not_finite(config.model.path, path))
         if leaf is not array:

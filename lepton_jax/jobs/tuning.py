@@ -18,6 +18,7 @@ from lepton_jax.engine.protocol import Limits
 from lepton_jax.engine.request import StepOutput
 from lepton_jax.engine.scored import Scoring
 from lepton_jax.engine.sizing import max_len_of
+from lepton_jax.jobs.compress_inputs import load_tokenizer
 from lepton_jax.jobs.files.source import RowError, Source
 from lepton_jax.jobs.mode_for import mode_for
 from lepton_jax.jobs.openai_batch import BatchMode
@@ -27,7 +28,6 @@ from lepton_jax.optimizer.profile import Key, Profile
 from lepton_jax.optimizer.sample import SampledRequest, workload_class
 from lepton_jax.optimizer.search import Found
 from lepton_jax.optimizer.space import with_fields
-from lepton_jax.text import tokenizer as tokenizers
 from lepton_jax.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -111,12 +111,6 @@ def require_search(config: RunConfig) -> None:
             "tune makes a profile, takes none, and logs no decisions: leave out optimizer.profile "
             "and optimizer.log, which are for run"
         )
-
-
-def load_tokenizer(config: RunConfig) -> Tokenizer:
-    """The model's, without its weights, or the one that the config names."""
-    source = config.model.tokenizer or checkpoints.tokenizer_source(config.model.path)
-    return tokenizers.load(source)
 
 
 def with_profile(
