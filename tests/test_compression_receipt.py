@@ -145,6 +145,7 @@ STATIC = "layers.* -> weights=int8 activations=static"
         (dict(rules=(STATIC,), act_order=True), "act_order=True"),
         (dict(preset="w8a8", smooth="smoothquant", alpha=0.7), ""),
         (dict(auto_kl=0.1, smooth="awq"), ""),
+        (dict(rules=("head -> weights=int4 group=4 rounding=mse",), smooth="awq"), ""),
         (dict(rules=(STATIC,), ranges="percentile", percentile=99.0), ""),
         (dict(keep_ffn=0.5, damp=0.1), ""),
         (dict(rules=("layers.* -> weights=int8 rounding=gptq",), act_order=True, damp=0.1), ""),

@@ -75,14 +75,14 @@ def kinds_for(scheme: Scheme, options: Options) -> tuple[str, ...]:
     kinds = []
     if scheme.rounding == "gptq" or scheme.prune == "sparsegpt":
         kinds.append("hessian")
-    if scheme.prune == "wanda" or _clips(scheme, options):
+    if scheme.prune == "wanda" or clips(scheme, options):
         kinds.append("squares")
     if scheme.activations == "static":
         kinds += ["largest"] if options.ranges == "absmax" else ["largest", "histogram"]
     return tuple(kinds)
 
 
-def _clips(scheme: Scheme, options: Options) -> bool:
+def clips(scheme: Scheme, options: Options) -> bool:
     """Whether ranges are cut to suit the products, as AWQ does besides its scales."""
     return options.smooth == "awq" and scheme.rounding == "mse"
 
@@ -142,7 +142,7 @@ def _settle_flat(
         ), mask
     weight = weight.astype(jnp.float32)
     weight = weight if mask is None else jnp.where(mask, weight, 0.0)
-    importance = statistics["squares"] if _clips(scheme, options) else None
+    importance = statistics["squares"] if clips(scheme, options) else None
     return _rounded(weight, scheme, importance), mask
 
 

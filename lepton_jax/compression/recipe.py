@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lepton_jax.compression.automatic import Automatic
-from lepton_jax.compression.calibrated_leaf import Options, kinds_for
+from lepton_jax.compression.calibrated_leaf import Options, clips, kinds_for
 from lepton_jax.compression.presets import preset_rules
 from lepton_jax.compression.rules import Rule
 from lepton_jax.compression.scheme import Scheme
@@ -120,7 +120,10 @@ class Recipe:
         static = any(scheme.activations == "static" for scheme in found)
         solved = any("hessian" in kinds_for(scheme, options) for scheme in found)
         used = {
-            "smooth": any(pairs_for(options.smooth, {name: scheme}) for name, scheme in named),
+            "smooth": any(
+                pairs_for(options.smooth, {name: scheme}) or clips(scheme, options)
+                for name, scheme in named
+            ),
             "alpha": options.smooth == "smoothquant",
             "ranges": static,
             "percentile": static and options.ranges == "percentile",
