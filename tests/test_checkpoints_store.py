@@ -16,6 +16,7 @@ from compress_makers import model_folder
 from lepton_jax.checkpoints.errors import CheckpointError
 from lepton_jax.checkpoints.load import describe, load
 from lepton_jax.checkpoints.manifest import Manifest
+from lepton_jax.checkpoints.orbax_arrays import Reader
 from lepton_jax.checkpoints.orbax_store import save
 from lepton_jax.compression.presets import compressor, preset_rules
 from lepton_jax.tensors import QTensor
@@ -110,6 +111,19 @@ def test_compress_and_cast_while_restoring(tmp_path):
     assert leaves["layers.0.attn_norm"].dtype == jnp.float32
     plain = load(path, dtype="bfloat16")
     assert plain.leaves[0].dtype == jnp.bfloat16 and plain.model.activation_dtype == jnp.bfloat16
+
+
+def test_leaves_are_read_to_the_first_of_their_devices(saved_once, monkeypatch):
+    read, found = Reader.read, set()
+
+    def watched(*args, **options):
+        tree = read(*args, **options)
+        found.update(*(array.devices() for array in jax.tree.leaves(tree)))
+        return tree
+
+    monkeypatch.setattr(Reader, "read", watched)
+    load(saved_once, devices=jax.devices()[2:4])
+    assert found == {jax.devices()[2]}
 
 
 def test_others_can_read_the_leaves(saved):

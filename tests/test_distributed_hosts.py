@@ -15,6 +15,8 @@ import jax
 import pytest
 from compress_makers import config_file, model_folder
 
+from lepton_jax.checkpoints.load import load
+from lepton_jax.checkpoints.orbax_store import save
 from lepton_jax.config import HostsSection, JobSection, MeshSection, PoolSection, RunConfig
 from lepton_jax.distributed.hosts import (
     ALONE,
@@ -185,13 +187,16 @@ def test_auto_where_jax_knows_no_cluster_says_what_to_give(monkeypatch):
 
 
 class Runs:
-    """The driver as hosts of this machine, four devices each, on a tiny model."""
+    """The driver as hosts of this machine, four devices each, on a tiny model that we saved; as one
+    device on the files that it was made of.
+    """
 
     def __init__(self, folder):
         self.folder = folder
         (folder / "model").mkdir()
         model_folder(folder / "model")
         (folder / "model" / "generation_config.json").write_text('{"eos_token_id": 0}')
+        save(folder / "saved", load(folder / "model"))
         rows = [{"id": n, "prompt": f"row {n}"} for n in range(28)]
         for row in rows[1::3]:
             row["sampling"] = {"regex": "[a-d]{6,30}", "temperature": 1.0, "ignore_eos": False}
@@ -221,7 +226,8 @@ class Runs:
 
     def hosts(self, output, *, indices=(0, 1), flags=()):
         address = f"--config.hosts.coordinator=127.0.0.1:{free_ports()}"
-        shared = (address, "--config.hosts.count=2", "--config.mesh.model=8", *flags)
+        model = f"--config.model.path={self.folder / 'saved'}"
+        shared = (address, model, "--config.hosts.count=2", "--config.mesh.model=8", *flags)
         return [self.start(output, 4, *shared, f"--config.hosts.index={n}") for n in indices]
 
 

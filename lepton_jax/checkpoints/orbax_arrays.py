@@ -30,15 +30,15 @@ class Reader:
         """The tree with shapes and dtypes in place of arrays."""
         return self._checkpointer.metadata(self._folder).item_metadata.tree
 
-    def read(self, abstract: Any, *, part: bool = False) -> Any:
-        """The arrays of a tree of `jax.ShapeDtypeStruct`, on the default device; where the tree is
-        only `part` of what is stored, the rest is left.
+    def read(self, abstract: Any, device: jax.Device, *, part: bool = False) -> Any:
+        """The arrays of a tree of `jax.ShapeDtypeStruct`, on a device of this process; where the
+        tree is only `part` of what is stored, the rest is left.
         """
         import orbax.checkpoint as ocp
 
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        place = jax.sharding.SingleDeviceSharding(device)
         item = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract
         )
         restore_args = ocp.checkpoint_utils.construct_restore_args(item)
         args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=part)

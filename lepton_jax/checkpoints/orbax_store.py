@@ -163,7 +163,7 @@ def restore(
     with orbax_arrays.reading(path / _LEAVES) as reader:
         _check_stored(path, reader, abstract=abstract)
         for group in _groups(abstract):
-            for name, leaf in _read(path, reader, group=group).items():
+            for name, leaf in _read(path, reader, group=group, device=placement.first).items():
                 done += leaf_bytes(leaf)
                 spec = model.specs[name]
                 if not isinstance(leaf, CompressedTensor):
@@ -263,11 +263,13 @@ def _rows(tree: Any) -> dict[str, tuple]:
     }
 
 
-def _read(path: Path, reader: orbax_arrays.Reader, *, group: dict[str, Any]) -> dict[str, Any]:
-    """The leaves of one group, on the default device."""
+def _read(
+    path: Path, reader: orbax_arrays.Reader, *, group: dict[str, Any], device: jax.Device
+) -> dict[str, Any]:
+    """The leaves of one group, on one device."""
     try:
         wanted = _nested({name: _arrays(leaf) for name, leaf in group.items()})
-        tree = reader.read(wanted, part=True)
+        tree = reader.read(wanted, device, part=True)
     except Exception as error:  # Orbax raises errors of several storage layers
         raise CheckpointError(
             f"{path / _LEAVES}: can't read {', '.join(group)}: {type(error).__name__}: "

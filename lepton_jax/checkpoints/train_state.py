@@ -67,7 +67,7 @@ class TrainStates:
         try:
             counters = json.loads((place / _COUNTERS).read_text(encoding="utf-8"))
             with orbax_arrays.reading(place / _ARRAYS) as reader:
-                named = reader.read(wanted)
+                named = reader.read(wanted, jax.local_devices()[0])
             arrays = [named[str(i)] for i in range(len(leaves))]
             if [a.shape for a in arrays] != [a.shape for a in leaves]:
                 raise ValueError("its arrays have other shapes")
