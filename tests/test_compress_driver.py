@@ -27,6 +27,7 @@ from lepton_jax.config import (
     CompressionSection,
     EngineSection,
     MeshSection,
+    ModelSection,
     ReceiptSection,
     RecoverySection,
     RunConfig,
@@ -110,6 +111,17 @@ def test_what_the_receipt_holds(whole, model):
         exact = np.asarray(leaves[path])
         off = np.linalg.norm(np.asarray(smaller[path].dense(np.float32)) - exact)
         assert error == pytest.approx(off / np.linalg.norm(exact), rel=1e-3)
+
+
+def test_the_tokenizer_that_the_config_names_is_kept(model, tmp_path):
+    other = tmp_path / "tokenizer.json"
+    other.write_text((model / "tokenizer.json").read_text() + "\n")
+    config = RunConfig(
+        model=ModelSection(tokenizer=str(other)), receipt=ReceiptSection(compare=False)
+    )
+    compress(model, tmp_path / "int8", preset="int8", config=config)
+    kept = load(tmp_path / "int8").tokenizer_source
+    assert (kept if kept.is_file() else kept / "tokenizer.json").read_text() == other.read_text()
 
 
 def test_progress_names_each_weight(whole, model):

@@ -153,7 +153,11 @@ def compress(config: RunConfig, recipe: Recipe, dense: Dense, *, progress: Progr
         recipe = dataclasses.replace(recipe, rules=tuple(map(parse_rule, result.rules)))
     weights = receipt.weights_sha256(loaded.model.specs, loaded.leaves)
     fingerprint = receipt.fingerprint_of(dense.source["fingerprint"], weights)
-    loaded = dataclasses.replace(loaded, fingerprint=fingerprint)
+    loaded = dataclasses.replace(
+        loaded,
+        fingerprint=fingerprint,
+        tokenizer_source=Path(config.model.tokenizer or loaded.tokenizer_source),
+    )
     schemes = scheme_of_each(recipe.rules, loaded.model.specs)
     rows = receipt.weight_rows(loaded.model, loaded.leaves, schemes=schemes, errors=result.errors)
     size = receipt.sizes(
