@@ -101,6 +101,13 @@ def test_auto_dtype(monkeypatch):
         monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
         assert weight_dtype("auto", own) == expected
         assert weight_dtype("float32", own) == f32
+        assert weight_dtype("auto", own, platform="cpu") == f32  # for another machine's device
+
+
+def test_float16_on_a_tpu_is_refused_by_name():
+    assert weight_dtype("float16", np.dtype(np.float32)) == np.float16
+    with pytest.raises(CheckpointError, match=r"^model.dtype=float16: a TPU has none; allowed are"):
+        weight_dtype("float16", np.dtype(np.float32), platform="tpu")
 
 
 def test_unknown_dtypes(tmp_path):

@@ -19,6 +19,8 @@ from lepton_jax.checkpoints.manifest import Manifest
 from lepton_jax.checkpoints.orbax_arrays import Reader
 from lepton_jax.checkpoints.orbax_store import save
 from lepton_jax.compression.presets import compressor, preset_rules
+from lepton_jax.compression.rules import Rule
+from lepton_jax.compression.scheme import Scheme
 from lepton_jax.tensors import QTensor
 from lepton_jax.text.gguf_metadata import read_metadata
 from lepton_jax.text.tokenizer import load as load_tokenizer
@@ -111,6 +113,31 @@ def test_compress_and_cast_while_restoring(tmp_path):
     assert leaves["layers.0.attn_norm"].dtype == jnp.float32
     plain = load(path, dtype="bfloat16")
     assert plain.leaves[0].dtype == jnp.bfloat16 and plain.model.activation_dtype == jnp.bfloat16
+
+
+def test_kept_float_values_are_cast_like_whole_weights(tmp_path):
+    scheme = dict(prune="magnitude", pattern="2:4", storage="sparse")
+    rules = [
+        Rule(r".*\.down", Scheme("keep", **scheme)),
+        Rule(r".*\.out", Scheme("int8", **scheme)),
+    ]
+    folder = make.hf_folder(tmp_path / "hf")
+    sparse = load(folder, compress=compressor(rules, describe(folder).specs))
+    path = save(tmp_path / "saved", sparse)
+    after = load(path, dtype="bfloat16")
+    leaves = dict(zip(after.model.specs, after.leaves, strict=True))
+    assert leaves["layers.0.down"].values.dtype == jnp.bfloat16
+    assert leaves["layers.0.out"].values.dtype == jnp.int8
+    assert load(save(tmp_path / "again", after)).bytes == after.bytes
+
+
+def test_a_tpu_takes_stored_float16_as_bfloat16(tmp_path):
+    path = save(tmp_path / "saved", loaded(tmp_path / "hf", dtype="float16"))
+    assert describe(path).dtype == jnp.float16
+    model = describe(path, platform="tpu")
+    assert model.dtype == model.activation_dtype == jnp.bfloat16
+    with pytest.raises(CheckpointError, match=r"model.dtype=float16: a TPU has none"):
+        describe(path, dtype="float16", platform="tpu")
 
 
 def test_leaves_are_read_to_the_first_of_their_devices(saved_once, monkeypatch):

@@ -5,11 +5,14 @@ import json
 
 import checkpoint_makers as make
 import pytest
+from checkpoint_makers import gguf_file
 from compress_makers import model_folder
 
 from lepton_jax.checkpoints.load import describe, load
 from lepton_jax.checkpoints.orbax_store import save
 from lepton_jax.compression.presets import compressor, preset_rules
+from lepton_jax.compression.rules import Rule
+from lepton_jax.compression.scheme import Scheme
 from lepton_jax.config import (
     CompressionSection,
     EngineSection,
@@ -167,6 +170,30 @@ def test_pages_that_do_not_fit_are_named_and_nothing_that_was_asked():
 def test_what_the_compiler_refuses_is_not_called_a_remedy():
     plan = dataclasses.replace(make_plan(config()), refusal="needs more than there is")
     assert not any("engine." in way for way in remedies(plan))
+
+
+def test_a_sparse_saved_model_is_planned_in_the_dtype_that_is_asked_for(tmp_path):
+    folder = model_folder(tmp_path / "model")
+    keep = Scheme("keep", prune="magnitude", pattern="2:4", storage="sparse")
+    compress = compressor([Rule(r".*\.down", keep)], describe(folder).specs)
+    save(tmp_path / "small", load(folder, compress=compress))
+    asked = config(preset="none", engine={"max_len": 64})
+    model = ModelSection(path=str(tmp_path / "small"), dtype="bfloat16")
+    plan = make_plan(dataclasses.replace(asked, model=model))
+    assert plan.memory.weights == load(tmp_path / "small", dtype="bfloat16").bytes
+
+
+def test_what_a_tpu_will_load_is_planned_on_any_machine(tmp_path):
+    path = gguf_file(tmp_path / "m.gguf", "Q8_0")
+    asked = config(path, preset="none", engine={"max_len": 64})
+    plan = make_plan(asked)
+    assert plan.served.kv_dtype == plan.served.model.dtype == "bfloat16"
+    wide = make_plan(dataclasses.replace(asked, model=ModelSection(str(path), "float32")))
+    assert 1.9 < wide.memory.weights / plan.memory.weights <= 2  # norm scales are float32 in both
+    for known in (str(path), "published:llama-3.1-8b"):
+        halves = dataclasses.replace(asked, model=ModelSection(known, "float16"))
+        with pytest.raises(ValueError, match=r"model\.dtype=float16: a TPU has none"):
+            make_plan(halves)
 
 
 @pytest.mark.slow

@@ -47,9 +47,10 @@ def load(
     Args:
       path: a Hugging Face directory, a `.gguf` file, a directory saved by `orbax_store.save`,
         `hf:org/name`, or `demo:NAME` for a key of `demo.DEMO_MODELS`.
-      dtype: of the weights: "float32", "bfloat16", "float16" or "auto": float32 on a CPU, else the
-        checkpoint's own, which is bfloat16 for quantized GGUF. A saved directory keeps its own.
-        Norm scales and RoPE factors are always float32.
+      dtype: of the weights: "float32", "bfloat16", "float16" (not on a TPU) or "auto": float32 on
+        a CPU, else the checkpoint's own, which is bfloat16 for quantized GGUF; a saved directory's
+        own on a CPU too. Norm scales and RoPE factors are always float32, and of compressed
+        weights it is the dtype of kept float values only.
       activation_dtype: of the residual stream; by default that of the weights.
       compress: `(path, spec, array) -> leaf`, applied to each parameter right after its transfer.
       progress: called with `(done_bytes, total_bytes, parameter)` after each one.
@@ -94,18 +95,28 @@ def load(
 
 
 def describe(
-    path: str | os.PathLike, *, dtype: Any = "auto", activation_dtype: Any = None
+    path: str | os.PathLike,
+    *,
+    dtype: Any = "auto",
+    activation_dtype: Any = None,
+    platform: str | None = None,
 ) -> Model:
     """The model that `load` would give, without its weights: only headers are read.
 
     For what must be known before loading: parameter paths for compression rules, memory plans.
+    `platform` is that of the devices that shall load it; None: this machine's.
     """
     kind, place = locate(path)
     if kind == "store":
-        manifest = Manifest.read(place / MANIFEST_NAME)
-        return orbax_store.model_of(place, manifest, dtype=dtype, activation_dtype=activation_dtype)
+        return orbax_store.model_of(
+            place,
+            Manifest.read(place / MANIFEST_NAME),
+            dtype=dtype,
+            activation_dtype=activation_dtype,
+            platform=platform,
+        )
     config, files = open_foreign(kind, place)
-    weights = weight_dtype(dtype, files.weights_dtype())
+    weights = weight_dtype(dtype, files.weights_dtype(), platform=platform)
     model = build_model(place, config, dtype=weights, activation_dtype=activation_dtype)
     match(model, files, kind=kind)
     return model

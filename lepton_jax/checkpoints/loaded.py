@@ -48,23 +48,32 @@ def leaf_bytes(leaf: Any) -> int:
     return sum(array.nbytes for array in jax.tree.leaves(leaf))
 
 
-def weight_dtype(asked: Any, own: np.dtype) -> np.dtype:
+def weight_dtype(asked: Any, own: np.dtype, *, platform: str | None = None) -> np.dtype:
     """The dtype to keep weights in.
 
     Args:
       asked: "auto", a name in FLOAT_DTYPES, or such a dtype.
       own: what the checkpoint holds (bfloat16 for quantized blocks).
+      platform: of the devices that they are for; None: this machine's.
 
     "auto" is float32 on a CPU, where a single row in bfloat16 is 20 times slower (2-core AVX-512,
-    2026-11), else `own`; a TPU has no float16 and gets bfloat16 for it.
+    2026-11), else `kept_dtype`. Raises CheckpointError where float16 is asked for on a TPU.
     """
+    platform = platform or jax.default_backend()
     if isinstance(asked, str) and asked == "auto":
-        platform = jax.default_backend()
-        if platform == "cpu":
-            return FLOAT_DTYPES["float32"]
-        halved = platform == "tpu" and own == np.float16
-        return FLOAT_DTYPES["bfloat16"] if halved else own
-    return float_dtype(asked, "dtype", allowed=("auto", *FLOAT_DTYPES))
+        return FLOAT_DTYPES["float32"] if platform == "cpu" else kept_dtype(own, platform)
+    dtype = float_dtype(asked, "dtype", allowed=("auto", *FLOAT_DTYPES))
+    if kept_dtype(dtype, platform) != dtype:
+        raise CheckpointError(
+            f"model.dtype={dtype.name}: a TPU has none; allowed are auto, float32, bfloat16"
+        )
+    return dtype
+
+
+def kept_dtype(own: np.dtype, platform: str | None = None) -> np.dtype:
+    """A checkpoint's own dtype, or bfloat16 on a TPU for float16, which that doesn't have."""
+    halved = (platform or jax.default_backend()) == "tpu" and own == np.float16
+    return FLOAT_DTYPES["bfloat16"] if halved else own
 
 
 def dtypes_here(dtype: Any) -> dict[str, Any]:

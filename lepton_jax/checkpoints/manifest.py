@@ -12,9 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from lepton_jax.checkpoints.errors import CheckpointError
 from lepton_jax.checkpoints.json_files import read_json
 from lepton_jax.checkpoints.source import FLOAT_DTYPES
@@ -123,8 +120,8 @@ class Manifest:
                 "damaged or of another release; save the model again"
             )
 
-    def abstract_leaves(self, path: Path, specs: Mapping[str, ParamSpec]) -> dict[str, Any]:
-        """Leaves of ShapeDtypeStructs as stored, in the order of `specs`.
+    def planned_leaves(self, path: Path, specs: Mapping[str, ParamSpec]) -> dict[str, Any]:
+        """Leaves of ParamSpecs as stored, in the order of `specs`.
 
         Raises CheckpointError where a leaf's type can't hold its weight in the way it claims.
         """
@@ -132,10 +129,10 @@ class Manifest:
         for name, spec in specs.items():
             row = self.leaves[name]
             if row["type"] == "array":
-                leaves[name] = jax.ShapeDtypeStruct(spec.shape, jnp.dtype(row["dtype"]))
+                leaves[name] = spec.astype(FLOAT_DTYPES[row["dtype"]])
                 continue
             try:
-                leaves[name] = LEAF_TYPES[row["type"]].planned(spec, **row["static"]).abstract()
+                leaves[name] = LEAF_TYPES[row["type"]].planned(spec, **row["static"])
             except (ValueError, TypeError, ArithmeticError) as error:
                 raise CheckpointError(
                     f"{path}: leaf {name!r} can't be a {row['type']} of {row['static']!r:.120}: "

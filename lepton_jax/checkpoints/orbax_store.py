@@ -28,7 +28,13 @@ import numpy as np
 from lepton_jax.checkpoints import orbax_arrays
 from lepton_jax.checkpoints.errors import CheckpointError
 from lepton_jax.checkpoints.gguf_files import metadata_only
-from lepton_jax.checkpoints.loaded import Loaded, build_model, float_dtype, leaf_bytes
+from lepton_jax.checkpoints.loaded import (
+    Loaded,
+    build_model,
+    kept_dtype,
+    leaf_bytes,
+    weight_dtype,
+)
 from lepton_jax.checkpoints.locate import MANIFEST_NAME
 from lepton_jax.checkpoints.manifest import Manifest, leaf_row
 from lepton_jax.checkpoints.source import FLOAT_DTYPES
@@ -158,16 +164,15 @@ def restore(
     model = model_of(path, manifest, dtype=dtype, activation_dtype=activation_dtype)
     placement = Placement(jax.local_devices()[:1] if devices is None else devices, model.heads)
     check_experts(model.config.num_experts, placement.axis)
-    abstract = manifest.abstract_leaves(path, model.specs)
+    planned = manifest.planned_leaves(path, model.specs)
+    abstract = {name: leaf.abstract() for name, leaf in planned.items()}
     total, done, leaves = sum(map(_abstract_bytes, abstract.values())), 0, []
     with orbax_arrays.reading(path / _LEAVES) as reader:
         _check_stored(path, reader, abstract=abstract)
         for group in _groups(abstract):
             for name, leaf in _read(path, reader, group=group, device=placement.first).items():
                 done += leaf_bytes(leaf)
-                spec = model.specs[name]
-                if not isinstance(leaf, CompressedTensor):
-                    leaf = leaf.astype(spec.dtype)
+                leaf = leaf.astype(model.specs[name].dtype)
                 leaf = placed(name, leaf, model=model, compress=compress, placement=placement)
                 leaves.append(leaf)
                 if progress is not None:
@@ -182,13 +187,22 @@ def restore(
     )
 
 
-def model_of(path: Path, manifest: Manifest, *, dtype: Any, activation_dtype: Any) -> Model:
+def model_of(
+    path: Path,
+    manifest: Manifest,
+    *,
+    dtype: Any,
+    activation_dtype: Any,
+    platform: str | None = None,
+) -> Model:
     """The model that a manifest describes; dtype "auto" keeps both dtypes as stored."""
-    stored = isinstance(dtype, str) and dtype == "auto"
-    weights = float_dtype(
-        manifest.dtype if stored else dtype, "dtype", allowed=("auto", *FLOAT_DTYPES)
+    weights, activations = (
+        kept_dtype(FLOAT_DTYPES[stored], platform)
+        for stored in (manifest.dtype, manifest.activation_dtype)
     )
-    activations = activation_dtype or (manifest.activation_dtype if stored else weights)
+    if not (isinstance(dtype, str) and dtype == "auto"):
+        weights = activations = weight_dtype(dtype, weights, platform=platform)
+    activations = activation_dtype or activations
     model = build_model(path, manifest.config, dtype=weights, activation_dtype=activations)
     manifest.check_specs(path, model.specs)
     return model

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 
 from lepton_jax.checkpoints.errors import CheckpointError
 from lepton_jax.checkpoints.json_files import read_json
-from lepton_jax.checkpoints.locate import MANIFEST_NAME, locate
+from lepton_jax.checkpoints.load import describe
+from lepton_jax.checkpoints.loaded import float_dtype, weight_dtype
+from lepton_jax.checkpoints.locate import MANIFEST_NAME
 from lepton_jax.checkpoints.manifest import Manifest
-from lepton_jax.checkpoints.orbax_store import model_of
-from lepton_jax.checkpoints.stream import match, open_foreign
 from lepton_jax.compression.presets import compress_specs
 from lepton_jax.compression.recipe import Recipe
 from lepton_jax.config import RunConfig
@@ -33,7 +33,6 @@ from lepton_jax.planning.served import Served
 from lepton_jax.planning.topology import split_name, topology_devices
 from lepton_jax.sharding.partition import check_experts
 from lepton_jax.tensors import CompressedTensor
-from lepton_jax.tensors.leaves import LEAF_TYPES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +90,7 @@ def served_of(config: RunConfig, chip: Chip) -> Served:
     path, recipe = config.model.path, Recipe.from_config(config.compression)
     recipe.require_no_calibration(path)
     manifest = _manifest(path)
-    model = _model(config, chip.platform) if manifest is None else _saved(config, manifest, chip)
+    model = _model(config, chip.platform)
     held = manifest.compressed() if manifest else []
     if held and recipe.rules:
         raise ValueError(
@@ -138,29 +137,13 @@ def require_plannable(config: RunConfig) -> None:
 
 def _model(config: RunConfig, platform: str) -> Model:
     path, asked = config.model.path, config.model.dtype
+    activations = "float32" if platform == "cpu" else None
     values = _hf_values(path)
     if values is None:
-        kind, place = locate(path)
-        found, files = open_foreign(kind, place)
-        own = files.weights_dtype().name
-    else:
-        own, found = values.get("dtype") or values.get("torch_dtype"), config_from_hf(values)
-    if asked == "auto":
-        asked = "float32" if platform == "cpu" else own or "bfloat16"
-    dtype = jnp.dtype(asked)
-    if platform == "tpu" and dtype == jnp.float16:  # a TPU has none
-        dtype = jnp.dtype(jnp.bfloat16)
-    model = abstract_model(found, dtype, jnp.float32 if platform == "cpu" else dtype)
-    if values is None:
-        match(model, files, kind=kind)
-    return model
-
-
-def _saved(config: RunConfig, manifest: Manifest, chip: Chip) -> Model:
-    """Of a directory that we saved, in its own dtype where none is asked for."""
-    activations = "float32" if chip.platform == "cpu" else None
-    asked, place = config.model.dtype, Path(config.model.path)
-    return model_of(place, manifest, dtype=asked, activation_dtype=activations)
+        return describe(path, dtype=asked, activation_dtype=activations, platform=platform)
+    own = values.get("dtype") or values.get("torch_dtype") or "bfloat16"
+    dtype = weight_dtype(asked, float_dtype(own, "torch_dtype"), platform=platform)
+    return abstract_model(config_from_hf(values), dtype, jnp.dtype(activations or dtype))
 
 
 def _manifest(path: str) -> Manifest | None:
@@ -174,13 +157,8 @@ def stored_leaves(path: str, model: Model) -> dict | None:
     manifest = _manifest(path)
     if manifest is None:
         return None
-    rows = manifest.leaves
-    return {
-        name: spec
-        if rows[name]["type"] == "array"
-        else LEAF_TYPES[rows[name]["type"]].planned(spec, **rows[name]["static"])
-        for name, spec in model.specs.items()
-    }
+    stored = manifest.planned_leaves(Path(path), model.specs)
+    return {name: leaf.astype(model.specs[name].dtype) for name, leaf in stored.items()}
 
 
 def _hf_values(path: str) -> dict[str, Any] | None:

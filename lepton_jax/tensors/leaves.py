@@ -48,6 +48,9 @@ class ParamSpec:
     def nbytes(self) -> int:
         return self.size * jnp.dtype(self.dtype).itemsize
 
+    def astype(self, dtype: Any) -> Self:
+        return dataclasses.replace(self, dtype=dtype)
+
     def abstract(self) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(self.shape, self.dtype)
 
@@ -103,6 +106,10 @@ class CompressedTensor(abc.ABC):
         """The leaf of entries `ids [...]`, clipped, along the first dimension: rows of a `[O, I]`,
         or of `[E, O, I]` one expert's `[O, I]`.
         """
+
+    def astype(self, dtype: Any) -> Self:
+        """The same weight where it keeps float values: these in another dtype."""
+        return self
 
     def rows(self, ids: jax.Array) -> jax.Array:
         """Rows `ids [...]` of a `[O, I]`: float32 `[..., I]`. Ids beyond the ends are clipped."""

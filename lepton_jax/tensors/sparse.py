@@ -47,6 +47,11 @@ class SparseTensor(CompressedTensor):
         scales = [None] * cut.parts if self.scale is None else cut.split(self.scale)
         return self.like(cut.split(self.spread()), scales)
 
+    def astype(self, dtype: Any) -> Self:
+        if self.scale is not None:
+            return self
+        return dataclasses.replace(self, values=self.values.astype(dtype))
+
     def flat(self, keep: int = 0) -> Self:
         fields = self.by_output.items()
         flattened = {name: _flat(getattr(self, name), keep, inner) for name, inner in fields}
