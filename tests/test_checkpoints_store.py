@@ -269,6 +269,17 @@ def test_leaves_that_nothing_lists(saved):
         load(saved)
 
 
+def out_of_memory(*_args, **_options):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 1 byte")
+
+
+@pytest.mark.parametrize("place", ["orbax_arrays.Reader.read", "orbax_store.placed"])
+def test_out_of_memory_is_no_damage(saved_once, monkeypatch, place):
+    monkeypatch.setattr(f"lepton_jax.checkpoints.{place}", out_of_memory)
+    with pytest.raises(CheckpointError, match=r"out of memory: its leaves take 0.00 GiB. Use a l"):
+        load(saved_once)
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_missing_and_cut_leaf_files(saved):
     for file in (saved / "leaves").rglob("*"):

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from lepton_jax.checkpoints.errors import CheckpointError
+from lepton_jax.checkpoints.orbax_arrays import Reader
 from lepton_jax.checkpoints.train_state import TrainStates
 
 
@@ -43,6 +44,17 @@ def test_damage_is_named(tmp_path):
         states.restore({"a": jnp.ones(4)})
     (tmp_path / "step-00000001" / "counters.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"step-00000001 can't be read"):
+        states.restore({"a": jnp.ones(3)})
+
+
+def test_out_of_memory_is_no_damage(tmp_path, monkeypatch):
+    def exhausted(*_args, **_options):
+        raise MemoryError
+
+    states = TrainStates(tmp_path)
+    states.save({"a": jnp.ones(3)}, {"step": 1})
+    monkeypatch.setattr(Reader, "read", exhausted)
+    with pytest.raises(MemoryError):
         states.restore({"a": jnp.ones(3)})
 
 

@@ -19,6 +19,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ import jax
 import numpy as np
 
 from lepton_jax.checkpoints import orbax_arrays
-from lepton_jax.checkpoints.errors import CheckpointError
+from lepton_jax.checkpoints.errors import CheckpointError, is_out_of_memory
 from lepton_jax.checkpoints.gguf_files import metadata_only
 from lepton_jax.checkpoints.loaded import (
     Loaded,
@@ -167,7 +168,7 @@ def restore(
     planned = manifest.planned_leaves(path, model.specs)
     abstract = {name: leaf.abstract() for name, leaf in planned.items()}
     total, done, leaves = sum(map(_abstract_bytes, abstract.values())), 0, []
-    with orbax_arrays.reading(path / _LEAVES) as reader:
+    with _naming_want_of_memory(path, total), orbax_arrays.reading(path / _LEAVES) as reader:
         _check_stored(path, reader, abstract=abstract)
         for group in _groups(abstract):
             for name, leaf in _read(path, reader, group=group, device=placement.first).items():
@@ -245,13 +246,8 @@ def _groups(abstract: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def _check_stored(path: Path, reader: orbax_arrays.Reader, *, abstract: dict[str, Any]) -> None:
     """The files hold exactly the arrays that the manifest lists."""
     expected = _rows(_nested({name: _arrays(leaf) for name, leaf in abstract.items()}))
-    try:
+    with _naming_damage(path, "its table can't be read"):
         stored = _rows(reader.table())
-    except Exception as error:  # Orbax raises errors of several storage layers
-        raise CheckpointError(
-            f"{path / _LEAVES}: its table can't be read: {type(error).__name__}: "
-            f"{str(error)[:300]}; the directory is damaged, save the model again"
-        ) from error
     faults = [
         f"{what} {sorted(names)[:8]}"
         for what, names in (
@@ -268,6 +264,32 @@ def _check_stored(path: Path, reader: orbax_arrays.Reader, *, abstract: dict[str
         )
 
 
+@contextmanager
+def _naming_damage(path: Path, fault: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # Orbax raises errors of several storage layers
+        if is_out_of_memory(error):
+            raise
+        raise CheckpointError(
+            f"{path / _LEAVES}: {fault}: {type(error).__name__}: {str(error)[:300]}; the directory "
+            "is damaged, save the model again"
+        ) from error
+
+
+@contextmanager
+def _naming_want_of_memory(path: Path, size: int) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise CheckpointError(
+            f"{path}: out of memory: its leaves take {size / 2**30:.2f} GiB. Use a larger device, "
+            "or several with mesh.model"
+        ) from error
+
+
 def _rows(tree: Any) -> dict[str, tuple]:
     """Shape and dtype by the names on the way to each array."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
@@ -281,14 +303,9 @@ def _read(
     path: Path, reader: orbax_arrays.Reader, *, group: dict[str, Any], device: jax.Device
 ) -> dict[str, Any]:
     """The leaves of one group, on one device."""
-    try:
-        wanted = _nested({name: _arrays(leaf) for name, leaf in group.items()})
+    wanted = _nested({name: _arrays(leaf) for name, leaf in group.items()})
+    with _naming_damage(path, f"can't read {', '.join(group)}"):
         tree = reader.read(wanted, device, part=True)
-    except Exception as error:  # Orbax raises errors of several storage layers
-        raise CheckpointError(
-            f"{path / _LEAVES}: can't read {', '.join(group)}: {type(error).__name__}: "
-            f"{str(error)[:300]}; the directory is damaged, save the model again"
-        ) from error
     leaves = {}
     for name, abstract in group.items():
         node = tree

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lepton_jax.checkpoints.errors import CheckpointError
+from lepton_jax.checkpoints.errors import CheckpointError, is_out_of_memory
 from lepton_jax.checkpoints.gguf_files import open_gguf
 from lepton_jax.checkpoints.json_files import read_json
 from lepton_jax.checkpoints.safetensors_files import open_safetensors
@@ -147,7 +147,7 @@ def stream(
             leaves.append(placed(path, array, model=model, compress=compress, placement=placement))
             del array
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
-            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            if is_out_of_memory(error):
                 raise _out_of_memory(model, files, path=path) from error
             raise
         done += sum(files.tensors[name].nbytes for name in mappings[path].sources)

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 from lepton_jax.checkpoints import orbax_arrays
-from lepton_jax.checkpoints.errors import CheckpointError
+from lepton_jax.checkpoints.errors import CheckpointError, is_out_of_memory
 
 _ARRAYS, _COUNTERS, _PARTIAL = "arrays", "counters.json", ".partial"
 
@@ -72,6 +72,8 @@ class TrainStates:
             if [a.shape for a in arrays] != [a.shape for a in leaves]:
                 raise ValueError("its arrays have other shapes")
         except Exception as error:  # Orbax raises errors of several storage layers
+            if is_out_of_memory(error):
+                raise
             raise CheckpointError(
                 f"{place} can't be read: {type(error).__name__}: {str(error)[:300]}. It is damaged "
                 "or of another training: remove it to start anew"
