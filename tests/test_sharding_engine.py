@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from engine_reference import tiny
 
+from lepton_jax.checkpoints.errors import CheckpointError
 from lepton_jax.checkpoints.load import load
+from lepton_jax.checkpoints.orbax_store import save
 from lepton_jax.compression.presets import compressor, preset_rules
 from lepton_jax.config import EngineSection, SamplingParams
 from lepton_jax.engine.loop import Engine
@@ -197,5 +199,10 @@ def test_compressed_as_it_arrives_and_moved_to_other_devices(tmp_path):
     for before, after in zip(jax.tree.leaves(shared.leaves), jax.tree.leaves(moved), strict=True):
         assert after.sharding.device_set == set(devices[4:6])
         np.testing.assert_array_equal(np.asarray(after), np.asarray(before))
-    with pytest.raises(ValueError, match="parts on 2 devices can't be moved to 4"):
-        Placement(devices[:4], shared.model.heads).put_all(specs, shared.leaves)
+    for count in (1, 4):
+        elsewhere = Placement(devices[:count], shared.model.heads)
+        with pytest.raises(ValueError, match=f"parts on 2 devices can't be moved to {count}"):
+            elsewhere.put_all(specs, shared.leaves)
+    with pytest.raises(CheckpointError, match=r"^embed lies in parts on 2 devices.*mesh.model=1"):
+        save(tmp_path / "saved", shared)
+    assert not (tmp_path / "saved").exists()

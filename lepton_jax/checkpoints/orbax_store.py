@@ -15,6 +15,7 @@ import dataclasses
 import fcntl
 import glob
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -41,7 +42,7 @@ from lepton_jax.checkpoints.manifest import Manifest, leaf_row
 from lepton_jax.checkpoints.source import FLOAT_DTYPES
 from lepton_jax.checkpoints.stream import Compress, Progress, placed
 from lepton_jax.models.build import Model
-from lepton_jax.sharding import Devices, Placement
+from lepton_jax.sharding import Devices, Placement, grids_of_parts
 from lepton_jax.sharding.partition import check_experts
 from lepton_jax.tensors import CompressedTensor
 
@@ -66,10 +67,16 @@ def save(
       complete: called with the directory under its scratch name, when all but its own files are
         there; it may add files.
 
-    Raises CheckpointError: the path exists, can't be written, or the disk is full; nothing is left
-    behind then.
+    Raises CheckpointError: the path exists, can't be written, the disk is full, or devices share
+    the model; nothing is left behind then.
     """
     target = new_directory(path)
+    for name, leaf in zip(loaded.model.specs, loaded.leaves, strict=True):
+        for grid in grids_of_parts(leaf):
+            raise CheckpointError(
+                f"{name} lies in parts on {math.prod(grid)} devices, and {target} is to hold it "
+                "whole: load the model with mesh.model=1 and save that"
+            )
     scratch = lock = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,6 @@ cut is its own business (`CompressedTensor.pieces`). The model knows an `Axis` a
 """
 
 from lepton_jax.sharding.axis import WHOLE, Axis, MeshAxis
-from lepton_jax.sharding.placement import Devices, Placement, grid_of
+from lepton_jax.sharding.placement import Devices, Placement, grid_of, grids_of_parts
 
-__all__ = ["WHOLE", "Axis", "Devices", "MeshAxis", "Placement", "grid_of"]
+__all__ = ["WHOLE", "Axis", "Devices", "MeshAxis", "Placement", "grid_of", "grids_of_parts"]

@@ -33,6 +33,16 @@ def grid_of(devices: Sequence[jax.Device], expert: int) -> np.ndarray:
     return np.array(devices).reshape(expert, -1)
 
 
+def grids_of_parts(leaf: Any) -> set[tuple[int, ...]]:
+    """Shapes of the grids of devices that hold a part of a leaf each; none where it is whole."""
+    shardings = [getattr(array, "sharding", None) for array in jax.tree.leaves(leaf)]
+    return {
+        s.mesh.devices.shape
+        for s in shardings
+        if isinstance(s, NamedSharding) and s.spec == CUT_SPEC
+    }
+
+
 def axis_of(devices: int, heads: Heads | None, *, spread: int = 1) -> Axis:
     """The axis of so many devices for a model with these heads; over `spread` of them experts."""
     if devices == 1:
@@ -91,11 +101,12 @@ class Placement:
         Raises ValueError where its storage type can't be cut so.
         """
         cut = cut_of(spec, self.axis, self.heads)
-        if cut is None:
-            return jax.tree.map(self._everywhere, leaf)
         if self._lies_cut(leaf):
             return jax.tree.map(lambda a: jax.device_put(a, self.sharding(a.sharding.spec)), leaf)
+        if cut is None:
+            return jax.tree.map(self._everywhere, leaf)
         try:
+            piece_plan(leaf, spec, cut)
             pieces = pieces_of(leaf, cut)
         except ValueError as error:
             higher = " or mesh.expert higher" if "experts" in spec.axes else ""
@@ -161,13 +172,7 @@ class Placement:
         return jax.ShapeDtypeStruct(shape, array.dtype, sharding=self.sharding(spec))
 
     def _lies_cut(self, leaf: Any) -> bool:
-        shardings = [getattr(array, "sharding", None) for array in jax.tree.leaves(leaf)]
-        grids = {
-            s.mesh.devices.shape
-            for s in shardings
-            if isinstance(s, NamedSharding) and s.spec == CUT_SPEC
-        }
-        here = self.mesh.devices.shape
+        grids, here = grids_of_parts(leaf), self.mesh.devices.shape
         for grid in grids - {here}:
             spread = "" if grid[0] == here[0] else f", experts from {grid[0]} to {here[0]}"
             raise ValueError(
