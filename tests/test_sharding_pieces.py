@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from lepton_jax.compression.leaf import compress_weight
+from lepton_jax.compression.presets import compressor
+from lepton_jax.compression.rules import Rule
 from lepton_jax.compression.scheme import Scheme
 from lepton_jax.sharding import MeshAxis, Placement
 from lepton_jax.sharding.heads import Heads
@@ -144,6 +146,19 @@ def test_what_cannot_be_cut_says_why_and_what_to_change(name, parts, said):
     placement = Placement(jax.devices()[:parts])
     with pytest.raises(ValueError, match=f"along ffn into {parts} parts .*{said}.*Set mesh.model"):
         placement.put(spec, leaf)
+
+
+def test_tiles_that_cross_experts_are_refused_before_they_are_made_and_cut():
+    axes = ("experts", "gate_up", "expert_ffn", "embed")
+    spec = ParamSpec((4, 2, 32, 16), jnp.float32, axes, inputs=1)
+    tall, leaf = Scheme("keep", sparsity=0.5, pattern="128x8", **SPARSE), jnp.ones(spec.shape)
+    with pytest.raises(ValueError, match="tiles of 128 outputs do not divide those of one expert"):
+        compressor([Rule("w", tall)], {"w": spec})
+    leaf = compress_weight(leaf, dataclasses.replace(tall, pattern="32x8"))
+    assert len(jax.tree.leaves(Placement(jax.devices()[:2]).put(spec, leaf))) == 2
+    said = "tiles of 32 outputs do not divide those of one expert. Set mesh.model lower"
+    with pytest.raises(ValueError, match=f"for mesh.model=4: {said}"):
+        Placement(jax.devices()[:4]).put(spec, leaf)
 
 
 def test_the_table_names_one_dimension_and_keeps_heads_together():

@@ -53,8 +53,12 @@ def scheme_of_each(
 
 
 def compressor(rules: Sequence[Rule[Scheme]], specs: Mapping[str, ParamSpec]) -> Callable:
-    """`compress(path, spec, array) -> leaf` for the loader, of a model with these specs."""
+    """`compress(path, spec, array) -> leaf` for the loader, of a model with these specs.
+
+    Raises ValueError as `compress_specs`, before a weight is read.
+    """
     actions = scheme_of_each(rules, specs)
+    compress_specs(rules, specs)
 
     def compress(path: str, spec: ParamSpec, array):
         scheme = actions.get(path)
