@@ -151,7 +151,15 @@ def flat_of(w: Any, keep: int = 0) -> Any:
     """Any weight `[*out, in]`, compressed or not, as `CompressedTensor.flat` gives it."""
     if isinstance(w, CompressedTensor):
         return w.flat(keep)
-    return w.reshape(*w.shape[:keep], -1, w.shape[-1])
+    return flattened(w, keep, 1)
+
+
+def flattened(array: Any, keep: int, inner: int) -> Any:
+    """An array with all but its first `keep` and last `inner` dimensions in one; None stays."""
+    if array is None:
+        return None
+    last = array.shape[len(array.shape) - inner :]
+    return array.reshape(*array.shape[:keep], -1, *last)
 
 
 def dense_of(w: Any, dtype: Any) -> jax.Array:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from lepton_jax.tensors import dots
 from lepton_jax.tensors.cut import Cut
 from lepton_jax.tensors.decompress import by_outputs, in_order
-from lepton_jax.tensors.leaves import CompressedTensor, ParamSpec, register_leaf
+from lepton_jax.tensors.leaves import CompressedTensor, ParamSpec, flattened, register_leaf
 from lepton_jax.tensors.ragged_dots_tpu import LANES, Streamed
 
 _STORED = {"int8": jnp.int8, "int4": jnp.uint8, "float8_e4m3fn": jnp.float8_e4m3fn}
@@ -164,19 +164,12 @@ class QTensor(CompressedTensor):
         has them in an order in which `[O, X]` would be a copy, held as long as a decode block
         (100 MiB of Llama-3.1-8B in int4).
         """
-
-        def flattened(array, inner: int):
-            if array is None:
-                return None
-            kept, inner_shape = array.shape[:keep], array.shape[len(array.shape) - inner :]
-            return array.reshape(*kept, -1, *inner_shape)
-
         by_group = 1 if keep or len(self.values.shape) == 2 else 2
         return dataclasses.replace(
             self,
-            values=flattened(self.values, 1),
-            scale=flattened(self.scale, by_group if self.grouped else 0),
-            offset=flattened(self.offset, by_group),
+            values=flattened(self.values, keep, 1),
+            scale=flattened(self.scale, keep, by_group if self.grouped else 0),
+            offset=flattened(self.offset, keep, by_group),
         )
 
     def matmul(self, x: jax.Array) -> jax.Array:

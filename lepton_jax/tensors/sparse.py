@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from lepton_jax.tensors import dots
 from lepton_jax.tensors.cut import Cut
-from lepton_jax.tensors.leaves import CompressedTensor, ParamSpec
+from lepton_jax.tensors.leaves import CompressedTensor, ParamSpec, flattened
 
 VALUES = ("float32", "bfloat16", "float16", "int8")
 
@@ -54,8 +54,8 @@ class SparseTensor(CompressedTensor):
 
     def flat(self, keep: int = 0) -> Self:
         fields = self.by_output.items()
-        flattened = {name: _flat(getattr(self, name), keep, inner) for name, inner in fields}
-        return dataclasses.replace(self, **flattened)
+        flat = {name: flattened(getattr(self, name), keep, inner) for name, inner in fields}
+        return dataclasses.replace(self, **flat)
 
     def taken(self, ids: jax.Array) -> Self:
         taken = {name: take_rows(getattr(self, name), ids) for name in self.by_output}
@@ -84,14 +84,6 @@ def planned_values(
         raise ValueError(f"values={values!r}: allowed are {', '.join(VALUES)}")
     scale = ParamSpec(spec.shape[:-1], jnp.float32, spec.axes[:-1]) if values == "int8" else None
     return ParamSpec(shape, jnp.dtype(values), axes), scale
-
-
-def _flat(array: Any, keep: int, inner: int) -> Any:
-    """An array with all but its first `keep` and last `inner` dimensions in one; None stays."""
-    if array is None:
-        return None
-    last = array.shape[len(array.shape) - inner :]
-    return array.reshape(*array.shape[:keep], -1, *last)
 
 
 def take_rows(array: Any, ids: jax.Array) -> Any:
