@@ -13,7 +13,8 @@ usage: scripts/launch_tpu_pod.sh TPU ZONE FOLDER -- FLAGS OF lepton_jax.run
           host .venv/bin/pip install 'jax[tpu]')
 
 Adds --config.hosts.coordinator=auto; mesh.model must be the number of chips of the slice, and
-job.input and model.path must be readable on every host (gs:// or a shared disk).
+every host must be able to read job.input (gs:// or a path on a shared disk) and model.path (a path
+on a shared disk, or hf:org/name).
 
   scripts/launch_tpu_pod.sh my-v5e-16 us-west4-a '~/lepton_jax' -- --config=configs/quickstart.py \
       --config.mesh.model=16 --config.job.input=gs://bucket/in.jsonl \

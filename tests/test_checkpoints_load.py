@@ -285,6 +285,8 @@ def test_paths_of_no_known_kind(tmp_path):
         ("demo:gpt5", "demo model 'gpt5' is unknown: allowed are 'smollm2', 'gemma3-270m'"),
         ("hf:gpt2", "'hf:gpt2' must be hf:org/name"),
         ("published:llama-3.1-8b", "without weights: plan takes it"),
+        ("gs://bucket/model", r"^'gs://bucket/model' is an address, and models are .*shared disk"),
+        ("~nobody-here/model", r"^'~nobody-here/model' begins with the home of a user who isn"),
     ):
         with pytest.raises(CheckpointError, match=fault):
             load(path)

@@ -17,7 +17,7 @@ from lepton_jax.checkpoints.errors import CheckpointError
 from lepton_jax.checkpoints.load import describe, load
 from lepton_jax.checkpoints.manifest import Manifest
 from lepton_jax.checkpoints.orbax_arrays import Reader
-from lepton_jax.checkpoints.orbax_store import save
+from lepton_jax.checkpoints.orbax_store import new_directory, save
 from lepton_jax.compression.presets import compressor, preset_rules
 from lepton_jax.compression.rules import Rule
 from lepton_jax.compression.scheme import Scheme
@@ -168,6 +168,14 @@ def test_compressing_twice(saved):
 def test_existing_target(tmp_path, saved):
     with pytest.raises(CheckpointError, match=r"saved exists: name a new directory or remove it"):
         save(saved, loaded(tmp_path / "hf"))
+
+
+@pytest.mark.parametrize("path", ["gs://bucket/saved", "~nobody-here/saved"])
+def test_targets_on_no_disk_of_this_machine(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"^'{path}' (is an address|begins with the home)"):
+        new_directory(path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):

@@ -110,6 +110,7 @@ def test_devices_share_a_model_and_the_rest_are_replicas():
         ({"path": "published:llama-9-8b"}, "near are llama-3"),
         ({"path": "nowhere/config.json"}, "there is no such file"),
         ({"path": "nowhere"}, "doesn't exist; accepted are"),
+        ({"path": "gs://bucket/model"}, "'gs://bucket/model' is an address"),
         ({"engine": {"max_len": 10**6}}, r"engine\.max_len=1000000 is more than the model's"),
         ({"topology": "v5e:3x3"}, "v5e comes in slices of"),
         ({"engine": {"cache_share": 0.5}}, r"engine\.cache_share=0\.5: a plan is of devices"),

@@ -37,7 +37,7 @@ def locate(path: str | os.PathLike) -> tuple[str, Path]:
             f"model path {text!r} is the config of a released model, without weights: plan takes "
             f"it; here accepted are {ACCEPTED}"
         )
-    place = Path(text).expanduser()
+    place = local_path(text)
     if not text or not place.exists():
         raise CheckpointError(f"model path {text!r} doesn't exist; accepted are {ACCEPTED}")
     if place.is_dir():
@@ -49,6 +49,25 @@ def locate(path: str | os.PathLike) -> tuple[str, Path]:
             f"model path {text!r} is one file of a checkpoint: give its directory, {place.parent}"
         )
     raise CheckpointError(f"model path {text!r} is of no known kind; accepted are {ACCEPTED}")
+
+
+def local_path(given: str | os.PathLike) -> Path:
+    """A path on a disk of this machine, from one that may begin with `~`.
+
+    Raises CheckpointError on an address such as gs://, and where nobody has that home.
+    """
+    text = os.fspath(given)
+    if "://" in text:
+        raise CheckpointError(
+            f"{text!r} is an address, and models are read from and written to disks: give a path, "
+            "on several hosts one on a shared disk"
+        )
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{text!r} begins with the home of a user who isn't known here: write the path out"
+        ) from error
 
 
 def _directory_kind(place: Path) -> str:

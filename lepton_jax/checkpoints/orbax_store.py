@@ -37,7 +37,7 @@ from lepton_jax.checkpoints.loaded import (
     leaf_bytes,
     weight_dtype,
 )
-from lepton_jax.checkpoints.locate import MANIFEST_NAME
+from lepton_jax.checkpoints.locate import MANIFEST_NAME, local_path
 from lepton_jax.checkpoints.manifest import Manifest, leaf_row
 from lepton_jax.checkpoints.source import FLOAT_DTYPES
 from lepton_jax.checkpoints.stream import Compress, Progress, placed
@@ -120,8 +120,10 @@ def _write(folder: Path, loaded: Loaded) -> None:
 
 
 def new_directory(path: str | os.PathLike) -> Path:
-    """The absolute path of a directory to be written. Raises CheckpointError where it exists."""
-    target = Path(path).expanduser().absolute()
+    """The absolute path of a directory to be written. Raises CheckpointError where it exists or is
+    on no disk of this machine.
+    """
+    target = local_path(path).absolute()
     if target.exists():
         raise CheckpointError(f"{target} exists: name a new directory or remove it first")
     return target

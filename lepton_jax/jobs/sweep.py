@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lepton_jax.checkpoints import load as checkpoints
+from lepton_jax.checkpoints.locate import local_path
 from lepton_jax.compression import receipt as receipts
 from lepton_jax.compression.receipt_page import pareto_page
 from lepton_jax.compression.recipe import Recipe
@@ -59,7 +60,7 @@ class SweepJob:
                 "are to recover, under recovery"
             )
         self.config = config
-        self.output = Path(config.output).expanduser().absolute()
+        self.output = local_path(config.output).absolute()
         self._configs = {}
         for name, fields in config.sweep.recipes.items():
             compression, recovery = recipe_sections(name, fields)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,7 +17,7 @@ from lepton_jax.checkpoints.errors import CheckpointError
 from lepton_jax.checkpoints.json_files import read_json
 from lepton_jax.checkpoints.load import describe
 from lepton_jax.checkpoints.loaded import float_dtype, weight_dtype
-from lepton_jax.checkpoints.locate import MANIFEST_NAME
+from lepton_jax.checkpoints.locate import MANIFEST_NAME, local_path
 from lepton_jax.checkpoints.manifest import Manifest
 from lepton_jax.compression.presets import compress_specs
 from lepton_jax.compression.recipe import Recipe
@@ -148,7 +147,7 @@ def _model(config: RunConfig, platform: str) -> Model:
 
 def _manifest(path: str) -> Manifest | None:
     """Of a directory that we saved; None where the model is something else."""
-    file = Path(path).expanduser() / MANIFEST_NAME
+    file = local_path(path) / MANIFEST_NAME
     return Manifest.read(file) if path and file.is_file() else None
 
 
@@ -157,7 +156,7 @@ def stored_leaves(path: str, model: Model) -> dict | None:
     manifest = _manifest(path)
     if manifest is None:
         return None
-    stored = manifest.planned_leaves(Path(path), model.specs)
+    stored = manifest.planned_leaves(local_path(path), model.specs)
     return {name: leaf.astype(model.specs[name].dtype) for name, leaf in stored.items()}
 
 
@@ -167,7 +166,7 @@ def _hf_values(path: str) -> dict[str, Any] | None:
         return hf_values(path.removeprefix("published:"))
     if path.startswith(("demo:", "hf:")) or not path:
         return None
-    place = Path(path).expanduser()
+    place = local_path(path)
     if place.suffix == ".json":
         if not place.is_file():
             raise CheckpointError(f"model.path={path!r}: there is no such file")
