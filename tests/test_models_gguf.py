@@ -206,6 +206,15 @@ def test_unsupported_metadata_raises_by_name(change, message):
         config_from_gguf(values, ["output.weight"])
 
 
+@pytest.mark.parametrize("change", [{"scaling.factor": 4.0}, {"scaling.type": "yarn"}])
+def test_rope_factor_tensors_leave_nothing_else_to_scale(change):
+    values = metadata("llama", tiny_models.read_config("llama"), "llama")
+    assert config_from_gguf(values, ["rope_freqs.weight"]).rope_factor_sets == 1
+    values |= {f"llama.rope.{name}": value for name, value in change.items()}
+    with pytest.raises(ValueError, match="RoPE factor tensors together with rope.scaling.type"):
+        config_from_gguf(values, ["rope_freqs.weight"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fixture", ["smollm2_path", "gemma3_path"])
 def test_real_files_resolve_every_name_and_shape(fixture, request):

@@ -123,9 +123,10 @@ def gguf_rope(keys: KeyReader, fields: dict[str, Any], tensors: frozenset[str]) 
     attention = float(keys.get("rope.scaling.attn_factor", 1.0))
     sets = 2 if "rope_factors_long.weight" in tensors else int("rope_freqs.weight" in tensors)
     if sets:
-        if kind in ("linear", "yarn"):
+        if kind in ("linear", "yarn") or factor != 1.0:
             raise ValueError(
-                f"{keys.source}: rope.scaling.type {kind!r} and RoPE factor tensors together"
+                f"{keys.source}: RoPE factor tensors together with rope.scaling.type {kind!r} and "
+                f"factor {factor:g} are not supported: want the tensors alone"
             )
         rope = RopeConfig(theta, dim, "tensor", trained_len=trained_len, attention_factor=attention)
         return {"ropes": (rope,), "rope_factor_sets": sets}
