@@ -9,7 +9,10 @@ from lepton_jax.jobs.generate import GenerateMode
 from lepton_jax.text.chat_template import ChatTemplateError, render
 
 EOS = 256
-TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"
+TEMPLATE = (
+    "{% for t in tools or [] %}{{ t.function.name }}!{% endfor %}"
+    "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"
+)
 
 
 class ByteTokenizer:
@@ -26,7 +29,7 @@ class ByteTokenizer:
     def apply_chat(self, messages, tools=None, **variables):
         if messages[0].get("role") == "bad":
             raise ChatTemplateError("messages[0].role is 'bad'")
-        return self.encode(render(TEMPLATE, messages))
+        return self.encode(render(TEMPLATE, messages, tools=tools))
 
     def id_to_bytes(self, token_id):
         return bytes([token_id]) if token_id < 256 else b"<eos>"

@@ -78,6 +78,17 @@ def test_bad_rows_become_error_rows_and_the_others_are_untouched(tmp_path):
     assert (tally.rows, tally.errors) == (8, 6)
 
 
+def test_tools_go_through_the_chat_template(tmp_path):
+    tools = [{"type": "function", "function": {"name": "clock", "parameters": {}}}]
+    chat = {"id": "a", "messages": [{"role": "user", "content": "hi"}], "tools": tools}
+    write_rows(tmp_path, [chat])
+    with job_for(config_for(tmp_path)) as job:
+        job.resume("model")
+        assert job.workload(ByteTokenizer())[0][0] == len("clock!u:hi;")
+    output, _ = run(config_for(tmp_path))
+    assert rows_in(output)[0]["text"] == "clock!u:hi;"
+
+
 def test_several_choices_and_logprobs(tmp_path):
     sampling = {"n": 2, "logprobs": 1, "seed": 1}
     write_rows(tmp_path, [{"id": 7, "prompt": "ab", "sampling": sampling}])

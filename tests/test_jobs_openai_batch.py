@@ -120,6 +120,12 @@ def test_embeddings_are_openais(tmp_path):
     assert (tally.errors, tally.preview[0]) == (2, ("a", "2 numbers"))
 
 
+def test_tools_go_to_the_chat_template(tmp_path):
+    tools = [{"type": "function", "function": {"name": "clock"}}]
+    (line,), _ = answers(tmp_path, request("a", tools=tools, tool_choice="auto"))
+    assert line["response"]["body"]["choices"][0]["message"]["content"] == "clock!u:hi;"
+
+
 def test_content_in_parts_is_one_text(tmp_path):
     parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
     (line,), _ = answers(tmp_path, request("a", messages=[{"role": "user", "content": parts}]))
@@ -134,7 +140,9 @@ def test_content_in_parts_is_one_text(tmp_path):
         ({"method": "GET"}, "method is 'GET'"),
         ({"body": None}, "body is missing"),
         ({"extra": 1}, "unknown field 'extra'"),
-        ({"body": {"messages": HI, "tools": []}}, "unknown field 'tools'"),
+        ({"body": {"messages": HI, "tools": 3}}, "tools is 3: want a list of objects"),
+        ({"body": {"messages": HI, "tool_choice": "required"}}, "want 'auto'"),
+        ({"url": TEXT, "body": {"prompt": "hi", "tools": []}}, "unknown field 'tools'"),
         ({"body": {"messages": HI, "stream": True}}, "stream=True: want False"),
         ({"body": {"messages": HI, "temperature": -1}}, "temperature=-1"),
         ({"body": {"messages": HI, "logprobs": 3}}, "logprobs=3: want true or false"),

@@ -57,6 +57,8 @@ def test_sampling_of_a_row_goes_over_the_defaults(tmp_path):
         ({"id": "a", "messages": []}, "invalid_row", "messages is empty"),
         ({"id": "a", "prompt_tokens": []}, "invalid_row", "prompt_tokens is empty"),
         ({"id": "a", "prompt_tokens": [1, True]}, "invalid_row", "token ids"),
+        ({"id": "a", "prompt": "x", "tools": []}, "invalid_row", "tools and no messages"),
+        ({"id": "a", "messages": [{}], "tools": ["f"]}, "invalid_row", "tools is ['f']: want a"),
         ({"id": "", "prompt": "x"}, "invalid_row", "id=''"),
         ({"id": None, "prompt": "x"}, "invalid_row", "id=None"),
         (b'{"id": "\\ud800", "prompt": "x"}', "invalid_row", "ud800"),

@@ -4,6 +4,9 @@
     {"id": "b", "messages": [{"role": "user", "content": "Hello"}]}
     {"id": "c", "prompt_tokens": [1, 338, 263]}
 
+Beside messages there may be "tools", a list of JSON schemas of functions, for the chat template; a
+call of one is text like any other.
+
 An output row is {"id", "text", "token_ids", "finish_reason", "prompt_tokens", "completion_tokens"},
 with "logprobs" where asked: [{"logprob", "top": [[id, logprob], ...]} for each token]. With n > 1
 it is {"id", "choices": [{"text", "token_ids", "finish_reason"}, ...], "prompt_tokens",
@@ -34,16 +37,17 @@ PROMPT_FIELDS = ("prompt", "messages", "prompt_tokens")
 
 @dataclasses.dataclass(frozen=True)
 class PromptWork:
-    """`prompt` is a text, a list of messages, or a list of token ids."""
+    """`prompt` is a text, a list of messages, or a list of token ids; `tools` go with messages."""
 
     prompt: Prompt
     sampling: SamplingParams
+    tools: list[dict] | None = None
 
 
 class GenerateMode(IndependentRows):
     """Rows with a prompt each; `sampling` is what a row's own leaves open."""
 
-    fields = (*PROMPT_FIELDS, "sampling")
+    fields = (*PROMPT_FIELDS, "tools", "sampling")
 
     def __init__(self, sampling: SamplingParams):
         """Raises ValueError where what it prescribes can't be followed."""
@@ -54,11 +58,11 @@ class GenerateMode(IndependentRows):
         """Raises RowError (invalid_row, invalid_sampling)."""
         sampling = row_sampling(values, self._sampling)
         grammar_of(sampling)
-        return PromptWork(_prompt(values), sampling)
+        return PromptWork(_prompt(values), sampling, _tools(values))
 
     def requests(self, work: PromptWork, tokenizer: Tokenizer) -> list[tuple[int, SamplingParams]]:
         """Raises RowError (invalid_prompt)."""
-        count = len(encode(tokenizer, work.prompt))
+        count = len(encode(tokenizer, work.prompt, work.tools))
         return [(count, params) for params in expand(work.sampling)]
 
     def open(self, engine: Engine, tokenizer: Tokenizer) -> "GenerateSession":
@@ -79,7 +83,7 @@ class GenerateSession:
         return len(self._session)
 
     def add(self, key: str, work: PromptWork) -> None:
-        self._session.add(key, work.prompt, work.sampling)
+        self._session.add(key, work.prompt, work.sampling, tools=work.tools)
 
     def step(self) -> list[Progress]:
         return [
@@ -146,6 +150,17 @@ def _prompt(values: Mapping[str, Any]) -> Prompt:
     if not prompt:
         raise RowError("invalid_row", f"{name} is empty: want {wanted}")
     return prompt
+
+
+def _tools(values: Mapping[str, Any]) -> list[dict] | None:
+    if "tools" not in values:
+        return None
+    tools = values["tools"]
+    if "messages" not in values:
+        raise RowError("invalid_row", "the row has tools and no messages: want both, or no tools")
+    if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise RowError("invalid_row", f"tools is {shown(tools)}: want a list of objects")
+    return tools
 
 
 def _choice(choice: Choice) -> dict:

@@ -5,7 +5,8 @@ Source: OpenAI's API reference, "Batch", "The request input object" and "The req
 /v1/chat/completions and /v1/completions, the mode embed /v1/embeddings.
 A body may also hold our own sampling fields, such as top_k; what it leaves open the config says, so
 an unset temperature is `sampling.temperature`, not 1. `created` is 0: an answer depends on no
-clock, and a job that was killed gives the same file. A request that is wrong is answered as the API
+clock, and a job that was killed gives the same file. Tools go to the chat template, and a call of
+one is the answer's content, as the model writes it. A request that is wrong is answered as the API
 does, with status 400; a line that is no request has "error" and no response. Read next:
 `generate.py`.
 """
@@ -35,6 +36,7 @@ _ONLY = {  # fields with the only value that is served
     "echo": False,
     "best_of": 1,
     "encoding_format": "float",
+    "tool_choice": "auto",
 }
 _NO_LOGPROB = -9999.0  # OpenAI's for a token that can't be
 _UNREAD = ("invalid_json", "duplicate_id")
@@ -187,7 +189,8 @@ def _text_row(body: Mapping[str, Any]) -> dict[str, Any]:
 def _prompt_row(url: str, body: dict[str, Any]) -> dict[str, Any]:
     """The row of generate that a request's body means."""
     prompt = _PROMPTS[url]
-    own = ["max_completion_tokens", "response_format", "top_logprobs"] if url == CHAT else []
+    chat = ["max_completion_tokens", "response_format", "tools", "top_logprobs"]
+    own = chat if url == CHAT else []
     _check(body, [prompt, "logprobs", *own, *_SAMPLING])
     sampling = {name: body[name] for name in _SAMPLING if name in body}
     if "max_completion_tokens" in body:
@@ -204,7 +207,8 @@ def _prompt_row(url: str, body: dict[str, Any]) -> dict[str, Any]:
         sampling["logprobs"] = logprobs
     if prompt not in body:
         raise RowError("invalid_row", f"body has no {prompt}")
-    return {**_prompt(url, body[prompt]), "sampling": sampling}
+    tools = {"tools": body["tools"]} if "tools" in body else {}
+    return {**_prompt(url, body[prompt]), **tools, "sampling": sampling}
 
 
 def _answer_form(asked: Any) -> dict[str, Any]:

@@ -86,8 +86,11 @@ class Delta:
     restarted: bool = False
 
 
-def encode(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
-    """Ids of a prompt: a text (with bos where the model wants it), messages, or ids as they are.
+def encode(
+    tokenizer: Tokenizer, prompt: Prompt, tools: Sequence[Mapping] | None = None
+) -> list[int]:
+    """Ids of a prompt: a text (with bos where the model wants it), messages, which may offer tools,
+    or ids as they are.
 
     Raises RowError (invalid_prompt) where the tokenizer or its chat template refuses it.
     """
@@ -95,7 +98,7 @@ def encode(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             return tokenizer.encode(prompt)
         if prompt and isinstance(prompt[0], Mapping):
-            return tokenizer.apply_chat(prompt)
+            return tokenizer.apply_chat(prompt, tools)
         return list(prompt)
     except ValueError as error:
         raise RowError("invalid_prompt", str(error)) from error
@@ -135,14 +138,21 @@ class Session:
         """Requests that are not finished."""
         return self._unfinished
 
-    def add(self, key: str, prompt: Prompt, params: SamplingParams) -> None:
+    def add(
+        self,
+        key: str,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        tools: Sequence[Mapping] | None = None,
+    ) -> None:
         """Queues a prompt under a key of its own. Draws of rows without a seed depend on the key.
 
         Raises RowError, and queues nothing: invalid_prompt, or refused by the engine.
         """
         if key in self._prompts:
             raise RowError("duplicate_id", f"{key!r} is already being answered: keys must differ")
-        ids = encode(self._tokenizer, prompt)
+        ids = encode(self._tokenizer, prompt, tools)
         grammar = grammar_of(params)
         added = []
         try:

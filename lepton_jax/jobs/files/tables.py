@@ -17,7 +17,7 @@ _BATCH = 1024  # rows of Parquet decoded at once
 _LONGEST_CELL = 2**26  # characters
 # Fields of all modes that are no texts: their CSV cells are JSON.
 JSON_FIELDS = frozenset(
-    "messages prompt_tokens sampling choices candidates".split(),
+    "messages tools prompt_tokens sampling choices candidates".split(),
 )
 
 
