@@ -14,7 +14,6 @@ import dataclasses
 import json
 import os
 import shutil
-from pathlib import Path
 from typing import Any
 
 from lepton_jax.checkpoints import load as checkpoints
