@@ -15,9 +15,14 @@ from lepton_jax.kernels.attention import PagedBatch, backend_for, decode_batch
 K, G, H, Z, W, PAGES = 2, 3, 16, 8, 40, 90
 
 
-def filled_cache(rng, dtype):
-    """Token-major, as the reference keeps it: [P, Z, 2, K, H]."""
-    return jnp.asarray(rng.normal(size=(PAGES, Z, 2, K, H)), dtype)
+def filled_cache(rng, dtype, *, table, lengths):
+    """NaN but for the rows' tokens; token-major, as the reference keeps it: [P, Z, 2, K, H]."""
+    known = np.zeros((PAGES, Z), bool)
+    for pages, length in zip(np.asarray(table), np.asarray(lengths), strict=True):
+        places = np.arange(length)
+        known[pages[places // Z], places % Z] = True
+    values = rng.normal(size=(PAGES, Z, 2, K, H))
+    return jnp.asarray(np.where(known[:, :, None, None, None], values, np.nan), dtype)
 
 
 def page_table(rng, rows):
@@ -61,7 +66,8 @@ def test_matches_reference(kind, window, soft_cap, dtype):
     new = [jnp.asarray(rng.normal(size=(tokens, K, H)), jnp.float32) for _ in range(2)]
 
     def run(backend):
-        cache = filled_cache(np.random.default_rng(1), dtype)
+        filled = dict(table=batch.page_table, lengths=batch.kv_lens)
+        cache = filled_cache(np.random.default_rng(1), dtype, **filled)
         if backend is attention_xla:
             cache = cache.transpose(0, 2, 3, 1, 4)
         assert cache.shape == backend.cache_layer(PAGES, Z, K, H, dtype=dtype).shape
@@ -77,10 +83,10 @@ def test_matches_reference(kind, window, soft_cap, dtype):
 
 def test_idle_rows_change_nothing_but_the_null_page():
     rng = np.random.default_rng(0)
-    cache = filled_cache(rng, jnp.float32).transpose(0, 2, 3, 1, 4)
-    batch = decode_batch(
-        jnp.asarray([9, 4], jnp.int32), jnp.asarray([False, False]), page_table(rng, 2)
-    )
+    table, lengths = page_table(rng, 2), jnp.asarray([9, 4], jnp.int32)
+    filled = filled_cache(rng, jnp.float32, table=table, lengths=lengths)
+    cache = filled.transpose(0, 2, 3, 1, 4)
+    batch = decode_batch(lengths, jnp.asarray([False, False]), table)
     new = jnp.ones((2, K, H))
     np.testing.assert_array_equal(attention_xla.write(cache, new, new, batch)[1:], cache[1:])
     out = attention_xla.attend(jnp.ones((2, K, G, H)), cache, batch, decode=True, scale=1.0)
@@ -96,9 +102,9 @@ def test_cpu_and_gpu_share_a_backend():
 def test_a_view_verifies_several_tokens_a_row(window, soft_cap, dtype):
     """Two steps of three tokens on a view, of which rows keep different numbers."""
     rng, view, new = np.random.default_rng(0), 96, 3
-    lengths, kept = np.array([0, 3, 90, 64]), np.array([[1, 2], [3, 3], [2, 1], [1, 1]])
+    lengths, kept = np.array([1, 3, 90, 64]), np.array([[1, 2], [3, 3], [2, 1], [1, 1]])
     table = page_table(rng, 4)
-    cache = filled_cache(rng, dtype)
+    cache = filled_cache(rng, dtype, table=table, lengths=lengths)
     ours = cache.transpose(0, 2, 3, 1, 4)
     sides = attention_xla.open_view(ours, table, jnp.asarray(lengths), tokens=view, steps=2 * new)
     places = np.maximum(np.arange(view) - view + lengths[:, None], -1)

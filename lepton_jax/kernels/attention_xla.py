@@ -354,6 +354,7 @@ def _running_softmax(q, cache, table, positions, *, blocks, scale, window, soft_
         lambda a: a.reshape(-1, *a.shape[2:]), cache
     )  # a page's keys, then values
     inside = jnp.arange(pages * page_size).reshape(pages, page_size)
+    newest = positions.max(axis=1)[:, None, None]
 
     def visit(block, carry):
         top, total, out = carry
@@ -368,6 +369,8 @@ def _running_softmax(q, cache, table, positions, *, blocks, scale, window, soft_
         if soft_cap:
             scores = soft_cap * jnp.tanh(scores / soft_cap)
         places = block * pages * page_size + inside
+        # Behind a row's last token a page may hold anything, and 0 * NaN is NaN.
+        v = jnp.where((places <= newest)[:, :, None, :, None], v, 0)
         query = positions[:, None, :, None]
         seen = places[:, None] <= query  # [R, pages, M, Z]
         if is_limited(window):
