@@ -131,12 +131,6 @@ class BeatStats:
         """Of the device, with the gap before."""
         return self.gap_seconds + self.prefill_seconds + self.decode_seconds
 
-    @property
-    def padding(self) -> int:
-        """Places computed for no token: of prefill, of idle lines, of rows that had ended."""
-        idle = self.prefill_places - self.prefill_tokens
-        return idle + self.row_places * self.steps - self.rounds
-
 
 @dataclasses.dataclass(frozen=True)
 class DevicePeaks:

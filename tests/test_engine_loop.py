@@ -188,7 +188,9 @@ def test_listeners_hear_of_every_beat(expected):
         assert total(ours) == stats[theirs], ours
     for name in ("prefill_seconds", "decode_seconds", "gap_seconds"):
         assert total(name) == pytest.approx(stats[name]), name
-    assert total("padding") == stats["prefill_padding"] + stats["decode_padding"]
+    assert total("prefill_places") - total("prefill_tokens") == stats["prefill_padding"]
+    idle = sum(beat.row_places * beat.steps - beat.rounds for beat in beats)
+    assert idle == stats["decode_padding"]
     reasons = [output.finish_reason for output in got.values()]
     assert (total("ended"), total("stopped")) == (len(reasons), reasons.count("stop"))
     assert beats[0].slots == 4 and beats[0].waiting == len(REQUESTS) - beats[0].running > 0

@@ -62,7 +62,7 @@ def test_a_joined_buffer_has_the_order_of_the_layout_not_of_the_dict():
 
 @pytest.mark.parametrize("value", [0.0, -1.5, 3e38, float("-inf"), 1e-45])
 def test_floats_travel_as_their_bits(value):
-    bits = packing.float_bits(jnp.float32(value))
+    bits = packing.bits_of(jnp.float32(value))
     assert bits.dtype == jnp.int32
     assert np.asarray(bits).view(np.float32) == np.float32(value)
 

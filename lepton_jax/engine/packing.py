@@ -165,16 +165,18 @@ def result_layout(shape: DecodeShape) -> Layout:
     B, N = shape.rows, 1 + shape.tail
     pieces = dict(steps=(1,), count=(B,), finish=(B,), tokens=(B, N))
     if shape.draft:
-        pieces |= dict(rounds=(B,), proposed=(B,), whole=(B,))
+        pieces |= dict(rounds=(B,), proposed=(B,))
     if shape.spec.logprobs >= 0:
         tops = shape.spec.logprobs
         pieces |= dict(logprob=(B, N), top_ids=(B, N, tops), top_logprobs=(B, N, tops))
     return Layout(**pieces)
 
 
-def float_bits(x: jax.Array) -> jax.Array:
-    """float32 as int32 of the same bits."""
-    return jax.lax.bitcast_convert_type(x, jnp.int32)
+def bits_of(values: jax.Array) -> jax.Array:
+    """Values as they travel: float32 as int32 of the same bits, int32 as it is."""
+    if values.dtype == jnp.float32:
+        return jax.lax.bitcast_convert_type(values, jnp.int32)
+    return values
 
 
 def pack_prefill(

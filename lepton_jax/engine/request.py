@@ -174,12 +174,10 @@ class Speculated:
     Attributes:
       rounds: steps in which the row ran.
       proposed: tokens that were proposed in them.
-      whole: rounds whose proposals were all accepted.
     """
 
     rounds: np.ndarray
     proposed: np.ndarray
-    whole: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)

@@ -122,16 +122,16 @@ def sample(
         stopped |= jnp.any(tokens[:, None] == params.stop_ids, -1)
     if spec.logprobs < 0:
         return Sampled(tokens, stopped)
-    total = log_total(logits, axis)
+    total = log_total(logits, axis.max(jnp.max(logits, -1)), axis)
     chosen = axis.pick(logits, jnp.maximum(tokens, 0)[:, None])[:, 0]
     top, top_ids = axis.top_k(logits, spec.logprobs)
     return Sampled(tokens, stopped, chosen - total, top_ids, top - total[:, None])
 
 
-def log_total(logits: jax.Array, axis: Axis) -> jax.Array:
-    """log of the sum of exp(logits [..., V]) over V."""
-    top = axis.max(jnp.max(logits, -1))
-    top = jnp.where(jnp.isfinite(top), top, 0)
+def log_total(logits: jax.Array, top: jax.Array, axis: Axis) -> jax.Array:
+    """log of the sum of exp(logits [..., V]) over V, `top` [...] the largest; NaN where that is not
+    finite.
+    """
     return top + jnp.log(axis.sum(jnp.sum(jnp.exp(logits - top[..., None]), -1)))
 
 

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lepton_jax.engine.packing import Layout, chunk_pieces, float_bits, place_chunks
+from lepton_jax.engine.packing import Layout, bits_of, chunk_pieces, place_chunks
 from lepton_jax.engine.request import Chunk
+from lepton_jax.engine.sampling import log_total
 from lepton_jax.engine.scored import ScoreResult, ScoreSpec
 from lepton_jax.engine.steps import attend_pages
 from lepton_jax.kernels.attention import PagedBatch
@@ -85,7 +86,7 @@ def score(
         states = inner.states(hidden) if inner else hidden
         shares = jnp.where(weights[:, None] > 0, weights[:, None] * states.astype(jnp.float32), 0)
         pooled = jax.ops.segment_sum(shares, inputs["rows"], num_segments=shape.rows)
-        pieces |= dict(pooled=float_bits(pooled))
+        pieces |= dict(pooled=bits_of(pooled))
     return caches, score_result_layout(shape, model.config.hidden_size).join(pieces)
 
 
@@ -125,17 +126,17 @@ def _log_probabilities(decoder, hidden: jax.Array, inputs: dict, model: Model) -
     def one_slice(index, out):
         logprobs, greedy = out
         logits = decoder.logits(hidden[places[index]])
-        top = axis.max(jnp.max(logits, -1, keepdims=True))
-        total = top + jnp.log(axis.sum(jnp.sum(jnp.exp(logits - top), -1, keepdims=True)))
+        top = axis.max(jnp.max(logits, -1))
+        total = log_total(logits, top, axis)[:, None]
         chosen = axis.pick(logits, targets[index])
-        is_top = (chosen >= top).astype(jnp.int32)
+        is_top = (chosen >= top[:, None]).astype(jnp.int32)
         return logprobs.at[index].set(chosen - total), greedy.at[index].set(is_top)
 
     shape = slices, size, width
     count = -(-inputs["asked"][0] // size)
     start = jnp.zeros(shape), jnp.zeros(shape, jnp.int32)
     logprobs, greedy = jax.lax.fori_loop(0, count, one_slice, start)
-    lines = [a.reshape(-1, width)[:most] for a in (float_bits(logprobs), greedy)]
+    lines = [a.reshape(-1, width)[:most] for a in (bits_of(logprobs), greedy)]
     return dict(zip(("logprobs", "greedy"), lines, strict=True))
 
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from lepton_jax.engine import packing
 from lepton_jax.engine.draft_model import Drafter, side_by_side
 from lepton_jax.engine.lookup import lookup
-from lepton_jax.engine.packing import DecodeShape, float_bits
+from lepton_jax.engine.packing import DecodeShape, bits_of
 from lepton_jax.engine.row_params import SampleSpec, unpack
 from lepton_jax.engine.sampling import History, Sampled, sample
 from lepton_jax.engine.steps import (
@@ -163,7 +163,7 @@ class _Block:
             index=carry.index + 1,
             lines=_advance(lines, new, kept, limit=limit, axis=axis),
             places=self._place(carry, jnp.where(kept, positions, -1)),
-            record=_count(record, proposed, accepted, valid=valid),
+            record=_count(record, proposed, valid=valid),
             drafting=drafting,
         )
 
@@ -270,7 +270,7 @@ def _record(entry: RowState, shape: DecodeShape) -> dict[str, jax.Array]:
     for name in ("steps", "count", "finish"):
         del pieces[name]
     names = [name for name in pieces if pieces[name].ndim > 1]
-    return pieces | {n: pieces[n].at[:, 0].set(_bits(getattr(entry, n))) for n in names}
+    return pieces | {n: pieces[n].at[:, 0].set(bits_of(getattr(entry, n))) for n in names}
 
 
 def _write_record(record: dict, new: Sampled, done: jax.Array, *, kept: jax.Array) -> dict:
@@ -278,22 +278,17 @@ def _write_record(record: dict, new: Sampled, done: jax.Array, *, kept: jax.Arra
     lines, ahead = jnp.arange(kept.shape[0])[:, None], jnp.arange(kept.shape[1])
     place = jnp.where(kept, 1 + done[:, None] + ahead, record["tokens"].shape[1])
     return record | {
-        name: record[name].at[lines, place].set(_bits(getattr(new, name)), mode="drop")
+        name: record[name].at[lines, place].set(bits_of(getattr(new, name)), mode="drop")
         for name in record
         if record[name].ndim > 1
     }
 
 
-def _count(record: dict, proposed: jax.Array, accepted: jax.Array, *, valid: jax.Array) -> dict:
+def _count(record: dict, proposed: jax.Array, *, valid: jax.Array) -> dict:
     """The counts of `request.Speculated` after one more step."""
-    running, room = valid[:, 0], jnp.sum(valid[:, 1:], 1)
     made = jnp.sum(valid[:, 1:] & (proposed >= 0), 1)
-    new = dict(rounds=running, proposed=made, whole=running & (accepted == room))
+    new = dict(rounds=valid[:, 0], proposed=made)
     return record | {name: record[name] + values for name, values in new.items()}
-
-
-def _bits(values: jax.Array) -> jax.Array:
-    return float_bits(values) if values.dtype == jnp.float32 else values
 
 
 def _first_places(lengths: jax.Array, shape: DecodeShape) -> jax.Array:

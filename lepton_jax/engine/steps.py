@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from lepton_jax.engine import packing
-from lepton_jax.engine.packing import DecodeShape, PrefillShape, float_bits
+from lepton_jax.engine.packing import DecodeShape, PrefillShape, bits_of
 from lepton_jax.engine.row_params import SampleSpec, unpack
 from lepton_jax.engine.sampling import History, Sampled, sample
 from lepton_jax.kernels.attention import PagedBatch, at_layer, decode_batch, held
@@ -199,7 +199,7 @@ def _allowed(inputs: dict, share: int, axis: Axis) -> jax.Array | None:
 def _sampled_lines(lines: RowState, shape: PrefillShape) -> jax.Array:
     names = ("tokens", "logprob", "top_ids", "top_logprobs")
     pieces = {name: getattr(lines, name) for name in names if getattr(lines, name) is not None}
-    bits = {n: float_bits(v) if v.dtype == jnp.float32 else v for n, v in pieces.items()}
+    bits = {name: bits_of(values) for name, values in pieces.items()}
     return packing.sampled_layout(shape).join(dict(bits, finish=lines.finish))
 
 
@@ -356,10 +356,10 @@ def _empty_record(shape: DecodeShape) -> dict[str, jax.Array]:
 
 def _write_record(record: dict, lines: RowState, index) -> dict[str, jax.Array]:
     """The lines' last tokens at place `index` of the record."""
-    values = {name: getattr(lines, name) for name in record}
-    bits = {n: float_bits(v) if v.dtype == jnp.float32 else v for n, v in values.items()}
     return {
-        name: jax.lax.dynamic_update_index_in_dim(record[name], bits[name], index, axis=1)
+        name: jax.lax.dynamic_update_index_in_dim(
+            record[name], bits_of(getattr(lines, name)), index, axis=1
+        )
         for name in record
     }
 
