@@ -44,17 +44,18 @@ def enable(directory: str | os.PathLike = "") -> Path | None:
     directory, or None with a warning where it can't be written; never raises for that.
     """
     _listen()
-    chosen = Path(directory or jax.config.jax_compilation_cache_dir or default_directory())
+    chosen = directory or jax.config.jax_compilation_cache_dir
     try:
+        chosen = Path(chosen or default_directory())
         chosen.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=chosen, prefix="probe-") as probe:
             probe.write(b"\0" * 4096)
             probe.flush()
     except (OSError, RuntimeError) as error:  # RuntimeError: a home directory that isn't known
         log.warning(
-            "compiled programs are not kept: %s can't be written (%s); set XDG_CACHE_HOME to a "
-            "directory that can",
-            chosen,
+            "compiled programs are not kept: %s can't be written (%s); set "
+            "JAX_COMPILATION_CACHE_DIR to a directory that can",
+            chosen or "a cache in the home directory",
             error,
         )
         _use(None)

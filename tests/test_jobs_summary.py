@@ -1,6 +1,7 @@
 """The summary and the numbers below it, by hand."""
 
 import json
+import os
 import types
 
 import jax
@@ -173,12 +174,20 @@ def test_peak_memory_remembers_what_was_given_back():
     assert peak_memory_bytes() > held - (1 << 20)  # the system counts in batches of pages
 
 
-def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, caplog):
+def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, caplog, monkeypatch):
     (tmp_path / "file").write_text("")
     kept = jax.config.jax_compilation_cache_dir
     try:
         assert compile_cache.enable(tmp_path / "file" / "cache") is None
         assert "can't be written" in caplog.text
+        compile_cache._use(str(tmp_path / "file" / "told"))  # as JAX_COMPILATION_CACHE_DIR does
+        assert compile_cache.enable() is None
+        assert "told can't be written" in caplog.text
+        assert "set JAX_COMPILATION_CACHE_DIR to" in caplog.text
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # no home is known
+        assert compile_cache.enable() is None
+        assert "a cache in the home directory can't be written" in caplog.text
         assert compile_cache.enable(tmp_path / "cache") == tmp_path / "cache"
         before = compile_cache.counts()
         program = jax.jit(lambda x: x * 3.25 + 1).lower(1.0)
