@@ -1,13 +1,19 @@
 """After `Engine.forget` an engine answers as a new one, to the last bit of a log-probability."""
 
+import gc
+import weakref
+
+import jax
 import numpy as np
 import pytest
 from engine_reference import tiny
 
 from lepton_jax.config import EngineSection, SamplingParams
 from lepton_jax.engine.loop import Engine
+from lepton_jax.engine.scored import Scoring
 
 MODEL, LEAVES = tiny("llama", layers=2)
+KEPT = jax.tree.leaves(LEAVES)
 SECTION = EngineSection(
     rows=4, page_size=4, num_pages=60, prefill_chunk=64, decode_block=4, max_len=64
 )
@@ -45,6 +51,43 @@ def test_what_follows_does_not_depend_on_what_was_before():
     before = engine.stats()["prefix_hit_tokens"]
     assert serve(engine, WANTED) == new
     assert engine.stats()["prefix_hit_tokens"] - before == hits
+
+
+def test_what_other_rows_needed_is_forgotten():
+    """Or a resumed job, which doesn't see these rows, would run other programs."""
+    engine = Engine(MODEL, LEAVES, section=SECTION)
+    known = [(20, SamplingParams(logit_bias={5: 1.0}))]
+    engine.warm_up(known, only=lambda shape: False)
+    expected = engine.runner.spec, engine.runner.score_spec
+    engine.add_request("a", START, SamplingParams(max_tokens=2, min_tokens=1, logprobs=3))
+    engine.add_scoring("b", START, Scoring(((5, 6),)))
+    while engine.has_work:
+        engine.step()
+    assert engine.runner.spec != expected[0] and engine.runner.score_spec != expected[1]
+    engine.forget()
+    assert (engine.runner.spec, engine.runner.score_spec) == expected
+    engine.add_request("c", START, SamplingParams(max_tokens=2))
+    assert sum(len(out.token_ids) for _ in range(6) for out in engine.step()) == 2
+
+
+@pytest.mark.parametrize("way", ["close", "drop"])
+def test_an_engine_that_is_not_needed_any_more_gives_its_memory_back(way):
+    engine = Engine(MODEL, LEAVES, section=SECTION)
+    engine.warm_up([(5, SamplingParams())], only=lambda shape: False)
+    runner = engine.runner
+    held = jax.tree.leaves((runner._caches, runner._state, runner.leaves))
+    held = [weakref.ref(array) for array in held if not any(array is kept for kept in KEPT)]
+    assert len(held) > 4
+    gc.disable()
+    try:
+        if way == "close":
+            engine.close()
+        del runner
+        if way == "drop":
+            del engine
+        assert not [ref for ref in held if ref() is not None]
+    finally:
+        gc.enable()
 
 
 def test_an_engine_at_work_forgets_nothing():

@@ -203,6 +203,7 @@ class Engine:
         while self._in_flight is not None:
             self.step()
         self.scheduler.reset()
+        self.runner.forget()
         self._beats.forget()
 
     def warm_up(
@@ -266,8 +267,12 @@ class Engine:
         )
 
     def close(self) -> None:
-        """Stops compiling what was not needed so far. Running requests are not waited for."""
-        self.runner.programs.close()
+        """Gives the memory of cache and weights back. Running requests are not waited for, and
+        nothing can be asked any more but `stats`.
+        """
+        self._in_flight = None
+        self.scheduler.reset()
+        self.runner.close()
 
 
 def _limits(model: Model, sizes: Sizes) -> Limits:

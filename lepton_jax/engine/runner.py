@@ -10,6 +10,7 @@ shapes exist is decided in `rungs.py`. Read next: `steps.py` (what the programs 
 import dataclasses
 import functools
 import time
+import weakref
 from types import ModuleType
 from typing import Any
 
@@ -96,11 +97,13 @@ class Runner:
         self.model, self.sizes = self._looped(model.on(self.placement.axis), leaves), sizes
         self.spec = SampleSpec(text=sizes.max_len if sizes.draft else 0)
         self.score_spec = ScoreSpec()
+        self._warm = self.spec, self.score_spec  # what `forget` goes back to
         self.timings = Timings()
         self.leaves, self.backend = tuple(leaves), backend
         self._kv_dtype = kv_dtype
         self._lines = dict(slots=sizes.rows, eos_ids=eos_ids)  # what packing must know of rows
-        self.programs = Programs(lambda shape: self.lower(shape).compile(), strict=strict)
+        lower = weakref.WeakMethod(self.lower)  # in a cycle with them it would outlive its engine
+        self.programs = Programs(lambda shape: lower()(shape).compile(), strict=strict)
         self._draft: Model | None = None
         self._draft_leaves, self._draft_kv_dtype = (), None
         self.reset()
@@ -117,11 +120,23 @@ class Runner:
         self._scratch_of = (0, 0, 0)  # rows, view and tail that it is for
         self._last_done = 0.0
 
+    def forget(self) -> None:
+        """Programs serve again what the last warm-up required, and no more."""
+        self.spec, self.score_spec = self._warm
+        self._state = None
+
+    def close(self) -> None:
+        """Gives caches, state and weights up for good; what isn't compiled is not any more."""
+        self.programs.close()
+        self.reset()
+        self.leaves = self._draft_leaves = ()
+
     def draft_with(self, model: Model, leaves: tuple, *, kv_dtype: Any) -> None:
         """Lets a second model propose; before any program is made."""
         self._draft, self._draft_leaves = self._looped(model, leaves), tuple(leaves)
         self._draft_kv_dtype = kv_dtype
         self.spec = dataclasses.replace(self.spec, drafted=True)
+        self._warm = self.spec, self.score_spec
 
     @property
     def kv_bytes(self) -> int:
@@ -168,6 +183,7 @@ class Runner:
 
         `wait`: returns when all are ready.
         """
+        self._warm = self.spec, self.score_spec
         self.programs.warm_up(shapes, wait=wait)
         self._allocate()
 
