@@ -137,8 +137,8 @@ class EngineSection:
     )
     kv_dtype: str = _doc(
         "auto",
-        "dtype of the cache: auto (that of the weights), float32, bfloat16, float16; int8 (not on "
-        "TPU) or float8_e4m3fn for half the memory",
+        "dtype of the cache: auto (that of the weights; bfloat16 where they are compressed), "
+        "float32, bfloat16, float16; int8 (not on TPU) or float8_e4m3fn for half the memory",
     )
     prefix_cache: bool = _doc(True, "reuse the cache of prompts that begin alike")
     speculation: str = _doc(
@@ -564,6 +564,22 @@ class RunConfig:
         if self.pool.ray or self.hosts.coordinator:
             raise ValueError(
                 f"{driver} works in one process: leave out pool.ray and hosts.coordinator"
+            )
+
+    def require_no_idle_fields(self) -> None:
+        """Raises ValueError where fields of the engine are given that its others leave unused."""
+        engine = self.engine
+        for name, idle in {"draft_model": "", "draft_preset": "none"}.items():
+            value = getattr(engine, name)
+            if value != idle and engine.speculation != "draft":
+                raise ValueError(
+                    f"engine.{name}={value!r} is of engine.speculation=draft, and that is "
+                    f"{engine.speculation!r}: set it, or leave engine.{name} out"
+                )
+        if max(engine.prefill_sizes, default=0) > engine.prefill_chunk:
+            raise ValueError(
+                f"engine.prefill_sizes={engine.prefill_sizes} has more tokens than a program may, "
+                f"engine.prefill_chunk={engine.prefill_chunk}: lower the one or raise the other"
             )
 
     def __post_init__(self):

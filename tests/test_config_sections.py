@@ -20,6 +20,21 @@ from lepton_jax.config import (
 
 
 @pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        ({"draft_model": "m"}, "engine.draft_model='m' is of engine.speculation=draft, and that"),
+        ({"draft_preset": "int8", "speculation": "lookup"}, "is 'lookup': set it, or leave"),
+        ({"prefill_sizes": (96, 1024)}, "more tokens than a program may, engine.prefill_chunk=512"),
+    ],
+)
+def test_fields_that_nothing_would_use_are_refused(engine, message):
+    with pytest.raises(ValueError, match=message):
+        RunConfig(engine=EngineSection(**engine)).require_no_idle_fields()
+    good = EngineSection(speculation="draft", draft_preset="int8", prefill_sizes=(96, 512))
+    RunConfig(engine=good).require_no_idle_fields()
+
+
+@pytest.mark.parametrize(
     ("section", "values"),
     [
         (ModelSection, {"dtype": "int4"}),

@@ -38,6 +38,20 @@ def test_fields_that_were_given_stay():
     assert profile().applied(CONFIG, given=()).engine.rows == 64
 
 
+@pytest.mark.parametrize(
+    ("given", "left"),
+    [
+        ("engine.rows", {"engine.prefill_sizes", "engine.speculation", "engine.draft_preset"}),
+        ("engine.prefill_chunk", {"engine.speculation", "engine.draft_preset"}),
+        ("engine.speculation", {"engine.prefill_sizes"}),
+    ],
+)
+def test_fields_go_with_those_that_they_were_chosen_for(given, left):
+    fields = {"engine.speculation": "draft", "engine.draft_preset": "int8"}
+    made = dataclasses.replace(profile(), fields=fields | {"engine.prefill_sizes": (96, 200)})
+    assert set(made.open_fields([given])) == left
+
+
 def test_the_profile_of_a_key_is_found_and_others_are_named(tmp_path):
     assert not has_any(key(), tmp_path) and find(key(), tmp_path)[0] is None
     other = profile(workload="score-prompt256-rows64")

@@ -31,6 +31,11 @@ _WHAT = {
     "jax": "another version of jax",
     "workload": "another kind of workload",
 }
+# Fields that mean nothing beside another value of a second one.
+_CHOSEN_FOR = {
+    "engine.prefill_sizes": "engine.prefill_chunk",
+    "engine.draft_preset": "engine.speculation",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +109,12 @@ class Profile:
         return with_fields(config, self.open_fields(given))
 
     def open_fields(self, given: Collection[str]) -> dict[str, Any]:
-        """The profile's fields that the user left open."""
-        return {name: value for name, value in self.fields.items() if name not in given}
+        """The profile's fields that the user left open, with those that they were chosen for."""
+        return {
+            name: value
+            for name, value in self.fields.items()
+            if not {name, _CHOSEN_FOR.get(name)} & set(given)
+        }
 
     def save(self, path: Path) -> None:
         """Writes it whole or not at all."""
