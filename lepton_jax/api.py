@@ -16,6 +16,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,14 +35,13 @@ from lepton_jax.config import (
     RunConfig,
     SamplingParams,
     ScoringSection,
-    from_mapping,
 )
-from lepton_jax.distributed.local import device_groups, local_pool, pool_of
+from lepton_jax.distributed.local import device_groups, local_engines, local_pool, pool_of
 from lepton_jax.distributed.pool import Pool
 from lepton_jax.distributed.ray_replicas import RayActors
 from lepton_jax.engine.cascade import CascadeEngine
 from lepton_jax.engine.loop import Engine
-from lepton_jax.engine.protocol import Sync
+from lepton_jax.engine.protocol import Sync, TokenEngine
 from lepton_jax.jobs.cascade import CascadeMode, check_cascade
 from lepton_jax.jobs.classify import ClassifyMode
 from lepton_jax.jobs.compress import CompressJob
@@ -60,7 +60,6 @@ from lepton_jax.optimizer.profile import Profile
 from lepton_jax.sharding import Placement
 from lepton_jax.sharding.partition import uneven_costs
 from lepton_jax.text import tokenizer as tokenizers
-from lepton_jax.text.constraints import guide_for
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +76,7 @@ class LeptonEngine:
       engine: after `start`, the engine of token ids below, or a pool of replicas of it, or with
         `cascade.agreement` both models' engines.
       promise: after `score`, `predict` or `rank` with `cascade.agreement`, how it was kept
-        (`promise.account()`).
+        (`promise.account()`), over all such calls that asked in the same way.
       feedback: after `start`, what sets the engine's knobs while it runs, and why; of several
         replicas in this process that of the first.
     """
@@ -89,6 +88,8 @@ class LeptonEngine:
         self.engine: Engine | Pool | CascadeEngine | None = None
         self.promise: Promise | None = None
         self._dense: LeptonEngine | None = None
+        self._open: Session | None = None  # the last one
+        self._modes: dict[tuple[str, ScoringSection], CascadeMode] = {}
         self._actors: RayActors | None = None
         self.loaded: checkpoints.Loaded | None = None
         self.receipt: receipts.Receipt | None = None
@@ -127,13 +128,14 @@ class LeptonEngine:
         Args:
           path: Hugging Face directory, `.gguf` file, our Orbax directory, `hf:org/name` or
           `demo:smollm2`.
-          dtype: "auto", "float32" or "bfloat16".
-          compression: preset "none", "int8", "w8a8", "int4" or "fp8", instead of the config's.
+          dtype: "auto", "float32", "bfloat16" or "float16".
+          compression: preset "none", "int8", "int8_g32", "w8a8", "int4" or "fp8", instead of the
+            config's.
           config: all settings at once; the arguments above go before it where they are given.
           progress: called with (done bytes, total bytes, parameter) after each parameter.
 
         Returns self. Raises ValueError (CheckpointError, TokenizerError) naming what is wrong and
-        where.
+        where; then nothing is loaded.
         """
         self.stop()
         config = config or RunConfig()
@@ -144,18 +146,30 @@ class LeptonEngine:
         )
         asked = CompressionSection(preset=compression) if compression else config.compression
         self._config = dataclasses.replace(config, model=section, compression=asked)
-        recipe = Recipe.from_config(asked)
+        try:
+            self._read(progress)
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def _read(self, progress: Callable[[int, int, str], None] | None) -> None:
+        """Loads what the config asks for."""
+        config, section = self._config, self._config.model
+        config.require_no_idle_fields()
+        recipe = Recipe.from_config(config.compression)
         recipe.require_no_calibration(section.path)
         if config.cascade.agreement:
-            check_cascade(self._config)
+            check_cascade(config)
         if config.pool.ray:
             if config.optimizer.log:
                 raise ValueError(
                     "optimizer.log is of an engine in this process, and with pool.ray there is "
                     "none: leave one of them out"
                 )
-            return self._load_actors(dataclasses.replace(self._config, pool=PoolSection()))
-        devices = device_groups(self._config.mesh)[0]
+            self._load_actors(dataclasses.replace(config, pool=PoolSection()))
+            return
+        devices = device_groups(config.mesh)[0]
         compile_cache.enable()
         self.loaded = load_compressed(section, recipe, progress=progress, devices=devices)
         model = self.loaded.model
@@ -164,11 +178,10 @@ class LeptonEngine:
         self.receipt = receipts.of_loaded(section.path, self.loaded.fingerprint)
         self.tokenizer = tokenizers.load(section.tokenizer or self.loaded.tokenizer_source)
         if config.cascade.agreement:
-            dense = _dense_config(self._config)
+            dense = _dense_config(config)
             self._dense = LeptonEngine(self._sync).load_model(config=dense, progress=progress)
             if config.cascade.model:
                 self._check_tokenizer(self._dense.tokenizer, "cascade.model", dense.model.path)
-        return self
 
     def start(
         self,
@@ -183,67 +196,72 @@ class LeptonEngine:
           workload: (prompt tokens, params) of the coming requests: the cache is cut to it and its
             programs are compiled from now on, in the background. Without it programs are compiled
             as they are first needed.
-          strict: a program missing from the warm-up is an error instead of a warning.
+          strict: a program that the workload can't reach is an error instead of a warning.
           profile: that the config was made with: feedback begins with its knobs and reckons with
             its costs.
 
-        Returns self.
+        Returns self. Raises ValueError where the memory is too small; then nothing is started.
         """
-        loaded, config = self._need_model(), self._config
+        self._need_idle()
+        config = self._config
+        if strict and not workload:
+            raise ValueError(
+                "strict=True refuses what a workload can't reach, and none is given: give "
+                "workload=[(prompt tokens, SamplingParams), ...], or leave strict out"
+            )
         if self._actors is not None:
             slots = config.engine.rows * config.mesh.data
             replicas = self._actors.start(workload, slots=slots, strict=strict, profile=profile)
             self.engine = pool_of(replicas, config)
             return self
-        if self.engine is not None:
-            self.engine.close()
-            self.engine = self.feedback = None  # their memory goes before the new one's is planned
+        self._close_engine()  # its memory goes before the new one's is planned
         costs = profile.costs if profile else assumed(jax.default_backend())
-        section = settled(config, costs)
+        knobs = profile.knobs if profile else {}
+        models = [self, self._dense] if self._dense else [self]
+        asked = dict(workload=workload, strict=strict)
+        planned = [model._plan(costs, **asked) for model in models]  # before a cache is there
+        pairs = list(zip(models, planned, strict=True))
+        feedbacks = [model._listen(engines, costs, knobs=knobs) for model, engines in pairs]
+        for engine in itertools.chain(*planned) if workload else ():
+            engine.warm_up(workload, wait=False)
+        served = [model._joined(engines) for model, engines in pairs]
+        self.feedback = feedbacks[0]
+        self.engine = CascadeEngine(*served) if self._dense else served[0]
+        return self
+
+    def _plan(self, costs: Costs, **asked: Any) -> list[Engine]:
+        """An engine for each replica, without its cache; `asked` are arguments of `Engine`."""
+        section = settled(self._config, costs)
         if self._dense:
             section = _half_of_the_cache(section)
-        engines = [
-            Engine(
-                loaded.model,
-                loaded.leaves,
-                section=section,
-                eos_ids=self.tokenizer.eos_ids,
-                workload=workload,
-                strict=strict,
-                devices=devices,
-                sync=self._sync,
-            )
-            for devices in device_groups(config.mesh)
-        ]
-        draft = self._read_draft(section) if section.speculation == "draft" else None
-        for engine in engines:
-            engine.guide_with(functools.partial(guide_for, self.tokenizer))
-            if draft:
-                engine.draft_with(draft.model, draft.leaves, cost=section.draft_cost)
-            if workload:
-                engine.warm_up(workload, wait=False)
-        self._listen(engines, costs, knobs=profile.knobs if profile else {})
-        self.engine = engines[0] if len(engines) == 1 else local_pool(engines, config)
-        if self._dense:
-            self._dense.start(workload=workload, strict=strict, profile=profile)
-            self.engine = CascadeEngine(self.engine, self._dense.engine)
-        return self
+        return local_engines(
+            self.loaded,
+            section,
+            mesh=self._config.mesh,
+            tokenizer=self.tokenizer,
+            draft=self._read_draft(section) if section.speculation == "draft" else None,
+            sync=self._sync,
+            **asked,
+        )
+
+    def _joined(self, engines: Sequence[Engine]) -> TokenEngine:
+        """Replicas as one."""
+        return engines[0] if len(engines) == 1 else local_pool(engines, self._config)
 
     def _listen(
         self, engines: Sequence[Engine], costs: Costs, *, knobs: Mapping[str, float]
-    ) -> None:
-        """Begins with feedback, where the config wants it; each engine has its own."""
+    ) -> Feedback | None:
+        """Begins with feedback, where the config wants it; each engine has its own. The first."""
         section = self._config.optimizer
-        self.feedback = None
         if section.feedback == "off":
-            return
+            return None
         timed = section.feedback == "on"
         if timed and jax.process_count() > 1:
             raise ValueError(
                 "optimizer.feedback='on' decides by the clock of one host, but several run this "
                 "model: set optimizer.feedback to deterministic or off"
             )
-        self.feedback, *_ = (
+        first, *_ = [
             Feedback(
                 engine,
                 timed=timed,
@@ -253,7 +271,8 @@ class LeptonEngine:
                 log=section.log if engine is engines[0] else "",
             )
             for engine in engines
-        )
+        ]
+        return first
 
     def _read_draft(self, section: EngineSection) -> checkpoints.Loaded:
         """The draft model. Raises ValueError where it has another tokenizer."""
@@ -275,15 +294,23 @@ class LeptonEngine:
             )
 
     def stop(self) -> None:
-        """Gives device memory back: the cache and the weights."""
+        """Gives device memory back: the cache and the weights. An open stream ends."""
+        self._close_engine()
         if self._actors is not None:
             self._actors.close()
-        elif self.engine is not None:
-            self.engine.close()
         if self._dense is not None:
             self._dense.stop()
+        self._modes.clear()
         self._actors = self._dense = self.promise = None
-        self.engine = self.loaded = self.tokenizer = self.receipt = self.feedback = None
+        self.loaded = self.tokenizer = self.receipt = None
+
+    def _close_engine(self) -> None:
+        """Gives the memory of caches back, in a cascade of both models'."""
+        if self._open is not None:
+            self._open.close()
+        if self.engine is not None and self._actors is None:
+            self.engine.close()
+        self.engine = self.feedback = self._open = None
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None
@@ -307,79 +334,116 @@ class LeptonEngine:
     def stream(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None
     ) -> Iterator[tuple[int, Delta]]:
-        """Pieces as they come: (index of the prompt, Delta with `.text` and `.finish_reason`)."""
+        """Pieces as they come: (index of the prompt, Delta with `.text` and `.finish_reason`).
+
+        Until it is exhausted or closed nothing else can be asked.
+        """
         with closing(self._session()) as session:
             index = {key: i for i, key in enumerate(self._add(session, prompts, params))}
             for delta in session.deltas():
                 yield index[delta.key], delta
 
-    def score(self, items: Sequence[str | tuple[str, str] | Mapping]) -> list[dict]:
+    def score(self, items: str | Mapping | Sequence[str | tuple[str, str] | Mapping]) -> list[dict]:
         """How likely the model finds given texts: output rows of the mode score (`jobs/score.py`).
 
         Args:
-          items: texts, (context, continuation), or mappings such as {"context", "choices"}.
+          items: texts, (context, continuation), or mappings such as {"context", "choices"}; or a
+            single text or mapping.
         """
-        mode = self._chooses(lambda: ScoreMode(choices_only=bool(self._dense)))
-        return self._score_all(mode, [mode.parse(_score_fields(item)) for item in items])
+        mode = self._chooses("score", self._config.scoring)
+        return self._score_all(mode, [mode.parse(_score_fields(item)) for item in _listed(items)])
 
-    def predict(self, texts: Sequence[str], labels: Sequence[str] = (), **fields) -> np.ndarray:
+    def predict(
+        self,
+        texts: str | Sequence[str],
+        labels: Sequence[str] | None = None,
+        *,
+        template: str | None = None,
+        chat: bool | None = None,
+        system: str | None = None,
+        calibrate: bool | None = None,
+        normalize: str | None = None,
+    ) -> np.ndarray:
         """Probabilities of labels, float64 `[B, labels]`; each row adds up to 1.
 
         Args:
-          texts: to classify.
-          labels: to choose from; by default those of the config.
-          fields: of `config.ScoringSection` where they shall differ from the config's: template,
-            chat, system, calibrate, normalize.
+          texts: to classify, or a single one.
+          labels: to choose from; by default, as with all that follows, those of the config.
+          template, chat, system, calibrate, normalize: as in `config.ScoringSection`.
         """
-        section = self._scoring(labels=tuple(labels), **fields)
-        mode = self._chooses(lambda: ClassifyMode(section))
-        rows = self._score_all(mode, [mode.parse({"text": text}) for text in texts])
-        return np.array([list(row["probabilities"].values()) for row in rows])
+        section = self._scoring(
+            labels=None if labels is None else _listed(labels),
+            template=template,
+            chat=chat,
+            system=system,
+            calibrate=calibrate,
+            normalize=normalize,
+        )
+        mode = self._chooses("classify", section)
+        rows = self._score_all(mode, [mode.parse({"text": text}) for text in _listed(texts)])
+        found = np.array([list(row["probabilities"].values()) for row in rows])
+        return found.reshape(len(rows), len(section.labels))
 
     def embed(
-        self, texts: Sequence[str], *, pooling: str = "", layer: int | None = None
+        self, texts: str | Sequence[str], *, pooling: str | None = None, layer: int | None = None
     ) -> np.ndarray:
         """Vectors of length 1, float32 `[B, D]`: hidden states.
 
         Args:
-          texts: one vector each.
+          texts: one vector each; or a single text.
           pooling: "last" token or "mean" of all; by default the config's.
           layer: after how many layers, 0 the embeddings; -1 after the final norm; by default the
             config's.
         """
-        section = self._scoring(pooling=pooling)
-        mode = EmbedMode(section.pooling, section.layer if layer is None else layer)
-        rows = self._score_all(mode, [mode.parse({"text": text}) for text in texts])
-        return np.stack([row["embedding"] for row in rows])
+        section = self._scoring(pooling=pooling, layer=layer)
+        mode = EmbedMode(section.pooling, section.layer)
+        rows = self._score_all(mode, [mode.parse({"text": text}) for text in _listed(texts)])
+        found = np.array([row["embedding"] for row in rows], np.float32)
+        return found.reshape(len(rows), self.loaded.config.hidden_size)
 
-    def rank(self, query: str, candidates: Sequence[str], **fields) -> list[tuple[int, float]]:
+    def rank(
+        self,
+        query: str,
+        candidates: Sequence[str],
+        *,
+        rank_by: str | None = None,
+        template: str | None = None,
+        normalize: str | None = None,
+        pooling: str | None = None,
+        layer: int | None = None,
+    ) -> list[tuple[int, float]]:
         """(index, score) of the candidates, the best first.
 
         Args:
           query: what they shall fit.
           candidates: two or more texts.
-          fields: of `config.ScoringSection`: rank_by, template, normalize, pooling.
+          rank_by, template, normalize, pooling, layer: as in `config.ScoringSection`; by default
+            the config's.
         """
-        section = self._scoring(**fields)
-        mode = self._chooses(lambda: RankMode(section))
-        work = mode.parse({"query": query, "candidates": list(candidates)})
+        section = self._scoring(
+            rank_by=rank_by, template=template, normalize=normalize, pooling=pooling, layer=layer
+        )
+        mode = self._chooses("rank", section)
+        work = mode.parse({"query": query, "candidates": _listed(candidates)})
         (row,) = self._score_all(mode, [work])
         return [(int(index), float(row["scores"][index])) for index in row["ranking"]]
 
-    def perplexity(self, text: str, *, window: int = 0, stride: int = 0) -> float:
+    def perplexity(
+        self, text: str, *, window: int | None = None, stride: int | None = None
+    ) -> float:
         """exp of the mean loss a token over a text of any length, by sliding windows.
 
         Args:
           text: to foresee.
-          window: tokens of a window; 0: the config's.
-          stride: tokens from one window to the next; 0: the config's.
+          window: tokens of a window; by default the config's.
+          stride: tokens from one window to the next; by default the config's.
         """
         section = self._scoring(window=window, stride=stride)
         mode = PerplexityMode(section.window, section.stride)
         (row,) = self._score_all(mode, [mode.parse({"text": text})])
         return row["perplexity"]
 
-    def _load_actors(self, config: RunConfig) -> "LeptonEngine":
+    def _load_actors(self, config: RunConfig) -> None:
         """Loads the model in Ray actors; here are its tokenizer and what is known of it."""
         path = config.model.path
         model = checkpoints.describe(path, **checkpoints.dtypes_here(config.model.dtype))
@@ -395,18 +459,24 @@ class LeptonEngine:
             bytes=self._actors.bytes,
         )
         self.receipt = receipts.of_loaded(path, self.loaded.fingerprint)
-        return self
 
     def _scoring(self, **fields) -> ScoringSection:
-        """The config's section with the fields that are given."""
-        given = {name: value for name, value in fields.items() if value or value is False}
-        return from_mapping(ScoringSection, vars(self._config.scoring) | given, where="scoring")
+        """The config's section with the fields that are given: None is not."""
+        given = {name: value for name, value in fields.items() if value is not None}
+        return dataclasses.replace(self._config.scoring, **given)
 
-    def _chooses(self, make: Callable[[], ChoosingMode]) -> ChoosingMode | CascadeMode:
-        """A mode, in a cascade that of both models."""
+    def _chooses(self, kind: str, section: ScoringSection) -> ChoosingMode | CascadeMode:
+        """A mode; in a cascade that of both models, which is kept for what it has learned."""
+        make: Callable[[], ChoosingMode] = {
+            "score": lambda: ScoreMode(choices_only=bool(self._dense)),
+            "classify": lambda: ClassifyMode(section),
+            "rank": lambda: RankMode(section),
+        }[kind]
         if not self._dense:
             return make()
-        mode = CascadeMode.of(make, self._config)
+        if (kind, section) not in self._modes:
+            self._modes[kind, section] = CascadeMode.of(make, self._config)
+        mode = self._modes[kind, section]
         self.promise = mode.promise
         return mode
 
@@ -414,14 +484,15 @@ class LeptonEngine:
         keys = [f"row-{next(self._numbers)}" for _ in works]
         return score_all(mode, dict(zip(keys, works, strict=True)), *self._started())
 
-    def _started(self) -> tuple[Engine, tokenizers.Tokenizer]:
-        self._need_model()
+    def _started(self) -> tuple[TokenEngine, tokenizers.Tokenizer]:
+        self._need_idle()
         if self.engine is None:
             self.start()
         return self.engine, self.tokenizer
 
     def _session(self) -> Session:
-        return Session(*self._started())
+        self._open = Session(*self._started())
+        return self._open
 
     def _add(self, session: Session, prompts, params: SamplingParams | None) -> list[str]:
         if isinstance(prompts, str) or (prompts and isinstance(prompts[0], (int, Mapping))):
@@ -430,6 +501,12 @@ class LeptonEngine:
         for key, prompt in zip(keys, prompts, strict=True):
             session.add(key, prompt, params or self._config.sampling)
         return keys
+
+    def _need_idle(self) -> None:
+        """Raises RuntimeError where what is asked would take an open stream's tokens."""
+        self._need_model()
+        if self._open is not None and self._open.has_work:
+            raise RuntimeError("a stream is open: exhaust or close it first")
 
     def _need_model(self) -> checkpoints.Loaded:
         if self.loaded is None:
@@ -449,14 +526,20 @@ def _half_of_the_cache(section: EngineSection) -> EngineSection:
 
 def _dense_config(config: RunConfig) -> RunConfig:
     """Of the model that a cascade falls back on: it is not compressed, and it only scores."""
+    alone = dict(speculation="off", draft_model="", draft_preset="none")
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, path=config.cascade.model or config.model.path),
         compression=CompressionSection(),
         cascade=CascadeSection(),
-        engine=dataclasses.replace(_half_of_the_cache(config.engine), speculation="off"),
+        engine=dataclasses.replace(_half_of_the_cache(config.engine), **alone),
         optimizer=dataclasses.replace(config.optimizer, log=""),
     )
+
+
+def _listed(items: Any) -> list:
+    """Several, or a single text or mapping, as a list."""
+    return [items] if isinstance(items, (str, Mapping)) else list(items)
 
 
 def _score_fields(item: str | tuple[str, str] | Mapping) -> dict:
@@ -474,7 +557,7 @@ def compress(
     output: str | Path,
     *,
     preset: str = "",
-    rules: Sequence[str] = (),
+    rules: str | Sequence[str] = (),
     config: RunConfig | None = None,
     progress: Callable[[str, int, int, str], None] | None = None,
 ) -> receipts.Receipt:
@@ -483,8 +566,8 @@ def compress(
     Args:
       path: of the model, as for `LeptonEngine.load_model`; the result loads in the same way.
       output: directory to write, whole or not at all.
-      preset: "int8", "w8a8", "int4" or "fp8".
-      rules: texts such as "embed|head -> weights=int8" instead (compression/recipe.py).
+      preset: "int8", "int8_g32", "w8a8", "int4" or "fp8".
+      rules: texts such as "embed|head -> weights=int8" instead (compression/recipe.py); or one.
       config: all settings at once; the arguments above go before it where they are given.
       progress: called with (stage, done, total, what).
 
@@ -496,7 +579,7 @@ def compress(
         changes["model"] = dataclasses.replace(config.model, path=str(path))
     if preset or rules:
         changes["compression"] = dataclasses.replace(
-            config.compression, preset=preset or "none", rules=tuple(rules)
+            config.compression, preset=preset or "none", rules=_listed(rules)
         )
     job = CompressJob(dataclasses.replace(config, **changes))
     return job.run(progress) if progress else job.run()

@@ -1,10 +1,26 @@
-"""LeptonEngine on the real demo model, as a notebook would use it."""
+"""LeptonEngine as a notebook would use it: the real demo model's answers, and on a tiny one what is
+refused, forgotten and given back.
+"""
 
+import dataclasses
+import gc
+import weakref
+
+import jax
+import numpy as np
 import pytest
 from compress_makers import model_folder
 
-from lepton_jax import LeptonEngine, SamplingParams
-from lepton_jax.config import EngineSection, RunConfig
+from lepton_jax import LeptonEngine, SamplingParams, api, compress
+from lepton_jax.config import (
+    CascadeSection,
+    EngineSection,
+    ModelSection,
+    OptimizerSection,
+    RunConfig,
+    ScoringSection,
+)
+from lepton_jax.engine import loop
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -82,7 +98,7 @@ def test_a_draft_of_the_model_itself_changes_no_answer(tmp_path):
             max_len=64,
             prefill_chunk=32,
             speculation=speculation,
-            draft_preset="int8",
+            draft_preset="int8" if speculation == "draft" else "none",
             draft_cost=0.1,
         )
         with LeptonEngine() as lepton:
@@ -92,3 +108,210 @@ def test_a_draft_of_the_model_itself_changes_no_answer(tmp_path):
             proposed = lepton.engine.stats()["proposed_tokens"]
             assert (proposed > 0) == (speculation == "draft")
     assert answers["draft"] == answers["off"]
+
+
+SECTION = EngineSection(rows=2, max_len=64, prefill_chunk=32, page_size=16)
+LONG = SamplingParams(max_tokens=30, ignore_eos=True)
+LABELS = ("one", "three")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return model_folder(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="module")
+def tiny(folder):
+    scoring = ScoringSection(labels=LABELS, normalize="mean", layer=1, rank_by="similarity")
+    with LeptonEngine() as lepton:
+        yield lepton.load_model(folder, config=RunConfig(engine=SECTION, scoring=scoring))
+
+
+def test_nothing_is_asked_beside_an_open_stream(tiny):
+    (expected,) = tiny.generate("one two", LONG)
+    stream = tiny.stream(["one two"], LONG)
+    deltas = [next(stream)]
+    for ask in (
+        lambda: tiny.generate("three"),
+        lambda: next(tiny.stream("three")),
+        lambda: tiny.score("three"),
+        lambda: tiny.predict("three"),
+        lambda: tiny.embed("three"),
+        lambda: tiny.rank("three", ["four", "five"]),
+        lambda: tiny.perplexity("three four five"),
+        lambda: tiny.start(),
+    ):
+        with pytest.raises(RuntimeError, match="a stream is open: exhaust or close it first"):
+            ask()
+    deltas += stream
+    assert "".join(delta.text for _, delta in deltas) == expected.text
+    assert deltas[-1][1].completion == expected
+    stream = tiny.stream(["one two"], LONG)
+    next(stream)
+    stream.close()
+    assert tiny.generate("one two", LONG) == [expected]
+
+
+def test_one_text_is_one_row_and_no_texts_are_none(tiny):
+    assert tiny.predict("Lovely soup!").shape == (1, 2) and tiny.predict([]).shape == (0, 2)
+    assert tiny.embed("Lovely soup!").shape == (1, 32) and tiny.embed([]).shape == (0, 32)
+    assert tiny.embed([]).dtype == np.float32
+    (row,) = tiny.score({"context": "Lovely", "choices": [" soup!", " kettle!"]})
+    assert len(row["choices"]) == 2 and tiny.score([]) == []
+    for ask in (
+        lambda: tiny.predict("soup", "good"),
+        lambda: tiny.rank("soup", "good"),
+        lambda: tiny.perplexity(["soup"]),
+    ):
+        with pytest.raises(ValueError, match=r"want (a list of )?(two or more|a text)"):
+            ask()
+
+
+def test_what_is_given_counts_even_where_it_is_nothing(tiny):
+    by_sum = tiny.predict("soup", normalize="sum")
+    np.testing.assert_array_equal(tiny.predict("soup", normalize=""), by_sum)
+    assert (tiny.predict("soup") != by_sum).any()
+    texts = ["soup", "kettle"]
+    query, *candidates = tiny.embed(["meal", *texts], layer=0)
+    scores = dict(tiny.rank("meal", texts, layer=0))
+    np.testing.assert_allclose([scores[0], scores[1]], candidates @ query, rtol=1e-5)
+    assert scores != dict(tiny.rank("meal", texts))
+    for ask in (
+        lambda: tiny.predict("soup", alert="one>=0.5"),
+        lambda: tiny.predict("soup", layer=3),
+        lambda: tiny.rank("meal", texts, calibrate=True),
+        lambda: tiny.rank("meal", texts, labels=["a", "b"]),
+    ):
+        with pytest.raises(TypeError, match="alert|layer|calibrate|labels"):
+            ask()
+
+
+def arrays(lepton):
+    """Weak references to what an engine keeps on its device, but for the model's weights."""
+    runner = lepton.engine.runner
+    held = runner._caches, runner._state, runner._drafting, runner._draft_leaves
+    return [weakref.ref(array) for array in jax.tree.leaves(held)]
+
+
+def test_stopping_and_starting_again_give_memory_back(folder):
+    section = dataclasses.replace(SECTION, speculation="draft", draft_preset="int8")
+    lepton = LeptonEngine().load_model(folder, config=RunConfig(engine=section))
+    gc.disable()
+    try:
+        for give_back in (lepton.start, lepton.stop):
+            lepton.start(workload=[(3, LONG)])
+            stream = lepton.stream("one two", LONG)
+            next(stream)
+            held = arrays(lepton)
+            assert len(held) > 10
+            if give_back == lepton.start:
+                stream.close()
+            else:
+                held += [weakref.ref(array) for array in jax.tree.leaves(lepton.loaded.leaves)]
+            give_back()
+            assert not [ref for ref in held if ref() is not None]
+            assert list(stream) == []
+    finally:
+        gc.enable()
+
+
+def test_strict_wants_a_workload(tiny):
+    with pytest.raises(ValueError, match="strict=True refuses what a workload can't reach"):
+        tiny.start(strict=True)
+
+
+def told(monkeypatch, name, owner, events):
+    """Notes the calls of a function."""
+    function = getattr(owner, name)
+
+    def noted(*args, **options):
+        events.append(name)
+        return function(*args, **options)
+
+    monkeypatch.setattr(owner, name, noted)
+
+
+@pytest.mark.parametrize("kind", ["draft", "cascade"])
+def test_all_weights_are_read_and_all_engines_planned_before_a_cache_is_there(
+    folder, monkeypatch, kind
+):
+    events, config = [], RunConfig(engine=SECTION)
+    if kind == "draft":
+        section = dataclasses.replace(SECTION, speculation="draft", draft_preset="int8")
+        config = dataclasses.replace(config, engine=section)
+    else:
+        config = dataclasses.replace(config, cascade=CascadeSection(agreement=0.5))
+    for name, owner in (
+        ("load_compressed", api),
+        ("cache_budget", loop),
+        ("warm_up", loop.Engine),
+    ):
+        told(monkeypatch, name, owner, events)
+    with LeptonEngine() as lepton:
+        lepton.load_model(folder, config=config, compression="int8")
+        lepton.start(workload=[(3, LONG)])
+    engines = 1 if kind == "draft" else 2
+    assert events == [
+        *["load_compressed"] * 2,
+        *["cache_budget"] * engines,
+        *["warm_up"] * engines,
+    ]
+
+
+def test_a_failed_load_or_start_leaves_nothing_half_done(folder, tmp_path, monkeypatch):
+    missing = ModelSection(tokenizer=str(tmp_path / "nowhere"))
+    lepton = LeptonEngine()
+    with pytest.raises(ValueError, match="nowhere"):
+        lepton.load_model(folder, config=RunConfig(engine=SECTION, model=missing))
+    assert lepton.loaded is lepton.tokenizer is None
+    cascade = CascadeSection(agreement=0.5, model=str(tmp_path / "nowhere"))
+    config = RunConfig(engine=SECTION, cascade=cascade)
+    with pytest.raises(ValueError, match="nowhere"):
+        lepton.load_model(folder, config=config, compression="int8")
+    with pytest.raises(RuntimeError, match="call load_model"):
+        lepton.predict("soup", LABELS)
+    config = RunConfig(engine=SECTION, cascade=CascadeSection(agreement=0.5))
+    with LeptonEngine() as lepton:
+        lepton.load_model(folder, config=config, compression="int8")
+        monkeypatch.setattr(lepton._dense, "_plan", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            lepton.start()
+        assert lepton.engine is lepton.feedback is None
+
+
+def test_a_cascade_keeps_what_it_has_learned(folder):
+    config = RunConfig(
+        engine=SECTION,
+        cascade=CascadeSection(agreement=0.5, calibration=6, audit=0.1),
+        optimizer=OptimizerSection(feedback="off"),
+    )
+    with LeptonEngine() as lepton:
+        lepton.load_model(folder, config=config, compression="int8")
+        for number in range(9):
+            lepton.rank(f"meal {number}", ["soup", "kettle"])
+        ranked = lepton.promise
+        assert ranked.account()["rows"]["calibration"] == 6
+        assert sum(ranked.account()["rows"].values()) == 9
+        lepton.rank("meal", ["soup", "kettle"], normalize="sum")
+        assert sum(lepton.promise.account()["rows"].values()) == 1
+        lepton.rank("meal", ["soup", "kettle"])
+        assert lepton.promise is ranked
+        lepton.stop()
+        assert lepton.promise is None and not lepton._modes
+
+
+def test_a_single_rule_is_a_rule(monkeypatch, tmp_path):
+    asked = []
+
+    class Job:
+        def __init__(self, config):
+            asked.append(config.compression.rules)
+
+        def run(self):
+            return {}
+
+    monkeypatch.setattr(api, "CompressJob", Job)
+    rule = "embed|head -> weights=int8"
+    compress("/model", tmp_path / "small", rules=rule)
+    compress("/model", tmp_path / "small", rules=[rule])
+    assert asked == [(rule,), (rule,)]

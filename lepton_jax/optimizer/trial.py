@@ -1,8 +1,6 @@
 """Runs a sample of requests on real engines: seconds, latencies, lengths, what programs cost."""
 
 import dataclasses
-import functools
-import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,7 +9,7 @@ import numpy as np
 
 from lepton_jax.checkpoints.loaded import Loaded
 from lepton_jax.config import RunConfig
-from lepton_jax.distributed.local import device_groups, local_pool
+from lepton_jax.distributed.local import local_engines, local_pool
 from lepton_jax.engine.loop import Engine
 from lepton_jax.engine.packing import DecodeShape
 from lepton_jax.engine.protocol import TokenEngine
@@ -22,7 +20,6 @@ from lepton_jax.optimizer.feedback import Feedback
 from lepton_jax.optimizer.play import Play, Tape
 from lepton_jax.optimizer.sample import SampledRequest
 from lepton_jax.telemetry import BeatStats
-from lepton_jax.text.constraints import guide_for
 from lepton_jax.text.tokenizer import Tokenizer
 
 _LOOK_AHEAD = 4  # times the engine's rows: requests in the queue, as in a job
@@ -152,7 +149,14 @@ class Stand:
         """
         self._requests = requests
         self._most = config.mesh.data * look_ahead(config)
-        self.engines = _engines(models, config, requests, tokenizer=tokenizer, costs=costs)
+        self.engines = local_engines(
+            models.model,
+            settled(config, costs),
+            mesh=config.mesh,
+            tokenizer=tokenizer,
+            draft=models.draft,
+            workload=[request.work for request in requests],
+        )
         several = len(self.engines) > 1
         self._served = local_pool(self.engines, config) if several else self.engines[0]
         self._knobs: Mapping[str, float] = {}
@@ -172,7 +176,6 @@ class Stand:
     def close(self) -> None:
         """Gives the engines' memory back."""
         self._served.close()
-        gc.collect()  # programs hold the engine's memory in cycles
 
     def listen(self) -> Tape:
         """What keeps all beats from now on."""
@@ -228,34 +231,6 @@ class Stand:
             open_count -= sum(map(take, engine.step()))
         run.seconds = time.perf_counter() - started
         return run
-
-
-def _engines(
-    models: Models,
-    config: RunConfig,
-    requests: Sequence[SampledRequest],
-    *,
-    tokenizer: Tokenizer,
-    costs: Costs,
-) -> list[Engine]:
-    """An engine for each replica."""
-    loaded, draft, section = models.model, models.draft, settled(config, costs)
-    engines = [
-        Engine(
-            loaded.model,
-            loaded.leaves,
-            section=section,
-            eos_ids=tokenizer.eos_ids,
-            workload=[request.work for request in requests],
-            devices=devices,
-        )
-        for devices in device_groups(config.mesh)
-    ]
-    for engine in engines:
-        engine.guide_with(functools.partial(guide_for, tokenizer))
-        if draft:
-            engine.draft_with(draft.model, draft.leaves, cost=section.draft_cost)
-    return engines
 
 
 def _warm_up(engine: Engine, requests: Sequence[SampledRequest], plays: Sequence[Play]) -> None:
