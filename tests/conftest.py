@@ -1,15 +1,28 @@
-"""What tests of every room share: the two real models, fetched once into the cache, and a CPU that
-counts as eight devices, so that sharding is tested in this process (the others take no longer).
+"""What tests of every room share: the two real models, fetched once into the cache; a CPU that
+counts as eight devices, so that sharding is tested in this process (the others take no longer); and
+compiled programs, kept for one run of the tests, so that what several tests and processes need is
+compiled once. They stay from run to run where JAX_COMPILATION_CACHE_DIR names a directory.
 """
 
+import atexit
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import jax
 import pytest
 
+from lepton_jax import compile_cache
 from lepton_jax.checkpoints.demo import demo_model
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+_KEPT = "JAX_COMPILATION_CACHE_DIR"
+if _KEPT not in os.environ:  # the test processes and what they start inherit that of the first
+    os.environ[_KEPT] = tempfile.mkdtemp(prefix="lepton-jax-tests-")
+    atexit.register(shutil.rmtree, os.environ[_KEPT], ignore_errors=True)
+compile_cache.enable(os.environ[_KEPT])
 
 
 @pytest.fixture(scope="session")
