@@ -46,6 +46,7 @@ from lepton_jax.jobs.cascade import CascadeMode, check_cascade
 from lepton_jax.jobs.classify import ClassifyMode
 from lepton_jax.jobs.compress import CompressJob
 from lepton_jax.jobs.embed import EmbedMode
+from lepton_jax.jobs.mode_for import refuse_unread
 from lepton_jax.jobs.modes import Mode
 from lepton_jax.jobs.perplexity import PerplexityMode
 from lepton_jax.jobs.promise import Promise
@@ -372,6 +373,7 @@ class LeptonEngine:
           template, chat, system, calibrate, normalize: as in `config.ScoringSection`.
         """
         section = self._scoring(
+            "classify",
             labels=None if labels is None else _listed(labels),
             template=template,
             chat=chat,
@@ -395,7 +397,7 @@ class LeptonEngine:
           layer: after how many layers, 0 the embeddings; -1 after the final norm; by default the
             config's.
         """
-        section = self._scoring(pooling=pooling, layer=layer)
+        section = self._scoring("embed", pooling=pooling, layer=layer)
         mode = EmbedMode(section.pooling, section.layer)
         rows = self._score_all(mode, [mode.parse({"text": text}) for text in _listed(texts)])
         found = np.array([row["embedding"] for row in rows], np.float32)
@@ -421,7 +423,12 @@ class LeptonEngine:
             the config's.
         """
         section = self._scoring(
-            rank_by=rank_by, template=template, normalize=normalize, pooling=pooling, layer=layer
+            "rank",
+            rank_by=rank_by,
+            template=template,
+            normalize=normalize,
+            pooling=pooling,
+            layer=layer,
         )
         mode = self._chooses("rank", section)
         work = mode.parse({"query": query, "candidates": _listed(candidates)})
@@ -438,7 +445,7 @@ class LeptonEngine:
           window: tokens of a window; by default the config's.
           stride: tokens from one window to the next; by default the config's.
         """
-        section = self._scoring(window=window, stride=stride)
+        section = self._scoring("perplexity", window=window, stride=stride)
         mode = PerplexityMode(section.window, section.stride)
         (row,) = self._score_all(mode, [mode.parse({"text": text})])
         return row["perplexity"]
@@ -460,10 +467,14 @@ class LeptonEngine:
         )
         self.receipt = receipts.of_loaded(path, self.loaded.fingerprint)
 
-    def _scoring(self, **fields) -> ScoringSection:
-        """The config's section with the fields that are given: None is not."""
+    def _scoring(self, mode: str, **fields) -> ScoringSection:
+        """The config's section with the fields that are given: None is not. Raises ValueError
+        where the mode wouldn't read one of them.
+        """
         given = {name: value for name, value in fields.items() if value is not None}
-        return dataclasses.replace(self._config.scoring, **given)
+        section = dataclasses.replace(self._config.scoring, **given)
+        refuse_unread(mode, section, given)
+        return section
 
     def _chooses(self, kind: str, section: ScoringSection) -> ChoosingMode | CascadeMode:
         """A mode; in a cascade that of both models, which is kept for what it has learned."""

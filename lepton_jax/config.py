@@ -569,9 +569,10 @@ class RunConfig:
     def require_no_idle_fields(self) -> None:
         """Raises ValueError where fields of the engine are given that its others leave unused."""
         engine = self.engine
+        decided = self.optimizer.profile not in ("auto", "off")  # a profile may do without a draft
         for name, idle in {"draft_model": "", "draft_preset": "none"}.items():
             value = getattr(engine, name)
-            if value != idle and engine.speculation != "draft":
+            if value != idle and engine.speculation != "draft" and not decided:
                 raise ValueError(
                     f"engine.{name}={value!r} is of engine.speculation=draft, and that is "
                     f"{engine.speculation!r}: set it, or leave engine.{name} out"

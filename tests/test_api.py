@@ -184,6 +184,10 @@ def test_what_is_given_counts_even_where_it_is_nothing(tiny):
     ):
         with pytest.raises(TypeError, match="alert|layer|calibrate|labels"):
             ask()
+    with pytest.raises(ValueError, match="system='Be brief' is read with scoring.chat=True"):
+        tiny.predict("soup", system="Be brief")
+    with pytest.raises(ValueError, match="scoring.normalize='sum' is read with .*likelihood only"):
+        tiny.rank("meal", texts, rank_by="similarity", normalize="sum")
 
 
 def arrays(lepton):

@@ -93,6 +93,7 @@ def test_a_sweep_goes_on_where_it_stopped(model, tmp_path, monkeypatch):
         ),
         ({"drop_layers": 1, "smooth": "awq"}, "compression.smooth='awq' changes nothing here"),
         ({"preset": "int8", "recovery": {"train": "lora"}}, "recovery.train='lora': no weight"),
+        ({"auto_bytes": 0.9, "recovery": {"train": "lora"}}, "recovery.train='lora': no weight"),
     ],
 )
 def test_a_recipe_that_does_not_fit_is_named_before_anything_is_measured(

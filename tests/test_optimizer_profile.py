@@ -41,14 +41,24 @@ def test_fields_that_were_given_stay():
 @pytest.mark.parametrize(
     ("given", "left"),
     [
-        ("engine.rows", {"engine.prefill_sizes", "engine.speculation", "engine.draft_preset"}),
+        (
+            "engine.rows",
+            {
+                "engine.prefill_sizes",
+                "engine.prefill_chunk",
+                "engine.speculation",
+                "engine.draft_preset",
+            },
+        ),
         ("engine.prefill_chunk", {"engine.speculation", "engine.draft_preset"}),
-        ("engine.speculation", {"engine.prefill_sizes"}),
+        ("engine.prefill_sizes", {"engine.speculation", "engine.draft_preset"}),
+        ("engine.speculation", {"engine.prefill_sizes", "engine.prefill_chunk"}),
     ],
 )
 def test_fields_go_with_those_that_they_were_chosen_for(given, left):
     fields = {"engine.speculation": "draft", "engine.draft_preset": "int8"}
-    made = dataclasses.replace(profile(), fields=fields | {"engine.prefill_sizes": (96, 200)})
+    fields |= {"engine.prefill_sizes": (96, 200), "engine.prefill_chunk": 256}
+    made = dataclasses.replace(profile(), fields=fields)
     assert set(made.open_fields([given])) == left
 
 

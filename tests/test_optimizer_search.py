@@ -155,11 +155,13 @@ def test_compression_without_a_bound_is_only_for_runs_that_ask_for_it(
     monkeypatch.setattr(profiles, "default_directory", lambda: tmp_path)
     compressed = with_fields(config, {"compression.preset": "w8a8", "engine.kv_dtype": "bfloat16"})
     profile = LeptonOptimizer(directory=tmp_path).search(compressed, config_requests(config))
-    assert profile.key.compression == '["w8a8"]' and not profile.fields
+    assert profile.key.compression == '["w8a8"], cache bfloat16' and not profile.fields
     dense, taken, said = tuning.with_profile(config, ())
     assert (dense.compression, dense.engine, taken) == (config.compression, config.engine, None)
-    assert 'none for compression free, but for ["w8a8"]' in said
-    assert tuning.with_profile(compressed, ["compression.preset"])[1] == profile
+    assert 'none for compression free, but for ["w8a8"], cache bfloat16' in said
+    assert tuning.with_profile(compressed, ["compression.preset"])[1] is None
+    both = ["compression.preset", "engine.kv_dtype"]
+    assert tuning.with_profile(compressed, both)[1] == profile
     bounded = LeptonOptimizer(directory=tmp_path, max_kl=0.1)
     free = bounded.search(compressed, config_requests(config))
     assert free.key.compression == "free" and free.fields["compression.preset"] == "w8a8"

@@ -29,6 +29,7 @@ from lepton_jax.optimizer.costs import UNIT
 from lepton_jax.optimizer.predict import Outlook, Predictor
 from lepton_jax.optimizer.sample import SampledRequest
 from lepton_jax.optimizer.search import Found, Search
+from lepton_jax.optimizer.shelf import draft_of
 from lepton_jax.optimizer.space import with_fields
 from lepton_jax.optimizer.trial import Trial
 from lepton_jax.planning.chips import Chip
@@ -184,6 +185,14 @@ def test_a_draft_model_takes_memory(predictor):
     plain, both = (predictor.outlook(each).memory for each in (config, drafting))
     alone = predictor.outlook(with_fields(config, {"compression.preset": "int8"})).memory
     assert plain < alone + plain <= both <= 2 * plain  # its cache is float32, as the model's
+
+
+def test_a_dense_draft_lies_beside_spread_experts(tmp_path, predictor, monkeypatch):
+    monkeypatch.setattr(predictor, "_model", tiny("mixtral")[0])
+    fields = {"mesh.model": 2, "mesh.expert": 2, "engine.draft_model": str(tmp_path / "dense")}
+    model_folder(tmp_path / "dense")
+    draft = predictor._other(draft_of(with_fields(RunConfig(), fields)))
+    assert (draft.shards, draft.spread, draft.config.num_experts) == (2, 1, 0)
 
 
 def test_devices_without_known_links_share_no_model(predictor):

@@ -144,7 +144,7 @@ def test_a_saved_model_is_planned_as_it_is_stored(tmp_path):
         make_plan(config(tmp_path / "small", engine=engine))
     asked = config(tmp_path / "small", "", preset="none", engine=engine)
     assert {found.preset for found in search(asked)} == {"none"}
-    with pytest.raises(ValueError, match="holds compressed leaves"):
+    with pytest.raises(ValueError, match=r"plan.presets=.*holds compressed leaves, .*add none"):
         search(dataclasses.replace(asked, plan=PlanSection(presets=("int8",))))
 
 
@@ -175,8 +175,9 @@ def test_what_the_compiler_refuses_is_not_called_a_remedy():
 
 def test_a_sparse_saved_model_is_planned_in_the_dtype_that_is_asked_for(tmp_path):
     folder = model_folder(tmp_path / "model")
-    keep = Scheme("keep", prune="magnitude", pattern="2:4", storage="sparse")
-    compress = compressor([Rule(r".*\.down", keep)], describe(folder).specs)
+    pruned = dict(prune="magnitude", pattern="2:4", storage="sparse")
+    rules = [Rule(r".*\.down", Scheme("keep", **pruned)), Rule(r".*\.out", Scheme(**pruned))]
+    compress = compressor(rules, describe(folder).specs)
     save(tmp_path / "small", load(folder, compress=compress))
     asked = config(preset="none", engine={"max_len": 64})
     model = ModelSection(path=str(tmp_path / "small"), dtype="bfloat16")

@@ -2,11 +2,17 @@
 
 import json
 import os
+import re
+import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from lepton_jax import cli
+from lepton_jax.jobs.mode_for import mode_for
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 RECIPES = CHECKOUT / "configs" / "recipes"
@@ -22,6 +28,21 @@ def test_every_recipe_has_a_page_and_a_line_in_the_list():
         assert f"({name}.md)" in listed
         page = (RECIPES / f"{name}.md").read_text(encoding="utf-8")
         assert f"python -m lepton_jax.run --config=configs/recipes/{name}.py" in page
+
+
+def test_what_a_page_offers_beside_its_command_fits_the_config():
+    offered = 0
+    for name in LEAST:
+        page = (RECIPES / f"{name}.md").read_text(encoding="utf-8")
+        config = runpy.run_path(str(RECIPES / f"{name}.py"))["get_config"]()
+        for flags in re.findall(r"`(--config\.[^`]*)`", page):
+            for flag in shlex.split(flags):
+                field, value = flag.removeprefix("--config.").split("=", 1)
+                section, field = field.split(".")
+                config[section][field] = value
+            offered += 1
+        assert mode_for(cli.run_config(cli.whole_config(config)))
+    assert offered
 
 
 @pytest.mark.slow

@@ -124,6 +124,14 @@ def test_end_tokens_are_those_of_generation_then_the_tokenizer_s(tmp_path):
     assert load(path).eos_ids == (9, 2)
 
 
+def test_tools_need_a_template_that_offers_them(tmp_path):
+    template = {"chat_template": "{{ messages[0].content }}"}
+    tokenizer = load(directory(tmp_path, byte_level_json(), tokenizer_config=template))
+    with pytest.raises(ValueError, match="has no place for tools: leave them out"):
+        tokenizer.render_chat(USER, tools=[{"name": "f"}])
+    assert tokenizer.render_chat(USER) == tokenizer.render_chat(USER, tools=[])
+
+
 def test_templates_by_name_and_from_files(tmp_path):
     named = [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}]
     path = directory(tmp_path, byte_level_json(), tokenizer_config={"chat_template": named})

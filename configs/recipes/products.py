@@ -10,11 +10,7 @@ the product that was bought came first. Explained in products.md.
 def get_config(arg=None):
     return {
         "model": {"path": arg or "demo:smollm2"},
-        "scoring": {
-            "template": "A customer asked for {query}. We recommended: {candidate}",
-            "rank_by": "likelihood",
-            "normalize": "mean",
-        },
+        "scoring": {"template": "A customer asked for {query}. We recommended: {candidate}"},
         "job": {
             "mode": "rank",
             "input": "configs/recipes/data/products.jsonl",

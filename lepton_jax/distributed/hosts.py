@@ -195,10 +195,13 @@ def _start_jax(section: HostsSection, *where: Any) -> None:
     try:
         jax.distributed.initialize(*where, initialization_timeout=int(section.timeout))
     except (ValueError, RuntimeError) as error:
+        auto = (
+            "auto is for TPU pods, Slurm, Open MPI and Kubernetes; elsewhere give HOST:PORT of "
+            "host 0, hosts.count and each host's hosts.index"
+        )
         raise ValueError(
-            f"hosts.coordinator={section.coordinator}: jax can't join the hosts ({error}): auto is "
-            "for TPU pods, Slurm, Open MPI and Kubernetes; elsewhere give HOST:PORT of host 0, "
-            "hosts.count and each host's hosts.index"
+            f"hosts.coordinator={section.coordinator}: jax can't join the hosts ({error}): "
+            f"{'let all hosts reach this port of host 0, or give another' if where else auto}"
         ) from error
 
 

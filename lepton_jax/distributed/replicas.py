@@ -89,3 +89,4 @@ class ThreadReplica:
                 future.set_exception(error)
             else:
                 future.set_result(beat)
+        self._engine.close()  # again: a beat that was under way may have made a cache

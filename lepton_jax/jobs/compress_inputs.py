@@ -60,12 +60,14 @@ def require_fit(config: RunConfig, recipe: Recipe, model: Model) -> None:
     rules that nothing uses, schemes that don't fit a weight, options that change nothing.
     """
     planned = planned_model(recipe.structure, model)
-    leaves = compress_specs(recipe.rules, planned.specs)
+    leaves, specs = compress_specs(recipe.rules, planned.specs), planned.specs
     recipe.require_use(scheme_of_each(recipe.rules, planned.specs))
     require_methods(planned, recipe.rules, recipe.options)
     if recipe.automatic:
         recipe.automatic.require_room(planned, model)
-    trained_values(planned.specs, leaves, train=config.recovery.train)
+        if all(scheme.weights != "keep" for scheme in recipe.automatic.candidates):
+            specs = {}  # whichever is chosen, no weight will hold floats
+    trained_values(specs, leaves, train=config.recovery.train)
 
 
 def require_texts(config: RunConfig, model: Model, *, calibrated: bool) -> None:
@@ -78,9 +80,9 @@ def require_texts(config: RunConfig, model: Model, *, calibrated: bool) -> None:
         tokens["calibration.window_tokens"] = config.calibration.window_tokens
     for name, count in tokens.items():
         measures.require_room(name, count, model.config)
-    if not tokens:
+    if not tokens and not config.model.tokenizer:
         return
-    tokenizer = load_tokenizer(config)
+    tokenizer = load_tokenizer(config)  # one that the config names will be saved
     held_out = [text_windows(asked, tokenizer, HELD_OUT_TEXT)] if asked.compare else []
     sections = [config.calibration] * calibrated + [recovery_text(config)] * recovers
     seen = [text_windows(section, tokenizer, CALIBRATION_TEXT) for section in sections]

@@ -33,6 +33,7 @@ from lepton_jax.jobs.session import (
 from lepton_jax.text.tokenizer import Tokenizer
 
 PROMPT_FIELDS = ("prompt", "messages", "prompt_tokens")
+_ASIDE = " (a column for something else is set aside by --config.job.columns=other={})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +136,8 @@ def _prompt(values: Mapping[str, Any]) -> Prompt:
     if len(given) != 1:
         found = " and ".join(given) or "none"
         wanted = ", ".join(PROMPT_FIELDS)
-        raise RowError("invalid_row", f"the row has {found} of {wanted}: want exactly one")
+        aside = _ASIDE.format(given[-1]) if given else ""
+        raise RowError("invalid_row", f"the row has {found} of {wanted}: want exactly one{aside}")
     name, prompt = given[0], values[given[0]]
     if name == "prompt":
         good, wanted = isinstance(prompt, str), "a text"
@@ -157,9 +159,11 @@ def _tools(values: Mapping[str, Any]) -> list[dict] | None:
         return None
     tools = values["tools"]
     if "messages" not in values:
-        raise RowError("invalid_row", "the row has tools and no messages: want both, or no tools")
+        said = f"the row has tools and no messages: want both, or no tools{_ASIDE.format('tools')}"
+        raise RowError("invalid_row", said)
     if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise RowError("invalid_row", f"tools is {shown(tools)}: want a list of objects")
+        said = f"tools is {shown(tools)}: want a list of objects{_ASIDE.format('tools')}"
+        raise RowError("invalid_row", said)
     return tools
 
 

@@ -1,9 +1,10 @@
 """Which mode a config asks for: that of `job.mode`, for a cascade twice. Read next: `modes.py`."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
-from lepton_jax.config import RunConfig
+from lepton_jax.config import RunConfig, ScoringSection
 from lepton_jax.jobs.cascade import CascadeMode, check_cascade
 from lepton_jax.jobs.classify import ClassifyMode
 from lepton_jax.jobs.embed import EmbedMode
@@ -56,17 +57,19 @@ def mode_for(config: RunConfig) -> Mode:
             f"cascade.agreement is about what models choose, and job.mode={name!r} isn't: want "
             f"{', '.join(_CHOOSING)}, or cascade.agreement=0"
         )
-    _refuse_unread(config)
+    refuse_unread(name, config.scoring)
+    _refuse_unread_cascade(config)
     if not config.cascade.agreement:
         return make(config)
     check_cascade(config)
     return CascadeMode.of(lambda: make(config), config)
 
 
-def _refuse_unread(config: RunConfig) -> None:
-    """Raises ValueError for what is set of scoring or cascade and wouldn't be read."""
-    mode, scoring = config.job.mode, config.scoring
-    for name in _set(scoring):
+def refuse_unread(mode: str, scoring: ScoringSection, names: Collection[str] | None = None) -> None:
+    """Raises ValueError where a field of scoring, or one of these, is set and wouldn't be read."""
+    for name in _names_set(scoring):
+        if names is not None and name not in names:
+            continue
         value = getattr(scoring, name)
         if name not in _SCORING.get(mode, ()):
             readers = [reader for reader, fields in _SCORING.items() if name in fields]
@@ -79,8 +82,11 @@ def _refuse_unread(config: RunConfig) -> None:
                 f"scoring.{name}={value!r} is read with scoring.{condition[0]}={condition[1]} only:"
                 " give that too, or leave it out"
             )
+
+
+def _refuse_unread_cascade(config: RunConfig) -> None:
     if not config.cascade.agreement:
-        for name in _set(config.cascade):
+        for name in _names_set(config.cascade):
             value = getattr(config.cascade, name)
             raise ValueError(
                 f"cascade.{name}={value!r} is read with a cascade.agreement only, such as 0.99: "
@@ -88,7 +94,7 @@ def _refuse_unread(config: RunConfig) -> None:
             )
 
 
-def _set(section: Any) -> list[str]:
+def _names_set(section: Any) -> list[str]:
     """Fields that differ from their defaults."""
     fields = dataclasses.fields(section)
     return [field.name for field in fields if getattr(section, field.name) != field.default]

@@ -11,7 +11,7 @@ import numpy as np
 
 from lepton_jax.compression.presets import compress_specs
 from lepton_jax.compression.recipe import Recipe
-from lepton_jax.config import CompressionSection, RunConfig
+from lepton_jax.config import CompressionSection, MeshSection, RunConfig
 from lepton_jax.engine.scored import Scoring
 from lepton_jax.engine.sizing import kv_dtype_of, max_len_of, wanted_pages
 from lepton_jax.kernels.attention import backend_for
@@ -200,10 +200,17 @@ class Predictor:
         draft, other = draft_of(config), bool(config.engine.draft_model)
         key = _kind(config), _kind(draft)
         if key not in self._drafts:
-            found = served_of(draft, self._chip(draft)) if other else self._serve(draft)
+            found = self._other(draft) if other else self._serve(draft)
             kv_dtype = self._serve(config).kv_dtype
             self._drafts[key] = dataclasses.replace(found, kv_dtype=kv_dtype)
         return self._drafts[key]
+
+    def _other(self, draft: RunConfig) -> Served:
+        """Another model on the model's mesh; its experts, if it has any, lie as the model's do."""
+        alone = dataclasses.replace(draft, mesh=MeshSection())
+        found, mesh = served_of(alone, self._chip(draft)), draft.mesh
+        spread = mesh.expert if found.config.num_experts else 1
+        return dataclasses.replace(found, shards=mesh.model, spread=spread)
 
     def _roofline(self, config: RunConfig) -> Costs:
         kind = _kind(config)

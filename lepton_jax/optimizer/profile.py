@@ -33,6 +33,7 @@ _WHAT = {
 }
 # Fields that mean nothing beside another value of a second one.
 _CHOSEN_FOR = {
+    "engine.prefill_chunk": "engine.prefill_sizes",
     "engine.prefill_sizes": "engine.prefill_chunk",
     "engine.draft_preset": "engine.speculation",
 }
@@ -44,7 +45,8 @@ class Key:
 
     Attributes:
       model: fingerprint of the weights as they are on disk.
-      compression: that was asked for; "free" where the search could choose.
+      compression: that was asked for, with the cache's dtype where that was; "free" where the
+        search could choose.
       device: kind of device, and of the host's CPU where that is the device.
       mesh: replicas x devices of a model / those over which experts are spread; the devices where
         the search could choose.
@@ -65,6 +67,8 @@ class Key:
         section = config.compression
         chosen = {"compression.preset", "compression.rules"} & set(given) or section.rules
         asked = json.dumps([section.preset, *section.rules]) if chosen else "free"
+        if "engine.kv_dtype" in given:
+            asked += f", cache {config.engine.kv_dtype}"
         mesh, devices = f"{config.mesh.data}x{config.mesh.model}", jax.local_device_count()
         if config.mesh.expert > 1:
             mesh += f"/{config.mesh.expert}"

@@ -15,6 +15,7 @@ from lepton_jax.optimizer.sample import SampledRequest
 from lepton_jax.optimizer.shelf import draft_of
 from lepton_jax.optimizer.space import PRESETS, with_fields
 from lepton_jax.optimizer.trial import Trial
+from lepton_jax.planning.from_config import presets_of
 from lepton_jax.telemetry import BeatStats
 
 _PROGRAMS = 4  # sizes of prefill programs besides the largest
@@ -63,6 +64,7 @@ def _drafted(
         presets = [config.engine.draft_preset]
     else:
         presets = [preset for preset in PRESETS if preset != config.compression.preset]
+    presets = presets_of(config.engine.draft_model or config.model.path, presets)
     costs, rows = predictor.costs(config), _rows(trial.beats)
     shares = {}
     for preset in presets:

@@ -122,6 +122,8 @@ class Search:
         self._given, self._asked = frozenset(given), config.optimizer
         if config.compression.rules or "compression.rules" in given:
             self._given |= {"compression.preset"}
+        if config.engine.prefill_sizes:
+            self._given |= {"engine.prefill_chunk"}
         self._budget = self._asked.memory or _device_memory()
         self._shelf = Shelf(self._budget // _KEPT_SHARE, progress)
         self._tried: list[Tried] = []

@@ -177,7 +177,7 @@ def _rate(chip: Chip, leaf, rows: int) -> float:
         return chip.float32 if _is_float32(leaf.dtype) else chip.bf16
     static = leaf.static()
     if static.get("values") == "int8" and not static.get("group"):
-        if static["act_bits"] == 8:
+        if static.get("act_bits") == 8:
             return chip.int8
         if chip.platform == "cpu":
             return chip.int8 / 2 if dots.in_two_planes(rows) else chip.float32

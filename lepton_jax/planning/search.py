@@ -80,8 +80,13 @@ def search(config: RunConfig) -> list[Found]:
 
 def _candidates(config: RunConfig, kind: str) -> Iterator[Found]:
     chip, max_len = TPUS[kind], 0
-    presets = config.plan.presets
-    for preset in presets_of(config.model.path, presets) or presets:
+    presets = presets_of(config.model.path, config.plan.presets)
+    if not presets:
+        raise ValueError(
+            f"plan.presets={config.plan.presets}: {config.model.path} holds compressed leaves, "
+            "which no preset compresses again: add none"
+        )
+    for preset in presets:
         compression = dataclasses.replace(config.compression, preset=preset)
         served = served_of(dataclasses.replace(config, compression=compression), chip)
         max_len = max_len or max_len_of(config.engine, served.config.max_position)

@@ -95,6 +95,11 @@ class Tokenizer:
                 f"the tokenizer of {self.source} has no chat template: give a prompt instead of "
                 "messages, or take an instruction-tuned model, which has one"
             )
+        if tools and name == "default" and "tools" not in templates[name]:
+            raise chat_template.ChatTemplateError(
+                f"the chat template of {self.source} has no place for tools: leave them out, or "
+                "take a model whose template offers them"
+            )
         values = dict(self._parts.special.names) | variables
         if self.now:
             values["strftime_now"] = self.now.strftime
