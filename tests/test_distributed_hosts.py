@@ -197,16 +197,16 @@ class Runs:
         model_folder(folder / "model")
         (folder / "model" / "generation_config.json").write_text('{"eos_token_id": 0}')
         save(folder / "saved", load(folder / "model"))
-        rows = [{"id": n, "prompt": f"row {n}"} for n in range(28)]
+        rows = [{"id": n, "prompt": f"row {n}"} for n in range(14)]  # a step is many collectives
         for row in rows[1::3]:
-            row["sampling"] = {"regex": "[a-d]{6,30}", "temperature": 1.0, "ignore_eos": False}
+            row["sampling"] = {"regex": "[a-d]{6,18}", "temperature": 1.0, "ignore_eos": False}
         (folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         engine = {"rows": 2, "page_size": 16, "max_len": 80, "prefill_chunk": 32}
         self.config = config_file(
             folder / "config.py",
             model={"path": str(folder / "model")},
             engine=engine,
-            sampling={"max_tokens": 40, "ignore_eos": True},
+            sampling={"max_tokens": 24, "ignore_eos": True},
             job={"input": str(folder / "in.jsonl")},
         )
 
@@ -243,7 +243,7 @@ def test_two_hosts_give_the_bytes_of_one_and_a_killed_one_ends_the_other(runs):
     pair = runs.hosts("two.jsonl")
     partial = runs.folder / "two.jsonl.partial"
     until = time.monotonic() + 200
-    while not (partial.exists() and partial.read_bytes().count(b"\n") >= 8):
+    while not (partial.exists() and partial.read_bytes().count(b"\n") >= 4):
         assert time.monotonic() < until and pair[0].poll() is None
         time.sleep(0.02)
     pair[1].send_signal(signal.SIGKILL)
@@ -263,7 +263,7 @@ def test_two_hosts_give_the_bytes_of_one_and_a_killed_one_ends_the_other(runs):
         for name in ("two", "one")
     )
     assert ours == theirs
-    assert all(re.fullmatch("[a-d]{6,30}", row["text"]) for row in ours[1::3])
+    assert all(re.fullmatch("[a-d]{6,18}", row["text"]) for row in ours[1::3])
 
 
 @pytest.mark.slow
