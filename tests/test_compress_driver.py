@@ -430,7 +430,11 @@ def test_the_shipped_static_recipes_fit_experts():
     model = tiny_models.with_tokens("mixtral")[0]
     for name in ("w8a8-static", "w8a8-smoothquant"):
         section, _ = recipe_sections(name, made["sweep"]["recipes"][name])
-        require_fit(RunConfig(), Recipe.from_config(section), model)
+        recipe = Recipe.from_config(section)
+        require_fit(RunConfig(), recipe, model)
+        schemes = scheme_of_each(recipe.rules, model.specs)
+        static = {path for path, scheme in schemes.items() if scheme.activations == "static"}
+        assert static and not any(".experts_" in path for path in static)
 
 
 def test_the_command_line(model, tmp_path):

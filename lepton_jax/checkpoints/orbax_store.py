@@ -28,7 +28,7 @@ import jax
 import numpy as np
 
 from lepton_jax.checkpoints import orbax_arrays
-from lepton_jax.checkpoints.errors import CheckpointError, is_out_of_memory
+from lepton_jax.checkpoints.errors import CheckpointError, is_out_of_memory, naming_damage
 from lepton_jax.checkpoints.gguf_files import metadata_only
 from lepton_jax.checkpoints.loaded import (
     Loaded,
@@ -54,6 +54,7 @@ _TOKENIZER_FILES = (
     "config.json", "vocab.json", "merges.txt",
 )  # fmt: skip
 _TEMPLATES = "additional_chat_templates"
+_SAVE_AGAIN = "the directory is damaged, save the model again"
 
 
 def save(
@@ -255,7 +256,7 @@ def _groups(abstract: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def _check_stored(path: Path, reader: orbax_arrays.Reader, *, abstract: dict[str, Any]) -> None:
     """The files hold exactly the arrays that the manifest lists."""
     expected = _rows(_nested({name: _arrays(leaf) for name, leaf in abstract.items()}))
-    with _naming_damage(path, "its table can't be read"):
+    with naming_damage(f"{path / _LEAVES}: its table can't be read", _SAVE_AGAIN):
         stored = _rows(reader.table())
     faults = [
         f"{what} {sorted(names)[:8]}"
@@ -268,22 +269,8 @@ def _check_stored(path: Path, reader: orbax_arrays.Reader, *, abstract: dict[str
     ]
     if faults:
         raise CheckpointError(
-            f"{path / _LEAVES} doesn't fit {MANIFEST_NAME}: {'; '.join(faults)}; the directory is "
-            "damaged, save the model again"
+            f"{path / _LEAVES} doesn't fit {MANIFEST_NAME}: {'; '.join(faults)}; {_SAVE_AGAIN}"
         )
-
-
-@contextmanager
-def _naming_damage(path: Path, fault: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # Orbax raises errors of several storage layers
-        if is_out_of_memory(error):
-            raise
-        raise CheckpointError(
-            f"{path / _LEAVES}: {fault}: {type(error).__name__}: {str(error)[:300]}; the directory "
-            "is damaged, save the model again"
-        ) from error
 
 
 @contextmanager
@@ -313,7 +300,7 @@ def _read(
 ) -> dict[str, Any]:
     """The leaves of one group, on one device."""
     wanted = _nested({name: _arrays(leaf) for name, leaf in group.items()})
-    with _naming_damage(path, f"can't read {', '.join(group)}"):
+    with naming_damage(f"{path / _LEAVES}: can't read {', '.join(group)}", _SAVE_AGAIN):
         tree = reader.read(wanted, device, part=True)
     leaves = {}
     for name, abstract in group.items():

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 from lepton_jax.checkpoints import orbax_arrays
-from lepton_jax.checkpoints.errors import CheckpointError, is_out_of_memory
+from lepton_jax.checkpoints.errors import CheckpointError, naming_damage
 
 _ARRAYS, _COUNTERS, _PARTIAL = "arrays", "counters.json", ".partial"
 
@@ -64,18 +64,12 @@ class TrainStates:
         place = found[-1]
         leaves, tree = jax.tree.flatten(like)
         wanted = {str(i): jax.ShapeDtypeStruct(a.shape, a.dtype) for i, a in enumerate(leaves)}
-        try:
+        act = "it is damaged or of another training: remove it to start anew"
+        with naming_damage(f"{place} can't be read", act):
             counters = json.loads((place / _COUNTERS).read_text(encoding="utf-8"))
             with orbax_arrays.reading(place / _ARRAYS) as reader:
                 named = reader.read(wanted, jax.local_devices()[0])
             arrays = [named[str(i)] for i in range(len(leaves))]
             if [a.shape for a in arrays] != [a.shape for a in leaves]:
                 raise ValueError("its arrays have other shapes")
-        except Exception as error:  # Orbax raises errors of several storage layers
-            if is_out_of_memory(error):
-                raise
-            raise CheckpointError(
-                f"{place} can't be read: {type(error).__name__}: {str(error)[:300]}. It is damaged "
-                "or of another training: remove it to start anew"
-            ) from error
         return jax.tree.unflatten(tree, arrays), counters
