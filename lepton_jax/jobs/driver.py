@@ -131,9 +131,8 @@ class Job:
             raise
         self._done = bytearray()  # a 1 at the place of each row that an earlier run has done
         self._first_open = 0  # the first place without one
-        self._now = (
-            datetime.datetime.now()
-        )  # for chat templates; a resumed job's is the first one's
+        # For chat templates; a resumed job's is that of the first run.
+        self._now = datetime.datetime.now()
         at_once = config.engine.rows * config.replicas
         self._block = _BLOCK * at_once if config.job.exact else sys.maxsize
         self._total: int | None = None

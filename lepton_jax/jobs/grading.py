@@ -52,9 +52,8 @@ def interval(grades: int, mean: float) -> tuple[float, float]:
 
 def _share_of_fields(text: str, answer: Mapping[str, Any]) -> float:
     found = _object(text)
-    return sum(name in found and found[name] == value for name, value in answer.items()) / len(
-        answer
-    )
+    right = [name in found and found[name] == value for name, value in answer.items()]
+    return sum(right) / len(right)
 
 
 def _object(text: str) -> dict[str, Any]:
