@@ -33,9 +33,10 @@ from lepton_jax.checkpoints.loaded import Loaded
 from lepton_jax.config import ModelSection, OptimizerSection, RunConfig
 from lepton_jax.engine.knobs import longest_draft
 from lepton_jax.optimizer.accuracy import Accuracy
+from lepton_jax.optimizer.found import Found
 from lepton_jax.optimizer.predict import Predictor
 from lepton_jax.optimizer.sample import SampledRequest, shares_beginnings
-from lepton_jax.optimizer.search import Found, Search
+from lepton_jax.optimizer.search import Search
 from lepton_jax.optimizer.shelf import Shelf
 from lepton_jax.optimizer.space import axes, space, with_fields
 from lepton_jax.optimizer.trial import Models, Stand, try_out

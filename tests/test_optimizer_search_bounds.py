@@ -26,9 +26,10 @@ from lepton_jax.jobs import tuning
 from lepton_jax.models.build import abstract_model
 from lepton_jax.optimizer import search as searching
 from lepton_jax.optimizer.costs import UNIT
+from lepton_jax.optimizer.found import Found
 from lepton_jax.optimizer.predict import Outlook, Predictor
 from lepton_jax.optimizer.sample import SampledRequest
-from lepton_jax.optimizer.search import Found, Search
+from lepton_jax.optimizer.search import Search
 from lepton_jax.optimizer.shelf import draft_of
 from lepton_jax.optimizer.space import with_fields
 from lepton_jax.optimizer.trial import Trial
@@ -92,7 +93,12 @@ def find(monkeypatch):
             return Trial(seen.seconds, seen.first_token, seen.whole, (), 0.0, 0, (), {})
 
         monkeypatch.setattr(searching, "Predictor", lambda *_: told)
+
+        def take_turns(finalists, *_, **__) -> list[Trial]:
+            return [one.trial for one in finalists]
+
         monkeypatch.setattr(searching, "try_out", try_out)
+        monkeypatch.setattr(searching, "take_turns", take_turns)
         (rows, data), *others = table
         own = with_fields(RunConfig(), {"engine.rows": rows, "mesh.data": data})
         asked = dataclasses.replace(own, optimizer=OptimizerSection(**goals))

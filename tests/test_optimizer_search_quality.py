@@ -18,10 +18,11 @@ from lepton_jax.optimizer import predict
 from lepton_jax.optimizer import search as searching
 from lepton_jax.optimizer.costs import ON_CPU, Costs
 from lepton_jax.optimizer.feedback import Feedback
+from lepton_jax.optimizer.found import Found
 from lepton_jax.optimizer.play import Play
 from lepton_jax.optimizer.predict import Predictor
 from lepton_jax.optimizer.sample import SampledRequest
-from lepton_jax.optimizer.search import Found, Search
+from lepton_jax.optimizer.search import Search
 from lepton_jax.optimizer.simulated_engine import SimulatedEngine
 from lepton_jax.optimizer.trial import Trial
 from lepton_jax.planning.chips import Chip
@@ -85,7 +86,11 @@ def find(monkeypatch):
             late = float(np.percentile(whole, 95))
             return Trial(max(seconds), late, late, outputs, 0.0, 0, tuple(beats), {})
 
+        def take_turns(finalists, sample, **_) -> list[Trial]:
+            return [try_out(one.models, one.config, sample) for one in finalists]
+
         monkeypatch.setattr(searching, "try_out", try_out)
+        monkeypatch.setattr(searching, "take_turns", take_turns)
         section = OptimizerSection(objective=objective, trials=options.pop("trials", 5))
         asked = RunConfig(engine=EngineSection(page_size=16, max_len=512), optimizer=section)
         accuracy = types.SimpleNamespace(kl=lambda precision: 0.0)

@@ -24,9 +24,9 @@ from lepton_jax.jobs.mode_for import mode_for
 from lepton_jax.jobs.openai_batch import BatchMode
 from lepton_jax.jobs.rows import BadRow, read_rows
 from lepton_jax.optimizer import profile as profiles
+from lepton_jax.optimizer.found import Found
 from lepton_jax.optimizer.profile import Key, Profile
 from lepton_jax.optimizer.sample import SampledRequest, workload_class
-from lepton_jax.optimizer.search import Found
 from lepton_jax.optimizer.space import with_fields
 from lepton_jax.text.tokenizer import Tokenizer
 

@@ -22,10 +22,11 @@ from lepton_jax.config import (
 )
 from lepton_jax.optimizer import profile as profiles
 from lepton_jax.optimizer.accuracy import Accuracy
+from lepton_jax.optimizer.found import Found
 from lepton_jax.optimizer.profile import Key, Profile
 from lepton_jax.optimizer.recovery import recover_model
 from lepton_jax.optimizer.sample import SampledRequest, require_rows, workload_class
-from lepton_jax.optimizer.search import Found, Search
+from lepton_jax.optimizer.search import Search
 from lepton_jax.optimizer.space import PRECISION, field_of
 from lepton_jax.text import tokenizer as tokenizers
 

@@ -2,7 +2,8 @@
 best few, as far as they keep the accuracy, are run on a sample of the real rows on the real device.
 
 The config as it is comes first: it gives T0 and the costs that predictions begin with. Each trial
-corrects them for the next choice. Read next: `space.py`, `predict.py`, `trial.py`, `refine.py`.
+corrects them for the next choice. Candidates whose times are close run again, in turns. Read next:
+`space.py`, `predict.py`, `trial.py`, `refine.py`, `turns.py`.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from lepton_jax.config import MeshSection, RunConfig
 from lepton_jax.engine.sizing import DEVICE_SHARE
 from lepton_jax.models.build import Model
 from lepton_jax.optimizer.accuracy import Accuracy, Precision
-from lepton_jax.optimizer.costs import Costs
+from lepton_jax.optimizer.found import Found, Tried
 from lepton_jax.optimizer.predict import Outlook, Predictor
 from lepton_jax.optimizer.refine import refinements
 from lepton_jax.optimizer.sample import SampledRequest, require_rows, shares_beginnings
@@ -36,6 +37,7 @@ from lepton_jax.optimizer.space import (
     with_fields,
 )
 from lepton_jax.optimizer.trial import Models, Trial, try_out
+from lepton_jax.optimizer.turns import Finalist, close_ones, take_turns
 from lepton_jax.tensors import CompressedTensor
 from lepton_jax.text.tokenizer import Tokenizer
 
@@ -44,52 +46,6 @@ Progress = Callable[[str, int, int, str], None]
 _MARGIN = 1.15  # times the best score: what is predicted to be worse is not tried
 _PROMISE = 0.97  # share of the seconds that a refinement must promise to leave at most
 _KEPT_SHARE = 8  # of the memory: one part of so many may hold models that were tried
-
-
-@dataclasses.dataclass(frozen=True)
-class Tried:
-    """A candidate that was run. `predicted` seconds are those from just before its trial, `score`
-    is what the objective makes small, `fits` whether the memory allows it to win.
-    """
-
-    candidate: Candidate
-    predicted: float
-    trial: Trial
-    costs: Costs
-    score: float
-    fits: bool
-
-    @property
-    def error(self) -> float:
-        """Of the prediction, in shares of what was measured."""
-        return self.predicted / self.trial.seconds - 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """A search's result.
-
-    Attributes:
-      best: the winner.
-      tried: all trials in their order; the first is the config as it was.
-      considered: candidates in the space; `too_large` of them don't fit into memory.
-      unpredicted: why nothing could be said of others, with how many these are.
-      too_coarse: precisions, in words, that diverge more than allowed, with their KL.
-      kl: of the winner's precision; None where nothing was measured.
-    """
-
-    best: Tried
-    tried: tuple[Tried, ...]
-    considered: int
-    too_large: int
-    unpredicted: Mapping[str, int]
-    too_coarse: dict[str, float]
-    kl: float | None
-
-    @property
-    def effect(self) -> float:
-        """T1/T0 as a gain: the time before over the time after."""
-        return self.tried[0].trial.seconds / self.best.trial.seconds
 
 
 class Search:
@@ -156,6 +112,7 @@ class Search:
             else:
                 left = [c for c in left if _precision(c.applied(config)) != precision]
         self._refine(predictor)
+        self._take_turns(predictor)
         best = self._best()
         kl = self._accuracy.kl(_precision(best.candidate.applied(config)))
         return Found(
@@ -276,12 +233,10 @@ class Search:
         """Runs a candidate that is expected to take so many seconds."""
         config, repeats = candidate.applied(self._config), self._asked.repeats
         costs, outlook = predictor.costs(config), predictor.outlook(config)
-        drafts = config.engine.speculation == "draft"
-        draft = self._shelf.draft(config) if drafts else None
         latency = self._asked.objective == "latency"
         self._progress("try", 0, repeats, candidate.text())
         trial = try_out(
-            Models(self._shelf.model(config), draft),
+            self._models(config),
             config,
             self._requests,
             tokenizer=self._tokenizer,
@@ -294,6 +249,37 @@ class Search:
         costs, fits = predictor.costs(config), outlook.memory <= self._budget
         score = self._score(config, trial)
         self._tried.append(Tried(candidate, seconds, trial, costs, score, fits))
+
+    def _models(self, config: RunConfig) -> Models:
+        drafts = config.engine.speculation == "draft"
+        return Models(self._shelf.model(config), self._shelf.draft(config) if drafts else None)
+
+    def _take_turns(self, predictor: Predictor) -> None:
+        """Times the best again, together, where a margin is all that parts them."""
+        good = [one for one in self._tried if self._may_win(one)]
+        outlooks = self._outlooks(predictor, [one.candidate for one in good])
+        close = close_ones(good, outlooks, margin=self._margin, room=self._budget)
+        if len(close) < 2:
+            return
+        finalists = []
+        for one in close:
+            config, plays = one.candidate.applied(self._config), outlooks[one.candidate].plays
+            finalists.append(Finalist(self._models(config), config, one.costs, plays, one.trial))
+        rounds = 1 + self._asked.repeats
+        trials = take_turns(
+            finalists,
+            self._requests,
+            tokenizer=self._tokenizer,
+            rounds=rounds,
+            progress=lambda turn: self._progress(
+                "turns", turn, rounds * len(close), close[turn % len(close)].candidate.text()
+            ),
+        )
+        for one, finalist, trial in zip(close, finalists, trials, strict=True):
+            predictor.learn(finalist.config, trial)
+            costs = predictor.costs(finalist.config)
+            score = self._score(finalist.config, trial)
+            self._tried[self._tried.index(one)] = one.again(trial, costs=costs, score=score)
 
     def _score(self, config: RunConfig, expected: Outlook | Trial) -> float:
         """What is made as small as possible: seconds, of a request or of all devices in use."""

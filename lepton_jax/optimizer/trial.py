@@ -31,7 +31,7 @@ class Trial:
     """What a run of the sample took.
 
     Attributes:
-      seconds: of the best run, without compiling.
+      seconds: of the quickest run, without compiling.
       first_token, whole: seconds from a request's hand-over to its first and to its last token, in
         the 95th percentile.
       outputs: ids of each request.
@@ -97,18 +97,7 @@ def try_out(
             if runs[0].seconds > _HOPELESS * best:
                 break
             stand.begin(stand.learned)
-        stats = [engine.stats() for engine in stand.engines]
-    quickest = min(runs, key=lambda run: run.seconds)
-    return Trial(
-        seconds=quickest.seconds,
-        first_token=float(np.percentile(quickest.first, 95)),
-        whole=float(np.percentile(quickest.whole, 95)),
-        outputs=tuple(map(tuple, quickest.outputs)),
-        compile_seconds=max(each["compile_seconds"] for each in stats),
-        programs=sum(each["programs"] for each in stats),
-        beats=tuple(tape.beats),
-        knobs=quickest.knobs,
-    )
+        return stand.trial(runs, tape)
 
 
 @dataclasses.dataclass
@@ -203,6 +192,21 @@ class Stand:
             self._served.forget()
             run = self._serve()
         return run
+
+    def trial(self, runs: Sequence[Run], tape: Tape) -> Trial:
+        """What the quickest of these runs took; the tape has heard all of them."""
+        quickest = min(runs, key=lambda run: run.seconds)
+        stats = [engine.stats() for engine in self.engines]
+        return Trial(
+            seconds=quickest.seconds,
+            first_token=float(np.percentile(quickest.first, 95)),
+            whole=float(np.percentile(quickest.whole, 95)),
+            outputs=tuple(map(tuple, quickest.outputs)),
+            compile_seconds=max(each["compile_seconds"] for each in stats),
+            programs=sum(each["programs"] for each in stats),
+            beats=tuple(tape.beats),
+            knobs=quickest.knobs,
+        )
 
     def _late(self) -> int:
         """Programs that were compiled while the engines ran."""
