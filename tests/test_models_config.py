@@ -120,7 +120,11 @@ def test_unknown_keys_of_a_text_config_raise():
             {"rope_scaling": {"type": "linear", "factor": 2.0, "shape": "x"}},
             "rope settings.*shape = 'x'",
         ),
-        ("llama-2-7b", {"quantization_config": {"bits": 4}}, "quantization_config"),
+        (
+            "qwen3-0.6b",
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            "quantized already, by 'gptq', .*: give the unquantized checkpoint",
+        ),
         ("llama-2-7b", {"hidden_size": None}, "needs 'hidden_size'"),
         ("llama-2-7b", {"num_key_value_heads": 5}, "32 is not a multiple of num_kv_heads 5"),
         ("llama-2-7b", {"vocab_size": "many"}, "vocab_size is 'many'"),

@@ -5,6 +5,7 @@ environments are made by a python that only notes what it is asked for.
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,77 @@ def test_the_newest_packages_are_looked_for_each_time(tmp_path):
             assert ran.returncode == 0, ran.stderr
         assert len(asked) == installations
         assert all(("--upgrade-strategy eager" in line) == bool(versions) for line in asked)
+
+
+def a_python(place, answer):
+    """An executable that says of itself what `find_python.sh` asks."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(f"#!/bin/sh\necho '{answer}' | sed \"s|PLACE|$0|\"\n")
+    place.chmod(0o755)
+    return place
+
+
+def find_python(tmp_path, *flags, **variables):
+    tools = f"{tmp_path / 'bin'}:/usr/bin:/bin"
+    return subprocess.run(
+        [SCRIPTS / "find_python.sh", *flags],
+        env={"PATH": tools, "HOME": str(tmp_path / "home")} | variables,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_newest_python_is_found_on_the_path_and_in_pyenv(tmp_path):
+    a_python(
+        tmp_path / "bin" / "python3.14", "has no venv module (apt-get install python3.14-venv)"
+    )
+    on_path = a_python(tmp_path / "bin" / "python3.12", "ok 3.12.1 PLACE")
+    a_python(tmp_path / "bin" / "python3.11", "ok 3.11.9 PLACE")
+    assert find_python(tmp_path).stdout.strip() == str(on_path)
+    versions = tmp_path / "home" / ".pyenv" / "versions"
+    a_python(versions / "3.13.2" / "bin" / "python3.13", "ok 3.13.2 PLACE")
+    newer = a_python(versions / "3.13.10" / "bin" / "python3.13", "ok 3.13.10 PLACE")
+    assert find_python(tmp_path).stdout.strip() == str(newer)
+    all_ = [line.split()[0] for line in find_python(tmp_path, "--all").stdout.splitlines()]
+    assert all_[:3] == ["3.13.10", "3.12.1", "3.11.9"]
+    elsewhere = a_python(
+        tmp_path / "root" / "versions" / "3.13.11" / "bin" / "python3.13", "ok 3.13.11 PLACE"
+    )
+    asked = find_python(tmp_path, PYENV_ROOT=str(tmp_path / "root"))
+    assert asked.stdout.strip() == str(elsewhere)
+    named = find_python(tmp_path, PYTHON=str(on_path))
+    assert named.stdout.strip() == str(on_path)
+
+
+def test_what_cannot_be_used_is_named_with_the_reason(tmp_path):
+    reason = "has no venv module (on Debian and Ubuntu: apt-get install python3.14-venv)"
+    place = a_python(tmp_path / "bin" / "python3.14", reason)
+    found = find_python(tmp_path, PYTHON=str(place))
+    assert found.returncode == 1 and f"{place} {reason}" in found.stderr
+    assert "Install Python 3.11 or newer with its venv module, or name one" in found.stderr
+    assert find_python(tmp_path, "--newest").returncode == 2
+
+
+def test_the_quickstart_runs_twice_from_anywhere_and_hands_its_arguments_on(tmp_path):
+    checkout = tmp_path / "a checkout"
+    shutil.copytree(SCRIPTS, checkout / "scripts")
+    shutil.copy(SCRIPTS.parent / "pyproject.toml", checkout)
+    python, asked = checkout / ".venv" / "bin" / "python", tmp_path / "asked"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\necho "$PWD: $@" >>"{asked}"\n')
+    python.chmod(0o755)
+    for _ in "ab":
+        ran = subprocess.run(
+            [checkout / "scripts" / "quickstart.sh", "--config.job.keep=a b"],
+            cwd="/",
+            capture_output=True,
+            text=True,
+        )
+        assert ran.returncode == 0, ran.stderr
+    lines = asked.read_text().splitlines()
+    run = "-m lepton_jax.run --config=configs/quickstart.py --config.job.keep=a b"
+    assert [line for line in lines if "lepton_jax.run" in line] == [f"{checkout}: {run}"] * 2
+    assert sum(" install " in line for line in lines) == 1
 
 
 def test_a_cascade_is_not_measured_on_its_calibration_alone(monkeypatch, capsys):

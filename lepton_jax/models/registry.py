@@ -51,6 +51,13 @@ def config_from_hf(values: dict[str, Any]) -> ModelConfig:
             f"config.json: architecture {values.get('architectures')} (model_type {kind!r}) is not "
             f"supported; supported: {', '.join(known)}"
         )
+    if quantized := values.get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise ValueError(
+            f"config.json: quantization_config says that the weights are quantized already, by "
+            f"{method!r}, which isn't read here: give the unquantized checkpoint and a "
+            "compression.preset such as int8 or int4, or a .gguf file"
+        )
     ignored = IGNORED_HF_KEYS | set(family.hf_ignored)
     keys = KeyReader(values, family.name, source="config.json", ignored=ignored)
     config = family.hf_config(keys)

@@ -255,10 +255,10 @@ class Search:
         return Models(self._shelf.model(config), self._shelf.draft(config) if drafts else None)
 
     def _take_turns(self, predictor: Predictor) -> None:
-        """Times the best again, together, where a margin is all that parts them."""
+        """Times the best again, together, where little parts them."""
         good = [one for one in self._tried if self._may_win(one)]
         outlooks = self._outlooks(predictor, [one.candidate for one in good])
-        close = close_ones(good, outlooks, margin=self._margin, room=self._budget)
+        close = close_ones(good, outlooks, room=self._budget)
         if len(close) < 2:
             return
         finalists = []

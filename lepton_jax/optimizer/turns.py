@@ -17,6 +17,7 @@ from lepton_jax.optimizer.trial import Models, Stand, Trial
 from lepton_jax.text.tokenizer import Tokenizer
 
 _MOST = 3
+_CLOSE = 1.3  # times the best score: what may part two runs of one candidate on a shared machine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,15 +32,15 @@ class Finalist:
 
 
 def close_ones(
-    tried: Sequence[Tried], outlooks: Mapping[Candidate, Outlook], *, margin: float, room: int
+    tried: Sequence[Tried], outlooks: Mapping[Candidate, Outlook], *, room: int
 ) -> list[Tried]:
-    """The best, by score, and those within `margin` times its score, as far as the bytes of all of
-    them are within `room`; three at most.
+    """The best, by score, and those close to it, as far as the bytes of all of them are within
+    `room`; three at most.
     """
     close: list[Tried] = []
     for one in sorted(tried, key=lambda one: one.score):
         memory = outlooks[one.candidate].memory
-        if one.score > margin * (close or [one])[0].score or len(close) == _MOST:
+        if one.score > _CLOSE * (close or [one])[0].score or len(close) == _MOST:
             break
         if memory <= room:
             room -= memory
