@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import gguf
 import ml_dtypes
@@ -52,6 +55,21 @@ def hf_arrays(dtype=np.float32) -> dict[str, np.ndarray]:
     }
 
 
+@contextlib.contextmanager
+def medium_sized() -> Iterator[dict[str, int]]:
+    """Meanwhile `hf_arrays` gives 55 million weights; the keys that HF_CONFIG needs for them."""
+    medium = {"V": 16000, "L": 10, "D": 512, "F": 2048, "N": 8, "K": 4, "H": 64}
+    with mock.patch.dict(globals(), medium):
+        yield {
+            "vocab_size": V,
+            "num_hidden_layers": L,
+            "hidden_size": D,
+            "intermediate_size": F,
+            "num_attention_heads": N,
+            "num_key_value_heads": K,
+        }
+
+
 def safetensors_bytes(arrays: dict[str, np.ndarray]) -> bytes:
     """A safetensors file, written by hand."""
     header, end = {}, 0
@@ -82,9 +100,9 @@ def hf_folder(folder: Path, arrays: dict[str, np.ndarray] | None = None, **confi
     return folder
 
 
-def sharded_folder(folder: Path, arrays: dict[str, np.ndarray], shards: int = 2) -> Path:
+def sharded_folder(folder: Path, arrays: dict[str, np.ndarray], shards: int = 2, **config) -> Path:
     """The same with the weights in several files and their index."""
-    hf_folder(folder, arrays)
+    hf_folder(folder, arrays, **config)
     (folder / "model.safetensors").unlink()
     names, weight_map = list(arrays), {}
     for i in range(shards):

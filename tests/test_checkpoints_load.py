@@ -18,7 +18,9 @@ from lepton_jax.checkpoints import locate
 from lepton_jax.checkpoints.errors import CheckpointError
 from lepton_jax.checkpoints.load import describe, load
 from lepton_jax.checkpoints.loaded import weight_dtype
+from lepton_jax.checkpoints.orbax_store import save
 from lepton_jax.checkpoints.stream import open_foreign
+from lepton_jax.compression.presets import compressor, preset_rules
 from lepton_jax.tensors import QTensor
 
 
@@ -343,21 +345,42 @@ def status(key):
 
 specs = describe(sys.argv[1]).specs
 jax.block_until_ready(jax.jit(jnp.negative)(jnp.ones(8)))
+compress = compressor(preset_rules("int8"), specs) if sys.argv[2:] else None
 base = status("VmRSS")
-loaded = load(sys.argv[1], compress=compressor(preset_rules("int8"), specs))
+loaded = load(sys.argv[1], compress=compress)
 print(status("VmHWM") - base, loaded.bytes, max(spec.nbytes for spec in specs.values()))
 """
 
 
-@pytest.mark.slow
-def test_host_memory_while_loading(smollm2_path):
+def measure(*arguments) -> tuple[int, int, int]:
+    """Bytes of a fresh process's peak while it loads, of the model, of its largest weight."""
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(smollm2_path)],
+        [sys.executable, "-c", MEASURE, *map(str, arguments)],
         cwd=Path(__file__).parent.parent,
         capture_output=True,
         text=True,
         check=True,
     )
     peak, model, largest = map(int, done.stdout.split())
+    return peak, model, largest
+
+
+@pytest.mark.slow
+def test_host_memory_while_loading(smollm2_path):
+    peak, model, largest = measure(smollm2_path, "int8")
     assert model < 140e6  # int8: the bound below would be loose for float32
     assert peak <= model + 2 * largest, f"{peak=:,} {model=:,} {largest=:,}"
+
+
+@pytest.mark.slow
+def test_host_memory_while_loading_shards_and_what_was_saved(tmp_path):
+    with make.medium_sized() as config:
+        arrays = make.hf_arrays(ml_dtypes.bfloat16)
+        shards = make.sharded_folder(tmp_path / "shards", arrays, **config)
+    saved = tmp_path / "saved"
+    rules = preset_rules("int8")
+    save(saved, load(shards, compress=compressor(rules, describe(shards).specs)))
+    for arguments in ((shards, "int8"), (saved,)):
+        peak, model, largest = measure(*arguments)
+        assert model < 70e6
+        assert peak <= model + 2 * largest, f"{arguments} {peak=:,} {model=:,} {largest=:,}"

@@ -1,5 +1,6 @@
 """The cost model and the simulated engine, by arithmetic done by hand."""
 
+import itertools
 import random
 
 import pytest
@@ -120,6 +121,20 @@ def test_a_meter_that_saw_little_keeps_the_proportions_it_was_given():
     found = meter.costs(COSTS)
     assert found.decode_seconds(2, 16) == pytest.approx(3 * COSTS.decode_seconds(2, 16))
     assert found.prefill_seconds(99) == pytest.approx(3 * COSTS.prefill_seconds(99))
+
+
+def test_rows_keep_their_share_where_all_steps_had_as_many():
+    true = Costs(0.002, 0.01, 0.0008, 0.005, 0.0006, step_place=1e-7)
+    meter = CostMeter()
+    for steps, view in itertools.product((1, 4, 8), (128, 256, 512)):
+        seconds = true.decode_seconds(steps, 64, view)
+        meter.take(BeatStats(steps=steps, row_places=64, view=view, decode_seconds=seconds))
+    found = meter.costs(true.scaled(2.0))
+    for steps, view in ((1, 128), (6, 512), (8, 384)):
+        wanted = true.decode_seconds(steps, 64, view)
+        assert found.decode_seconds(steps, 64, view) == pytest.approx(wanted, rel=1e-3)
+    assert found.draft_share == pytest.approx(true.draft_share, rel=0.05)
+    assert found.verify_seconds(64, 7) == pytest.approx(true.verify_seconds(64, 7), rel=0.05)
 
 
 def test_speculative_blocks_are_another_programs():

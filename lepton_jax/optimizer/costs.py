@@ -21,6 +21,8 @@ from lepton_jax.telemetry import BeatStats
 # costs 0.08 (SmolLM2-135M w8a8 with drafts of 3 and 7, two cores, 2026-11-28).
 _TOKEN = 2.0
 _LEAST_SHARE = 0.005  # of a step, for a token: on accelerators, that read weights meanwhile
+_GUESSED = 3e-4  # weight of a guess beside a measurement: it decides what no measurement does
+_GUESSES = list(itertools.product((1, 8), (1, 16, 64), (64, 512)))  # steps, rows, view
 _KEPT = 9  # timings of a program; their median is what counts, so that a stray one does not
 
 
@@ -120,7 +122,8 @@ class CostMeter:
 
     def costs(self, prior: Costs) -> Costs:
         """The model nearest to the medians, in shares of each; what nothing measured is scaled
-        from `prior`, so that its proportions stay.
+        from `prior`, so that its proportions stay. So do those of what the measured can't part:
+        where all steps had as many rows, what these cost and what the step does.
         """
         decodes = {key: statistics.median(times) for key, times in self._decodes.items()}
         prefills = {key: statistics.median(times) for key, times in self._prefills.items()}
@@ -130,12 +133,16 @@ class CostMeter:
         scale = _scale(prior, decodes, prefills)
         costs = prior.scaled(scale)
         if len(steps) > 1:
-            lines = [[1, r * v, s, s * r, s * r * v] for s, r, v in decodes]
+            guesses = {key: costs.decode_seconds(*key) for key in _GUESSES}
+            keys, seconds = [*decodes, *guesses], [*decodes.values(), *guesses.values()]
+            weights = [1.0] * len(decodes) + [_GUESSED] * len(guesses)
+            lines = [[1, r * v, s, s * r, s * r * v] for s, r, v in keys]
             names = ("block", "block_place", "step", "step_row", "step_place")
-            fitted = _fit(lines, list(decodes.values()))
+            fitted = _fit(lines, seconds, weights)
             costs = dataclasses.replace(costs, **dict(zip(names, fitted, strict=True)))
         if len(prefills) > 1:
-            fitted = _fit([[1, places] for places in prefills], list(prefills.values()))
+            lines, seconds = [[1, places] for places in prefills], list(prefills.values())
+            fitted = _fit(lines, seconds, [1.0] * len(lines))
             costs = dataclasses.replace(costs, program=fitted[0], program_token=fitted[1])
         gap = statistics.median(self._gaps) if self._gaps else 0.0
         return dataclasses.replace(costs, gap=gap)
@@ -148,19 +155,21 @@ def _scale(prior: Costs, decodes: Mapping, prefills: Mapping) -> float:
     return statistics.median(shares)
 
 
-def _fit(lines: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
-    """Coefficients, none negative, with the least sum of squared relative errors: the best of the
-    plain least squares over all sets of columns, which are few.
+def _fit(
+    lines: Sequence[Sequence[float]], seconds: Sequence[float], weights: Sequence[float]
+) -> list[float]:
+    """Coefficients, none negative, with the least weighted sum of squared relative errors: the best
+    of the plain least squares over all sets of columns, which are few.
     """
-    wanted = np.array(seconds, float)
-    matrix = np.array(lines, float) / wanted[:, None]
-    best, error = np.zeros(matrix.shape[1]), float(len(wanted))
+    goal = np.array(weights, float)
+    matrix = np.array(lines, float) * (goal / np.array(seconds, float))[:, None]
+    best, error = np.zeros(matrix.shape[1]), float(np.square(goal).sum())
     columns = [n for n in range(matrix.shape[1]) if matrix[:, n].any()]
     for count in range(1, len(columns) + 1):
         for chosen in map(list, itertools.combinations(columns, count)):
-            found, _, rank, _ = np.linalg.lstsq(matrix[:, chosen], np.ones(len(wanted)))
-            left = float(np.square(matrix[:, chosen] @ found - 1).sum())
-            if rank == count and (found >= 0).all() and left < error - 1e-9:
+            found, _, rank, _ = np.linalg.lstsq(matrix[:, chosen], goal)
+            left = float(np.square(matrix[:, chosen] @ found - goal).sum())
+            if rank == count and (found >= 0).all() and left < error - 1e-12:
                 best, error = np.zeros(matrix.shape[1]), left
                 best[chosen] = found
     return best.tolist()
