@@ -57,8 +57,8 @@ def hf_arrays(dtype=np.float32) -> dict[str, np.ndarray]:
 
 @contextlib.contextmanager
 def medium_sized() -> Iterator[dict[str, int]]:
-    """Meanwhile `hf_arrays` gives 55 million weights; the keys that HF_CONFIG needs for them."""
-    medium = {"V": 16000, "L": 10, "D": 512, "F": 2048, "N": 8, "K": 4, "H": 64}
+    """Meanwhile `hf_arrays` gives 72 million weights; the keys that HF_CONFIG needs for them."""
+    medium = {"V": 32000, "L": 10, "D": 512, "F": 2048, "N": 8, "K": 4, "H": 64}
     with mock.patch.dict(globals(), medium):
         yield {
             "vocab_size": V,

@@ -382,5 +382,5 @@ def test_host_memory_while_loading_shards_and_what_was_saved(tmp_path):
     save(saved, load(shards, compress=compressor(rules, describe(shards).specs)))
     for arguments in ((shards, "int8"), (saved,)):
         peak, model, largest = measure(*arguments)
-        assert model < 70e6
+        assert model < 90e6
         assert peak <= model + 2 * largest, f"{arguments} {peak=:,} {model=:,} {largest=:,}"
