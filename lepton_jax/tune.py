@@ -25,6 +25,7 @@ def main(config: RunConfig) -> int:
     from lepton_jax.optimizer.lepton_optimizer import LeptonOptimizer
 
     with cli.user_errors(ValueError, OSError):
+        config.require_one_model("tune")
         config.require_one_process("tune")
         tuning.require_search(config)
         requests = tuning.sample_requests(config, tuning.load_tokenizer(config))

@@ -198,6 +198,9 @@ def test_tune_refuses_what_only_a_run_does(config, capsys):
         with pytest.raises(SystemExit, match="2"):
             tune.main(goal(config, **fields))
         assert "leave out optimizer.profile and optimizer.log" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        tune.main(dataclasses.replace(config, cascade=CascadeSection(agreement=0.9)))
+    assert "tune works with one model: leave out cascade.agreement" in capsys.readouterr().err
 
 
 def test_without_profiles_nothing_is_read(config, tmp_path, monkeypatch):
