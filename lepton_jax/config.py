@@ -458,7 +458,10 @@ class OptimizerSection:
         "what tune found, for fields that aren't given: auto (where one fits, on one host), off, "
         "or a file",
     )
-    objective: str = _doc("throughput", "throughput, latency, or cost (of a token)")
+    objective: str = _doc(
+        "throughput",
+        "throughput, latency (then run queues nothing), or cost (of a token); tune and run alike",
+    )
     max_kl: float = _doc(
         0.0, "tune: most nats a token by which a compressed model may diverge; 0: none is tried"
     )

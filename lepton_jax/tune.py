@@ -6,10 +6,10 @@
         --config.job.input=prompts.jsonl --config.job.output=answers.jsonl
 
 It tries candidates on the first rows of the input and keeps the best as a profile, which `run`
-takes from then on for the same model, device and kind of input, where compression is given as it
-was here, or left open as it was. Fields that are given in the config file or on the command line
-stay as they are. Exit codes: 0 done, 2 the goal can't be met or the set-up failed. Read next:
-`optimizer/search.py`.
+takes from then on for the same model, device, objective and kind of input, where compression is
+given as it was here, or left open as it was. Fields that are given in the config file or on the
+command line stay as they are. Exit codes: 0 done, 2 the goal can't be met or the set-up failed.
+Read next: `optimizer/search.py`.
 """
 
 import sys

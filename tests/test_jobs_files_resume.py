@@ -16,6 +16,7 @@ import fsspec
 import pytest
 from jobs_fakes import EOS, ByteTokenizer, Killed, MortalEngine, job_config, run_job
 
+from lepton_jax.config import OptimizerSection
 from lepton_jax.jobs import driver
 from lepton_jax.jobs import output as output_module
 from lepton_jax.jobs.files import journal
@@ -356,6 +357,15 @@ def test_what_was_inexact_once_does_not_become_exact(tmp_path, source):
         run_job(job_config(*paths, rows=1, exact=False), MortalEngine(12))
     with pytest.raises(JobError, match="job.exact was False, is True"):
         run_job(job_config(*paths, rows=1))
+
+
+def test_another_objective_computes_other_rows_together(tmp_path, source):
+    config = job_config(source, tmp_path / "out.jsonl")
+    with pytest.raises(Killed):
+        run_job(config, MortalEngine(12))
+    latency = dataclasses.replace(config, optimizer=OptimizerSection(objective="latency"))
+    with pytest.raises(JobError, match="optimizer.objective was 'throughput', is 'latency'"):
+        run_job(latency)
 
 
 def test_batch_requests_with_numbers_for_ids_go_on(tmp_path):

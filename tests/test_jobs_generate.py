@@ -1,5 +1,6 @@
 """The generate job on a fake engine: order, error rows, resuming after a kill, impossible files."""
 
+import dataclasses
 import json
 import os
 
@@ -7,7 +8,7 @@ import pytest
 from jobs_fakes import ByteTokenizer, FakeEngine, Killed, MortalEngine, job_config
 from jobs_fakes import run_job as run
 
-from lepton_jax.config import RunConfig
+from lepton_jax.config import OptimizerSection, RunConfig
 from lepton_jax.jobs.driver import Job
 from lepton_jax.jobs.files.places import JobError
 from lepton_jax.jobs.generate import GenerateMode
@@ -204,6 +205,11 @@ def test_look_ahead_is_bounded(tmp_path):
     with pytest.raises(Killed):
         run(config_for(tmp_path, rows=2), engine)
     assert len(engine.added) == 8
+    latency = OptimizerSection(objective="latency")
+    engine = MortalEngine(1)
+    with pytest.raises(Killed):
+        run(dataclasses.replace(config_for(tmp_path, restart=True), optimizer=latency), engine)
+    assert len(engine.added) == 2  # nothing queues
 
 
 def test_an_interrupted_run_leaves_no_request_in_the_engine(tmp_path):

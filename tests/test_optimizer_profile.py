@@ -8,7 +8,7 @@ import pytest
 from lepton_jax.config import CompressionSection, RunConfig, SamplingParams
 from lepton_jax.engine.scored import Scoring
 from lepton_jax.optimizer.costs import UNIT
-from lepton_jax.optimizer.profile import Key, Profile, find, has_any, profile_fits
+from lepton_jax.optimizer.profile import Key, Profile, find, has_any, others
 from lepton_jax.optimizer.sample import SampledRequest, require_rows, workload_class
 from lepton_jax.optimizer.space import MESH, PRECISION, Candidate, axes, space, with_fields
 
@@ -73,6 +73,9 @@ def test_the_profile_of_a_key_is_found_and_others_are_named(tmp_path):
     assert found is None
     assert "there are some for new64-prompt64-rows256, score-prompt256-rows64" in why
     assert not has_any(key(jax="0.1"), tmp_path)
+    (said,) = others(key(jax="0.1"), tmp_path)
+    assert "is of another version of jax (" in said and "here '0.1')" in said
+    assert not others(key(model="a third"), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -84,11 +87,13 @@ def test_the_profile_of_a_key_is_found_and_others_are_named(tmp_path):
         (dict(mesh="1x8"), "another mesh ('1x8', here 'free, of 8')"),
         (dict(workload="score"), "another kind of workload ('score', here 'new64"),
         (dict(compression="int4"), "another compression ('int4', here 'free')"),
+        (dict(objective="latency"), "another objective ('latency', here 'throughput')"),
     ],
 )
 def test_a_profile_of_something_else_is_refused_with_the_reason(tmp_path, changes, why):
+    profile(**changes).save(tmp_path / "p.json")
     with pytest.raises(ValueError, match="tune again here, or set optimizer.profile=off") as error:
-        profile_fits(profile(**changes), key(), tmp_path / "p.json")
+        find(key(), tmp_path, str(tmp_path / "p.json"))
     assert why in str(error.value) and "p.json" in str(error.value)
 
 
@@ -130,6 +135,17 @@ def test_a_damaged_profile_is_a_clear_error(tmp_path, damage):
     with pytest.raises(ValueError, match="is no profile of this version .*delete it and tune"):
         find(key(), tmp_path)
     assert not has_any(key(), tmp_path)
+    (tmp_path / "kl-abc.json").write_text("{}")
+    (said,) = others(key(), tmp_path)
+    assert said.startswith(f"{path} is no profile of this version")
+    assert said in find(key(workload="w"), tmp_path)[1]
+
+
+def test_what_another_goal_found_is_another_profile():
+    latency = Key.here(
+        "abc", with_fields(CONFIG, {"optimizer.objective": "latency"}), given=(), workload="w"
+    )
+    assert latency.file_name != dataclasses.replace(latency, objective="throughput").file_name
 
 
 def requests(count, prompt, new, **fields) -> list[SampledRequest]:

@@ -131,7 +131,40 @@ def test_a_run_says_that_its_compression_has_no_profile(searched, monkeypatch):
     int8 = with_fields(config, {"compression.preset": "int8"})
     applied, taken, said = tuning.with_profile(int8, [*GIVEN, "compression.preset"])
     assert (applied.engine, taken) == (config.engine, None)
-    assert 'none for compression ["int8"], but for free (free: for runs that give neither' in said
+    assert said.startswith(f"profile: none here; {optimizer.path_of(profile)} is of another comp")
+    assert """('free', here '["int8"]') (free: for runs that give neither""" in said
+
+
+@pytest.fixture
+def elsewhere(searched, tmp_path, monkeypatch):
+    """A profile's file in a directory of its own, where runs look."""
+    _, optimizer, profile, _ = searched
+    monkeypatch.setattr(profiles, "default_directory", lambda: tmp_path)
+    (tmp_path / "kl-abc.json").write_text("{}")
+    path = tmp_path / profile.key.file_name
+    path.write_bytes(optimizer.path_of(profile).read_bytes())
+    return path
+
+
+def test_a_run_names_a_profile_of_another_version_or_goal(searched, elsewhere):
+    config, _, profile, _ = searched
+    older = dataclasses.replace(profile, key=dataclasses.replace(profile.key, jax="0.0.1"))
+    older.save(elsewhere)
+    applied, taken, said = tuning.with_profile(config, GIVEN)
+    assert (applied.engine, taken) == (config.engine, None)
+    assert said.startswith(f"profile: none here; {elsewhere} is of another version of jax ('0.0.1'")
+    profile.save(elsewhere)
+    assert tuning.with_profile(config, GIVEN)[1] == profile
+    said = tuning.with_profile(goal(config, objective="latency"), GIVEN)[2]
+    assert "is of another objective ('throughput', here 'latency')" in said
+
+
+def test_a_run_names_a_damaged_profile(searched, elsewhere):
+    config = searched[0]
+    elsewhere.write_text(elsewhere.read_text()[:100])
+    taken, said = tuning.with_profile(config, GIVEN)[1:]
+    assert taken is None and said.startswith(f"profile: none here; {elsewhere} is no profile of")
+    assert "kl-abc" not in said
 
 
 @pytest.fixture
@@ -145,7 +178,7 @@ def found_at_once(monkeypatch):
         }
         trial = Trial(1.0, 0.1, 0.5, (), 0.0, 0, (), {})
         best = Tried(Candidate.of(fields), 1.0, trial, UNIT, 1.0, True)
-        return Found(best, (best,), 1, 0, {}, {}, None)
+        return Found(best, (best,), 1, 0, {}, {}, None, "throughput")
 
     monkeypatch.setattr(lepton_optimizer.Search, "run", run)
 
@@ -159,7 +192,7 @@ def test_compression_without_a_bound_is_only_for_runs_that_ask_for_it(
     assert profile.key.compression == '["w8a8"], cache bfloat16' and not profile.fields
     dense, taken, said = tuning.with_profile(config, ())
     assert (dense.compression, dense.engine, taken) == (config.compression, config.engine, None)
-    assert 'none for compression free, but for ["w8a8"], cache bfloat16' in said
+    assert """is of another compression ('["w8a8"], cache bfloat16', here 'free')""" in said
     assert tuning.with_profile(compressed, ["compression.preset"])[1] is None
     both = ["compression.preset", "engine.kv_dtype"]
     assert tuning.with_profile(compressed, both)[1] == profile

@@ -44,7 +44,9 @@ class Weights(types.SimpleNamespace):
 
 
 class Told:
-    """Predicts what `table` has for rows and replicas: seconds, of them to a first token, bytes."""
+    """Predicts what `table` has for rows and replicas: seconds, of them to a first token, bytes,
+    and seconds to a last token where these are fewer.
+    """
 
     def __init__(self, table):
         self._table = table
@@ -53,9 +55,9 @@ class Told:
         key = config.engine.rows, config.mesh.data
         if key not in self._table:
             raise ValueError("a mesh of which nothing is known")
-        seconds, first, memory = self._table[key]
+        seconds, first, memory, *whole = self._table[key]
         drafts = config.engine.speculation == "draft"
-        return Outlook(seconds, first, seconds, memory + DRAFT * drafts)
+        return Outlook(seconds, first, *(whole or [seconds]), memory + DRAFT * drafts)
 
     def costs(self, config):
         return UNIT
@@ -154,6 +156,29 @@ def test_meshes_of_which_nothing_can_be_said_are_dropped_and_named(find):
 def test_several_devices_must_beat_what_counts(find, objective, beaten):
     find({(32, 1): (1.0, 0.1, 1), (32, 2): (0.51, 0.1, 1)}, objective=objective)
     assert find.beaten == [float("inf"), beaten]
+
+
+@pytest.mark.parametrize(
+    ("objective", "rows", "text"),
+    [
+        (
+            "latency",
+            4,
+            "0.90 s before, 0.30 s after, 3.00 times as fast to a request's last token",
+        ),
+        ("throughput", 32, "1.00 s before, 1.00 s after, 1.00 times as fast"),
+    ],
+)
+def test_the_effect_is_of_what_counts(find, objective, rows, text):
+    found = find({(32, 1): (1.0, 0.1, 1, 0.9), (4, 1): (2.0, 0.1, 1, 0.3)}, objective=objective)
+    assert rows_of(found)[-1] == dict(found.best.candidate.fields)["engine.rows"] == rows
+    assert text in tuning.table(found)
+
+
+def test_fewer_devices_may_be_slower_and_better(find):
+    found = find({(32, 2): (1.0, 0.1, 1), (32, 1): (1.2, 0.1, 1)}, objective="cost")
+    assert found.best is found.tried[1] and found.effect == pytest.approx(2 / 1.2)
+    assert "2.00 s before, 1.20 s after, 1.67 times as cheap" in tuning.table(found)
 
 
 def test_a_trial_has_only_its_own_weights_in_memory(find):

@@ -40,11 +40,11 @@ from lepton_jax.jobs.output import Output, Unwritten
 from lepton_jax.jobs.rows import BadRow, Row, RowError, read_rows
 from lepton_jax.jobs.session import Engine
 from lepton_jax.jobs.trace import Trace
+from lepton_jax.optimizer.trial import look_ahead
 from lepton_jax.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-_LOOK_AHEAD = 4  # times the engine's rows: queued requests, so that freed slots are filled at once
 _MOST_UNWRITTEN = 50_000  # answers held while an earlier row runs; about 1 KB each
 _BLOCK = 64  # times the engine's rows: a block; its end leaves slots idle for 1/64 of it at most
 _MEASURED = 20_000  # requests whose lengths are known before the job begins
@@ -238,7 +238,7 @@ class Job:
             engine,
             session,
             block=self._block,
-            look_ahead=_LOOK_AHEAD * self._config.engine.rows * self._config.replicas,
+            look_ahead=look_ahead(self._config) * self._config.replicas,
             in_order=self._config.job.order == "input",
             trace=trace,
         )
@@ -316,6 +316,7 @@ class Job:
         engine = {n: v for n, v in vars(config.engine).items() if n not in _ANSWERS}
         return {
             "pool.ray": config.pool.ray,
+            "optimizer.objective": config.optimizer.objective,
             **{f"engine.{name}": value for name, value in engine.items()},
             **{f"mesh.{name}": value for name, value in vars(config.mesh).items()},
         }

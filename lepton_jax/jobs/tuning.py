@@ -10,7 +10,7 @@ import itertools
 import logging
 import sys
 from collections.abc import Collection, Sequence
-from pathlib import Path
+from typing import Any
 
 from lepton_jax.checkpoints import load as checkpoints
 from lepton_jax.config import CascadeSection, RunConfig, SamplingParams
@@ -24,7 +24,7 @@ from lepton_jax.jobs.mode_for import mode_for
 from lepton_jax.jobs.openai_batch import BatchMode
 from lepton_jax.jobs.rows import BadRow, read_rows
 from lepton_jax.optimizer import profile as profiles
-from lepton_jax.optimizer.found import Found
+from lepton_jax.optimizer.found import GAINS, Found
 from lepton_jax.optimizer.profile import Key, Profile
 from lepton_jax.optimizer.sample import SampledRequest, workload_class
 from lepton_jax.optimizer.space import with_fields
@@ -131,20 +131,16 @@ def with_profile(
     model = checkpoints.identify(config.model.path)
     key = Key.here(model, config, given=given, workload="")
     if asked == "auto" and not profiles.has_any(key, directory):
-        return without, None, profiles.otherwise_compressed(key, directory)
+        others = profiles.others(key, directory)
+        return without, None, f"profile: none here; {'; '.join(others)}" if others else ""
     requests = sample_requests(config, load_tokenizer(config))
     if asked == "auto" and not requests:
         return without, None, ""
     kind = workload_class(requests)
     key = Key.here(model, config, given=given, workload=kind)
-    if asked == "auto":
-        profile, where = profiles.find(key, directory)
-        if profile is None:
-            return without, None, f"profile: {where}"
-    else:
-        path = Path(asked).expanduser()
-        profile, where = Profile.read(path), str(path)
-        profiles.profile_fits(profile, key, path)
+    profile, where = profiles.find(key, directory, asked)
+    if profile is None:
+        return without, None, f"profile: {where}"
     config = with_fields(config, {"optimizer.profile": where})
     return profile.applied(config, given), profile, _said(profile, where, given)
 
@@ -153,27 +149,33 @@ def _said(profile: Profile, where: str, given: Collection[str]) -> str:
     fields = ", ".join(f"{n}={v}" for n, v in profile.open_fields(given).items())
     kept = sorted(set(profile.fields) & set(given))
     stays = f"; {', '.join(kept)} as given" if kept else ""
+    gain = f"{profile.numbers['effect']:.2f} times as {GAINS[profile.key.objective]}"
+    kl = f", KL at most {profile.numbers['kl']:.4f}" if "kl" in profile.numbers else ""
     return (
-        f"profile: {fields or 'nothing'}{stays}, because it was {profile.numbers['effect']:.2f} "
-        f"times as fast on {profile.key.workload} on this device ({where})"
+        f"profile: {fields or 'nothing'}{stays}, because it was {gain} on {profile.key.workload} "
+        f"on this device{kl} ({where})"
     )
 
 
 def table(found: Found) -> str:
-    """A search's trials, predicted beside measured, and what came of it."""
-    lines = [f"{'predicted':>9} {'measured':>9} {'error':>6} {'first':>7}  candidate"]
+    """A search's trials, predicted beside measured, and what came of it: `first` and `whole` are
+    seconds to a request's first and last token, `score` is what the objective makes small.
+    """
+    heads = f"{'first':>7} {'whole':>7} {'score':>8}"
+    lines = [f"{'predicted':>9} {'measured':>9} {'error':>6} {heads}  candidate"]
     for one in found.tried:
         mark = " <- best" if one is found.best else ""
         lines.append(
             f"{one.predicted:8.2f}s {one.trial.seconds:8.2f}s {one.error:+6.0%} "
-            f"{one.trial.first_token:6.2f}s  {one.candidate.text()}{mark}"
+            f"{one.trial.first_token:6.2f}s {one.trial.whole:6.2f}s {one.score:7.2f}s  "
+            f"{one.candidate.text()}{mark}"
         )
     kl = "not measured" if found.kl is None else f"at most {found.kl:.4f} nats a token"
     coarse = ", ".join(f"{name} ({kl:.4f})" for name, kl in found.too_coarse.items())
     lines += [
         "",
-        f"effect = T1/T0: {found.tried[0].trial.seconds:.2f} s before, "
-        f"{found.best.trial.seconds:.2f} s after, {found.effect:.2f} times as fast",
+        f"effect = T1/T0: {found.tried[0].score:.2f} s before, {found.best.score:.2f} s after, "
+        f"{found.effect:.2f} times as {GAINS[found.objective]}",
         f"accuracy kept: KL from the uncompressed model {kl}",
         f"{found.considered} candidates, {found.too_large} too large for the memory, "
         f"{len(found.tried)} tried",

@@ -7,6 +7,14 @@ from lepton_jax.optimizer.costs import Costs
 from lepton_jax.optimizer.space import Candidate
 from lepton_jax.optimizer.trial import Trial
 
+# What an effect says, by objective: so many times as ...
+GAINS = {
+    "throughput": "fast",
+    "latency": "fast to a request's last token (95th percentile)",
+    "cost": "cheap in seconds x devices",
+}
+_COMPILING = ("compile_seconds", "programs")
+
 
 @dataclasses.dataclass(frozen=True)
 class Tried:
@@ -44,6 +52,7 @@ class Found:
       unpredicted: why nothing could be said of others, with how many these are.
       too_coarse: precisions, in words, that diverge more than allowed, with their KL.
       kl: of the winner's precision; None where nothing was measured.
+      objective: what was made small.
     """
 
     best: Tried
@@ -53,8 +62,17 @@ class Found:
     unpredicted: Mapping[str, int]
     too_coarse: dict[str, float]
     kl: float | None
+    objective: str
 
     @property
     def effect(self) -> float:
-        """T1/T0 as a gain: the time before over the time after."""
-        return self.tried[0].trial.seconds / self.best.trial.seconds
+        """T1/T0 as a gain: the score before over the score after; scores are times, but where cost
+        is what counts.
+        """
+        return self.tried[0].score / self.best.score
+
+    @property
+    def compiled(self) -> tuple[int, float]:
+        """Programs of all trials, and the seconds that compiling them took."""
+        trials = [one.trial for one in self.tried]
+        return sum(t.programs for t in trials), sum(t.compile_seconds for t in trials)

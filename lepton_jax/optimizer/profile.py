@@ -22,7 +22,7 @@ from lepton_jax.optimizer.costs import Costs
 from lepton_jax.optimizer.space import field_of, with_fields
 from lepton_jax.whole_file import write_whole
 
-_FORMAT = 2
+_FORMAT = 3
 _WHAT = {
     "model": "another model",
     "compression": "another compression",
@@ -30,7 +30,9 @@ _WHAT = {
     "mesh": "another mesh",
     "jax": "another version of jax",
     "workload": "another kind of workload",
+    "objective": "another objective",
 }
+_FREE = " (free: for runs that give neither compression.preset nor compression.rules)"
 # Fields that mean nothing beside another value of a second one.
 _CHOSEN_FOR = {
     "engine.prefill_chunk": "engine.prefill_sizes",
@@ -52,6 +54,7 @@ class Key:
         the search could choose.
       jax: version.
       workload: its class (`sample.workload_class`).
+      objective: what was made small.
     """
 
     model: str
@@ -60,6 +63,7 @@ class Key:
     mesh: str
     jax: str
     workload: str
+    objective: str
 
     @classmethod
     def here(cls, model: str, config: RunConfig, *, given: Collection[str], workload: str) -> "Key":
@@ -74,7 +78,8 @@ class Key:
             mesh += f"/{config.mesh.expert}"
         if devices > 1 and not {"mesh.data", "mesh.model", "mesh.expert"} & set(given):
             mesh = f"free, of {devices}"
-        return cls(model, asked, device_name(), mesh, jax.__version__, workload)
+        objective = config.optimizer.objective
+        return cls(model, asked, device_name(), mesh, jax.__version__, workload, objective)
 
     def differences(self, other: "Key") -> list[str]:
         """In words, what of another key isn't this one's."""
@@ -175,36 +180,54 @@ def default_directory() -> Path:
 
 def has_any(key: Key, directory: Path) -> bool:
     """Whether some profile differs in the workload only; files that aren't profiles don't count."""
-    return bool(_near(key, directory))
+    return any(not _besides_workload(key, other) for other in _read(directory)[0].values())
 
 
-def otherwise_compressed(key: Key, directory: Path) -> str:
-    """What to tell a user whose key has no profile because of its compression alone; else ""."""
-    others = sorted({n.compression for n in _near(key, directory, but=("workload", "compression"))})
-    if not others:
-        return ""
-    return (
-        f"profile: none for compression {key.compression}, but for {', '.join(others)} (free: for "
-        "runs that give neither compression.preset nor compression.rules)"
-    )
+def find(key: Key, directory: Path, asked: str = "auto") -> tuple[Profile | None, str]:
+    """The profile of a key and where it lies, or None and why there is none; one that is asked for
+    by its file has to fit.
 
-
-def find(key: Key, directory: Path) -> tuple[Profile | None, str]:
-    """The profile of a key and where it lies, or None and why there is none.
-
-    Raises ValueError where its file is damaged.
+    Raises ValueError where its file is damaged or of something else, OSError where a named one
+    can't be read.
     """
-    path = directory / key.file_name
-    if path.exists():
+    path = directory / key.file_name if asked == "auto" else Path(asked).expanduser()
+    if asked != "auto" or path.exists():
         profile = Profile.read(path)
-        profile_fits(profile, key, path)
+        _require_fit(profile, key, path)
         return profile, str(path)
-    others = sorted({near.workload for near in _near(key, directory)})
-    known = f"; there are some for {', '.join(others)}" if others else ""
-    return None, f"none for workload {key.workload} on this model and device{known}"
+    near = [k for k in _read(directory)[0].values() if not _besides_workload(key, k)]
+    kinds = ", ".join(sorted({other.workload for other in near}))
+    why = [f"none for workload {key.workload} on this model and device"]
+    why += [f"there are some for {kinds}"] if kinds else []
+    return None, "; ".join([*why, *others(key, directory)])
 
 
-def profile_fits(profile: Profile, key: Key, path: Path) -> None:
+def others(key: Key, directory: Path) -> list[str]:
+    """Of the profiles in a directory in what those of a key's model differ, besides the workload,
+    each difference once; and why files there can't be read.
+    """
+    keys, refused = _read(directory)
+    different: dict[str, Path] = {}
+    for path, other in keys.items():
+        found = _besides_workload(key, other)
+        if found and other.model == key.model:
+            free = _FREE if other.compression != key.compression else ""
+            different.setdefault("; of ".join(found) + free, path)
+    return [*(f"{path} is of {text}" for text, path in different.items()), *refused]
+
+
+def require_profile(config: RunConfig, profile: Profile | None) -> None:
+    """Raises ValueError where a config names a profile that its engine isn't given."""
+    named = config.optimizer.profile
+    if profile is None and named not in ("auto", "off"):
+        raise ValueError(
+            f"optimizer.profile={named!r} names a file, which start doesn't read: take "
+            "profile = LeptonOptimizer().find(config, workload), load the model with "
+            "config=profile.applied(config, given=()), and give start(profile=profile)"
+        )
+
+
+def _require_fit(profile: Profile, key: Key, path: Path) -> None:
     """Raises ValueError, with the reasons, where a profile is of something else."""
     found = key.differences(profile.key)
     if found:
@@ -213,14 +236,18 @@ def profile_fits(profile: Profile, key: Key, path: Path) -> None:
         )
 
 
-def _near(key: Key, directory: Path, *, but: Sequence[str] = ("workload",)) -> list[Key]:
-    """Keys of profiles that differ in these only."""
-    keys = []
+def _besides_workload(key: Key, other: Key) -> list[str]:
+    return key.differences(dataclasses.replace(other, workload=key.workload))
+
+
+def _read(directory: Path) -> tuple[dict[Path, Key], list[str]]:
+    """Keys of all profiles, and what is wrong with files that are none."""
+    keys, refused = {}, []
     for path in sorted(directory.glob("*.json")):
+        if path.name.startswith("kl-"):  # what `accuracy.py` remembers
+            continue
         try:
-            keys.append(Profile.read(path).key)
-        except ValueError:
-            continue  # it is refused by name once a run asks for it
-    same = dict.fromkeys(but, "")
-    wanted = dataclasses.replace(key, **same)
-    return [other for other in keys if dataclasses.replace(other, **same) == wanted]
+            keys[path] = Profile.read(path).key
+        except (ValueError, OSError) as error:
+            refused.append(str(error))
+    return keys, refused

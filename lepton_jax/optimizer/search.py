@@ -123,6 +123,7 @@ class Search:
             unpredicted=self._unpredicted,
             too_coarse=self._too_coarse,
             kl=None if config.compression.rules else kl,
+            objective=self._asked.objective,
         )
 
     def _read(self) -> tuple[Model, Axes]:

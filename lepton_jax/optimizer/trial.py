@@ -22,7 +22,7 @@ from lepton_jax.optimizer.sample import SampledRequest
 from lepton_jax.telemetry import BeatStats
 from lepton_jax.text.tokenizer import Tokenizer
 
-_LOOK_AHEAD = 4  # times the engine's rows: requests in the queue, as in a job
+_LOOK_AHEAD = 4  # times the engine's rows: queued requests, so that freed slots are filled at once
 _HOPELESS = 1.2  # times the best seconds so far: a first run that takes longer is the only one
 
 
@@ -64,7 +64,7 @@ class Models:
 
 
 def look_ahead(config: RunConfig) -> int:
-    """Requests that a replica has at once: as a job feeds it, or with no queue where latency is
+    """Requests that a replica has at once, in a trial and in a job: with no queue where latency is
     what counts.
     """
     waits = config.optimizer.objective == "latency"
