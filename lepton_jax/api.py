@@ -57,7 +57,7 @@ from lepton_jax.jobs.scoring import ChoosingMode, score_all
 from lepton_jax.jobs.session import Completion, Delta, Session
 from lepton_jax.optimizer.costs import Costs, assumed, settled
 from lepton_jax.optimizer.feedback import Feedback
-from lepton_jax.optimizer.profile import Profile
+from lepton_jax.optimizer.profile import Profile, require_profile
 from lepton_jax.sharding import Placement
 from lepton_jax.sharding.partition import uneven_costs
 from lepton_jax.text import tokenizer as tokenizers
@@ -205,6 +205,7 @@ class LeptonEngine:
         """
         self._need_idle()
         config = self._config
+        require_profile(config, profile)
         if strict and not workload:
             raise ValueError(
                 "strict=True refuses what a workload can't reach, and none is given: give "

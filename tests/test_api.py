@@ -304,6 +304,15 @@ def test_a_cascade_keeps_what_it_has_learned(folder):
         assert lepton.promise is None and not lepton._modes
 
 
+def test_a_profile_that_a_config_names_is_not_left_unread(folder):
+    config = RunConfig(engine=SECTION, optimizer=OptimizerSection(profile="p.json"))
+    with LeptonEngine() as lepton:
+        lepton.load_model(folder, config=config)
+        with pytest.raises(ValueError, match="optimizer.profile='p.json' names a file, which sta"):
+            lepton.start()
+        assert lepton.engine is None
+
+
 def test_a_single_rule_is_a_rule(monkeypatch, tmp_path):
     asked = []
 

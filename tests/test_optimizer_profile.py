@@ -2,9 +2,13 @@
 
 import dataclasses
 import json
+import shlex
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
+from lepton_jax import cli
 from lepton_jax.config import CompressionSection, RunConfig, SamplingParams
 from lepton_jax.engine.scored import Scoring
 from lepton_jax.optimizer.costs import UNIT
@@ -180,6 +184,18 @@ def test_the_space_begins_with_the_config_and_leaves_given_fields_alone():
     assert {c.applied(CONFIG).engine.rows for c in fixed} == {32}
     assert {c.applied(CONFIG).compression.preset for c in fixed} == {"none"}
     assert len(fixed) == 2
+
+
+def test_flags_of_a_candidate_are_what_a_driver_takes():
+    fields = {"engine.rows": 64, "engine.draft_cost": 0.25, "compression.preset": "w8a8"}
+    for sizes, text in [((96, 200), "=96,200"), ((96,), "=96"), ((), "=()'")]:
+        candidate = Candidate.of(fields | {"engine.prefill_sizes": sizes})
+        assert f"--config.engine.prefill_sizes{text} " in candidate.flags()
+        argv, values = ["run", *shlex.split(candidate.flags())], flags.FlagValues()
+        options = dict(flag_values=values, sys_argv=argv)
+        config_flags.DEFINE_config_dict("config", cli.whole_config({}), **options)
+        values(argv)
+        assert cli.run_config(values["config"].value) == candidate.applied(CONFIG)
 
 
 def test_what_varies_is_bounded_by_requests_and_devices():

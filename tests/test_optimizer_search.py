@@ -99,8 +99,41 @@ def test_the_table_names_every_trial_and_the_effect(searched):
     _, optimizer, _, _ = searched
     text = tuning.table(optimizer.found)
     assert text.count("<- best") == 1 and "effect = T1/T0: " in text
-    assert text.count("rows=") == len(optimizer.found.tried)
+    tried, best = optimizer.found.tried, optimizer.found.best
+    assert text.count(" rows=") == len(tried)
     assert "KL from the uncompressed model at most 0.0000" in text
+    programs = sum(one.trial.programs for one in tried)
+    assert f"{len(tried)} tried, {programs} programs compiled in " in text
+    flags = f"--config.engine.rows={dict(best.candidate.fields)['engine.rows']}"
+    assert flags in text.splitlines()[-1]
+    for one in tried:
+        assert f"{one.trial.whole:6.2f}s {one.score:7.2f}s  {one.candidate.text()}" in text
+
+
+def test_the_profile_has_all_that_was_tried(searched):
+    _, optimizer, profile, _ = searched
+    tried = optimizer.found.tried
+    assert [told["fields"] for told in profile.tried] == [dict(t.candidate.fields) for t in tried]
+    for told, one in zip(profile.tried, tried, strict=True):
+        assert (told["predicted"], told["score"]) == (one.predicted, one.score)
+        for name in ("seconds", "first_token", "whole"):
+            assert told[name] == getattr(one.trial, name)
+
+
+def test_a_later_optimizer_finds_the_profile(searched, caplog):
+    config, optimizer, profile, _ = searched
+    later = LeptonOptimizer(directory=optimizer.path_of(profile).parent)
+    assert later.find(config, PROMPTS, given=GIVEN) == profile
+    assert later.find(goal(config, profile="off"), PROMPTS, given=GIVEN) is None
+    assert "profile:" not in caplog.text
+    longer = with_fields(config, {"sampling.max_tokens": 90})
+    assert later.find(longer, PROMPTS, given=GIVEN) is None
+    assert "profile: none for workload new256-prompt64-rows16" in caplog.text
+    named = goal(longer, profile=str(optimizer.path_of(profile)))
+    with pytest.raises(ValueError, match="another kind of workload"):
+        later.find(named, PROMPTS, given=GIVEN)
+    quick = LeptonOptimizer(directory=optimizer.path_of(profile).parent, objective="latency")
+    assert quick.find(config, PROMPTS, given=GIVEN) is None
 
 
 def test_a_run_takes_the_profile_and_says_so(searched, monkeypatch):

@@ -108,8 +108,11 @@ def test_they_run_one_after_the_other_and_those_runs_count(search, all_are_close
         assert one.score == trial.seconds and one.candidate.applied(finalist.config) == (
             finalist.config
         )
-        both = trial.compile_seconds + finalist.trial.compile_seconds
-        assert one.trial == dataclasses.replace(trial, compile_seconds=both)
+        compiled = {
+            name: getattr(trial, name) + getattr(finalist.trial, name)
+            for name in ("compile_seconds", "programs")
+        }
+        assert one.trial == dataclasses.replace(trial, **compiled)
         assert trial.outputs == finalist.trial.outputs
         assert sum(beat.tokens for beat in trial.beats) == 2 * sum(
             beat.tokens for beat in finalist.trial.beats

@@ -170,6 +170,7 @@ def table(found: Found) -> str:
             f"{one.trial.first_token:6.2f}s {one.trial.whole:6.2f}s {one.score:7.2f}s  "
             f"{one.candidate.text()}{mark}"
         )
+    programs, seconds = found.compiled
     kl = "not measured" if found.kl is None else f"at most {found.kl:.4f} nats a token"
     coarse = ", ".join(f"{name} ({kl:.4f})" for name, kl in found.too_coarse.items())
     lines += [
@@ -178,11 +179,12 @@ def table(found: Found) -> str:
         f"{found.effect:.2f} times as {GAINS[found.objective]}",
         f"accuracy kept: KL from the uncompressed model {kl}",
         f"{found.considered} candidates, {found.too_large} too large for the memory, "
-        f"{len(found.tried)} tried",
+        f"{len(found.tried)} tried, {programs} programs compiled in {seconds:.1f} s",
         *(f"{count} can't be predicted: {why}" for why, count in found.unpredicted.items()),
     ]
     if not found.tried[0].fits:
         lines.append("the config as it was doesn't fit into the memory and couldn't be the best")
     if coarse:
         lines.append(f"presets and caches that diverge more than allowed: {coarse}")
+    lines += ["", f"the best as flags: {found.best.candidate.flags()}"]
     return "\n".join(lines)

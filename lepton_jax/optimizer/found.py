@@ -36,8 +36,8 @@ class Tried:
 
     def again(self, trial: Trial, *, costs: Costs, score: float) -> "Tried":
         """With a later trial of it, to whose compiling that of the first is added."""
-        seconds = self.trial.compile_seconds + trial.compile_seconds
-        trial = dataclasses.replace(trial, compile_seconds=seconds)
+        both = {n: getattr(self.trial, n) + getattr(trial, n) for n in _COMPILING}
+        trial = dataclasses.replace(trial, **both)
         return dataclasses.replace(self, trial=trial, costs=costs, score=score)
 
 

@@ -2,11 +2,14 @@
 
 optimizer = LeptonOptimizer(objective="throughput", max_kl=0.02)
 profile = optimizer.search(config, [[1, 338, 263], ...])
-engine.load_model(config=profile.applied(config, given=()))
+profile = optimizer.find(config, [[1, 338, 263], ...])  # in a later session
+engine.load_model(config=profile.applied(config, given=())).start(profile=profile)
 recovered = LeptonOptimizer(learning_rate=1e-3).recover("compressed/", "dense/", steps=200)
 """
 
 import dataclasses
+import json
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,8 @@ from lepton_jax.optimizer.sample import SampledRequest, require_rows, workload_c
 from lepton_jax.optimizer.search import Search
 from lepton_jax.optimizer.space import PRECISION, field_of
 from lepton_jax.text import tokenizer as tokenizers
+
+log = logging.getLogger(__name__)
 
 
 class LeptonOptimizer:
@@ -97,30 +102,56 @@ class LeptonOptimizer:
 
         Raises ValueError where the goal can't be met, with the nearest that can.
         """
+        task = self._task(engine_or_config, workload, given)
+        compile_cache.enable()
+        self.found = found = Search(
+            task.config,
+            task.requests,
+            task.tokenizer,
+            accuracy=Accuracy(task.tokenizer, self._directory, task.key.model),
+            given=task.given,
+            progress=progress,
+        ).run()
+        best = found.best
+        asked = task.given.intersection(PRECISION)  # of the runs that ask for it alone
+        fields = {name: value for name, value in best.candidate.fields if name not in asked}
+        profile = Profile(
+            task.key, fields, best.costs, best.trial.knobs, _numbers(found), _tried(found)
+        )
+        profile.save(self.path_of(profile))
+        return profile
+
+    def find(
+        self, engine_or_config, workload: Sequence, *, given: Collection[str] = ()
+    ) -> Profile | None:
+        """What an earlier `search` kept for this model, device, goal and kind of workload, or the
+        profile that the config's optimizer.profile names; None where there is none, or it is "off".
+
+        Arguments are those of `search`. Raises ValueError where the profile is damaged or of
+        something else, OSError where a named one can't be read.
+        """
+        task = self._task(engine_or_config, workload, given)
+        asked = task.config.optimizer.profile
+        if asked == "off":
+            return None
+        profile, where = profiles.find(task.key, self._directory, asked)
+        if profile is None:
+            log.warning("profile: %s", where)
+        return profile
+
+    def _task(self, engine_or_config, workload: Sequence, given: Collection[str]) -> "_Task":
         config = getattr(engine_or_config, "config", engine_or_config)
         config = dataclasses.replace(
             config, optimizer=dataclasses.replace(config.optimizer, **self._goal)
         )
         given = set(given) if config.optimizer.max_kl else {*given, *_set_precision(config)}
-        compile_cache.enable()
         path = config.model.path
-        source = config.model.tokenizer or checkpoints.tokenizer_source(path)
-        tokenizer = tokenizers.load(source)
+        tokenizer = tokenizers.load(config.model.tokenizer or checkpoints.tokenizer_source(path))
         requests = [_request(item, tokenizer, config.sampling) for item in workload]
         require_rows(requests)
-        fingerprint = checkpoints.identify(path)
-        accuracy = Accuracy(tokenizer, self._directory, fingerprint)
-        search = Search(
-            config, requests, tokenizer, accuracy=accuracy, given=given, progress=progress
-        )
-        self.found = found = search.run()
-        key = Key.here(fingerprint, config, given=given, workload=workload_class(requests))
-        best = found.best
-        asked = given.intersection(PRECISION)  # of the runs that ask for it alone
-        fields = {name: value for name, value in best.candidate.fields if name not in asked}
-        profile = Profile(key, fields, best.costs, best.trial.knobs, _numbers(found))
-        profile.save(self._directory / key.file_name)
-        return profile
+        kind = workload_class(requests)
+        key = Key.here(checkpoints.identify(path), config, given=given, workload=kind)
+        return _Task(config, given, tokenizer, requests, key)
 
     def recover(
         self,
@@ -161,6 +192,17 @@ class LeptonOptimizer:
         return self._directory / profile.key.file_name
 
 
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """A config with the optimizer's goals, fields that stay, and a workload."""
+
+    config: RunConfig
+    given: set[str]
+    tokenizer: tokenizers.Tokenizer
+    requests: Sequence[SampledRequest]
+    key: Key
+
+
 def _set_precision(config: RunConfig) -> list[str]:
     """Fields of the precision that a config sets."""
     usual = RunConfig()
@@ -169,6 +211,7 @@ def _set_precision(config: RunConfig) -> list[str]:
 
 def _numbers(found: Found) -> dict[str, float]:
     before, after = found.tried[0].trial, found.best.trial
+    programs, seconds = found.compiled
     numbers = dict(
         seconds_before=before.seconds,
         seconds=after.seconds,
@@ -176,9 +219,26 @@ def _numbers(found: Found) -> dict[str, float]:
         first_token=after.first_token,
         whole=after.whole,
         predicted=found.best.predicted,
-        compile_seconds=sum(one.trial.compile_seconds for one in found.tried),
+        compile_seconds=seconds,
+        programs=programs,
     )
     return numbers if found.kl is None else numbers | dict(kl=found.kl)
+
+
+def _tried(found: Found) -> tuple[dict[str, Any], ...]:
+    """Of each candidate what it was and what it took, in JSON types."""
+    told = [
+        dict(
+            fields=dict(one.candidate.fields),
+            predicted=one.predicted,
+            seconds=one.trial.seconds,
+            first_token=one.trial.first_token,
+            whole=one.trial.whole,
+            score=one.score,
+        )
+        for one in found.tried
+    ]
+    return tuple(json.loads(json.dumps(told)))
 
 
 def _request(item, tokenizer, sampling: SamplingParams) -> SampledRequest:

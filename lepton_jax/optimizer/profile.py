@@ -104,7 +104,10 @@ class Profile:
       fields: of the config, "section.field" to the value.
       costs: of the engine's programs with them.
       knobs: that feedback begins with.
-      numbers: seconds before and after, effect = before / after, KL of the compression, and so on.
+      numbers: seconds before and after, effect = the score before / after, KL of the compression,
+        and so on.
+      tried: of each candidate that was run its fields, predicted and measured seconds, seconds to a
+        request's first and last token, and its score; in JSON types.
     """
 
     key: Key
@@ -112,6 +115,7 @@ class Profile:
     costs: Costs
     knobs: Mapping[str, float]
     numbers: Mapping[str, float]
+    tried: Sequence[Mapping[str, Any]] = ()
 
     def applied(self, config: RunConfig, given: Collection[str]) -> RunConfig:
         """The config with the profile's fields, except those that the user gave."""
@@ -145,6 +149,7 @@ class Profile:
                 Costs(**content.pop("costs")),
                 {name: _known_knob(name, value) for name, value in content.pop("knobs").items()},
                 dict(content.pop("numbers")),
+                tuple(content.pop("tried")),
             )
             for name in made.fields:
                 field_of(RunConfig(), name)

@@ -7,6 +7,7 @@ What is only worth a try on the best candidate, such as speculation, is in `refi
 import dataclasses
 import itertools
 import math
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -46,6 +47,14 @@ class Candidate:
     def text(self) -> str:
         """Without the sections."""
         return " ".join(f"{name.partition('.')[2]}={value}" for name, value in self.fields)
+
+    def flags(self) -> str:
+        """As a driver's command line takes them."""
+        return " ".join(shlex.quote(f"--config.{n}={_as_flag(v)}") for n, v in self.fields)
+
+
+def _as_flag(value: Any) -> str:
+    return (",".join(map(str, value)) or "()") if isinstance(value, tuple) else str(value)
 
 
 def with_fields(config: RunConfig, fields: Mapping[str, Any]) -> RunConfig:
