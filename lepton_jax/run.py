@@ -38,19 +38,19 @@ def _run(config: RunConfig, hosts: "Hosts") -> int:
     from lepton_jax.api import LeptonEngine
     from lepton_jax.distributed.pool import ReplicasLost
     from lepton_jax.jobs import summary as report
+    from lepton_jax.jobs import tuning
     from lepton_jax.jobs.driver import Job
     from lepton_jax.jobs.files.places import JobError
     from lepton_jax.jobs.mode_for import mode_for
     from lepton_jax.jobs.report_page import report_page, write_report
     from lepton_jax.jobs.trace import trace_for
-    from lepton_jax.jobs.tuning import with_profile
     from lepton_jax.optimizer.decisions import explained
     from lepton_jax.optimizer.space import with_fields
 
     with cli.user_errors(ValueError, OSError):
         if _EXPLAIN.value and config.pool.ray:
             raise ValueError("--explain tells of engines in this process: leave out pool.ray")
-        config, profile, said = with_profile(config, cli.given_fields())
+        config, profile, said = tuning.with_profile(config, cli.given_fields())
         if said:
             print(said, flush=True)
         if not hosts.first:
@@ -78,10 +78,12 @@ def _run(config: RunConfig, hosts: "Hosts") -> int:
         cost = report.ModelCost.of(model, size, preset=preset, devices=devices)
         stats = lepton.engine.stats()
         decisions = lepton.feedback.decisions if lepton.feedback else []
+        turned = lepton.feedback.count if lepton.feedback else 0
     if not hosts.first:
         return 0
-    output = job.output.path
-    summary = report.summarize(tally, stats, cost=cost, output=output, cascade=cascade)
+    told = tuning.account(profile, cli.given_fields(), config=config, decisions=turned)
+    parts = dict(cost=cost, output=job.output.path, cascade=cascade, optimizer=told)
+    summary = report.summarize(tally, stats, **parts)
     report.write_summary(summary, job.output.summary)
     if config.job.report:
         write_report(report_page(summary, trace), job.output.report)

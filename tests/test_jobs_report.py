@@ -93,12 +93,15 @@ def test_the_page_needs_nothing_but_itself(tmp_path):
         trace = trace_for(config.job, engine.stats)
         tally = job.run(engine, ByteTokenizer(), trace=trace)
     cost = ModelCost(weight_bytes=1, parameters=1, int8=False)
-    summary = summarize(tally, engine.stats(), cost=cost, output=job.output.path)
+    told = dict(profile="p", fields={"engine.rows": 8}, objective="latency", effect=2.0, kl=0.0)
+    asked = dict(cost=cost, output=job.output.path, optimizer=told)
+    summary = summarize(tally, engine.stats(), **asked)
     write_report(report_page(summary, trace), job.output.report)
     page = (tmp_path / "<out>.jsonl.report.html").read_text()
     assert not re.search(r"<script|https?://(?!www\.w3\.org/2000/svg)", page)
     assert re.search(r"&lt;r\d+&gt;", page) and not re.search(r"<r\d", page)
     assert "invalid_json" in page and "peaks of" in page
+    assert "engine.rows=8 (p)" in page and "2.00 times as fast to a request" in page
     plots = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
     assert len(plots) == 4
     for plot in plots:

@@ -74,6 +74,28 @@ def test_what_became_of_a_cascade():
     assert "agreement" not in summary_text(summarize(Tally(), STATS, cost=COST, output="out"))
 
 
+def test_a_profile_is_told_beside_the_answers():
+    told = {
+        "profile": "p.json",
+        "fields": {"compression.preset": "w8a8", "engine.rows": 64},
+        "objective": "cost",
+        "effect": 1.586,
+        "kl": 0.00456,
+        "decisions": 7,
+    }
+    summary = summarize(Tally(), STATS, cost=COST, output="out", optimizer=told)
+    assert summary["optimizer"] == told
+    text = summary_text(summary)
+    assert "profile         compression.preset=w8a8, engine.rows=64 (p.json)" in text
+    assert "1.59 times as cheap in seconds x devices, KL at most 0.0046 nats a token" in text
+    assert "knobs turned    7 times" in text
+    unmeasured = summary | {"optimizer": told | {"kl": None}}
+    assert "KL not measured" in summary_text(unmeasured)
+    without = told | {"profile": None, "fields": {}, "effect": None, "kl": None, "decisions": 0}
+    text = summary_text(summary | {"optimizer": without})
+    assert "profile" not in text and "turned" not in text
+
+
 def test_shares_of_the_peaks():
     peaks = device_peaks("TPU v5 lite")
     shares = roofline(

@@ -143,7 +143,13 @@ def test_a_run_takes_the_profile_and_says_so(searched, monkeypatch):
     applied, taken, said = tuning.with_profile(config, GIVEN)
     assert taken == profile and applied.engine == profile.applied(config, GIVEN).engine
     assert applied.optimizer.profile == str(optimizer.path_of(profile)) in said
-    assert "times as fast on new16-prompt64-rows16" in said
+    assert "times as fast on new16-prompt64-rows16 on this device, KL at most 0.0000" in said
+    asked = dict(config=applied, decisions=3)
+    told = tuning.account(profile, GIVEN, **asked)
+    assert told["profile"] == applied.optimizer.profile and told["decisions"] == 3
+    assert set(told["fields"]) == set(profile.fields) - set(GIVEN)
+    assert (told["effect"], told["kl"]) == (optimizer.found.effect, 0.0)
+    assert tuning.account(None, GIVEN, **asked)["profile"] is None
     given = [*GIVEN, "engine.rows"]
     applied, _, said = tuning.with_profile(config, given)
     assert applied.engine.rows == 2 and "engine.rows, mesh.data, mesh.model as given" in said

@@ -96,6 +96,7 @@ def test_answers_a_summary_and_the_exit_codes(files):
     assert rows[1]["error"]["type"] == "invalid_row"
     summary = json.loads((files / "out.jsonl.summary.json").read_text())
     assert (summary["rows"], summary["errors"]) == (2, 1)
+    assert (summary["optimizer"]["profile"], summary["optimizer"]["decisions"]) == (None, 0)
     assert "2 (1 errors)" in done.stdout
     assert "2/2" in done.stderr
     (files / "in.jsonl").write_text('{"id": "a", "prompt": "hi"}\n')

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from lepton_jax.html.page import render
 from lepton_jax.html.svg_plots import Series, scatter
 from lepton_jax.jobs.files.places import JobError, reason, write_small
-from lepton_jax.jobs.summary import roofline_text
+from lepton_jax.jobs.summary import optimizer_lines, roofline_text
 from lepton_jax.jobs.trace import Trace, scalars
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,10 @@ def report_page(summary: Mapping[str, Any], trace: Trace) -> str:
         _PAGE,
         title=str(summary["output"]),
         s=summary,
-        facts=[(name.replace("_", " "), _fact(summary[name])) for name in names],
+        facts=[
+            *((name.replace("_", " "), _fact(summary[name])) for name in names),
+            *optimizer_lines(summary["optimizer"]),
+        ],
         latencies=[(share, trace.latency(share)) for share in _PERCENTILES],
         slowest=trace.slowest,
         errors=summary["error_types"],

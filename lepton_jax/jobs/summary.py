@@ -19,6 +19,7 @@ from lepton_jax.jobs.driver import Tally
 from lepton_jax.jobs.files.places import JobError, reason, write_small
 from lepton_jax.jobs.grading import interval
 from lepton_jax.models.build import Model
+from lepton_jax.optimizer.found import GAINS
 from lepton_jax.telemetry import StepStats, device_peaks, peak_memory_bytes, roofline
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ def summarize(
     cost: ModelCost,
     output: str,
     cascade: Mapping[str, Any] | None = None,
+    optimizer: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The summary of a finished job, in JSON types.
 
@@ -73,6 +75,7 @@ def summarize(
       cost: of the model.
       output: the file that was written.
       cascade: of a job of two models, `CascadeMode.account()`.
+      optimizer: what its profile was and what feedback did, `tuning.account()`.
     """
     engine, cache = StepStats.of(stats), compile_cache.counts()
     device = jax.local_devices()[0]
@@ -107,6 +110,7 @@ def summarize(
         "roofline": _roofline(engine, device.device_kind, cost),
         "pool": stats.get("pool"),
         "cascade": cascade,
+        "optimizer": optimizer,
     }
 
 
@@ -150,6 +154,7 @@ def summary_text(summary: Mapping[str, Any]) -> str:
         ("compile cache", f"{s['compile_cache_hits']} hits, {s['compile_cache_misses']} misses"),
         ("prefix cache", f"{s['prefix_hit_tokens']:,} prompt tokens reused"),
         *_speculation(summary),
+        *optimizer_lines(s["optimizer"]),
         ("padding waste", f"{s['padding_waste']:.0%}"),
         ("peak memory", peak),
         ("roofline", roofline_text(s["roofline"], s["device"])),
@@ -197,6 +202,19 @@ def _speculation(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         return []
     text = f"{accepted:,} of {proposed:,} proposed tokens accepted ({accepted / proposed:.0%})"
     return [("speculation", f"{text}, {summary['tokens_per_step']:.2f} tokens a step")]
+
+
+def optimizer_lines(optimizer: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """What a profile set and was measured to gain, and how often a knob was turned."""
+    o, lines = optimizer or {}, []
+    if o.get("profile"):
+        fields = ", ".join(f"{name}={value}" for name, value in o["fields"].items())
+        kl = "not measured" if o["kl"] is None else f"at most {o['kl']:.4f} nats a token"
+        effect = f"{o['effect']:.2f} times as {GAINS[o['objective']]}, KL {kl}"
+        lines += [("profile", f"{fields or 'nothing'} ({o['profile']})"), ("  when tuned", effect)]
+    if o.get("decisions"):
+        lines.append(("knobs turned", f"{o['decisions']} times"))
+    return lines
 
 
 def _pool_lines(pool: Mapping[str, Any] | None) -> list[tuple[str, str]]:

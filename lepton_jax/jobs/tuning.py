@@ -157,6 +157,25 @@ def _said(profile: Profile, where: str, given: Collection[str]) -> str:
     )
 
 
+def account(
+    profile: Profile | None, given: Collection[str], *, config: RunConfig, decisions: int
+) -> dict[str, Any]:
+    """What a run's summary says of the optimizer: the profile's file, the fields that it set, the
+    effect and the KL that the search measured, and how often a knob was turned.
+
+    `config` is as `with_profile` gave it.
+    """
+    numbers = profile.numbers if profile else {}
+    return {
+        "profile": config.optimizer.profile if profile else None,
+        "fields": profile.open_fields(given) if profile else {},
+        "objective": config.optimizer.objective,
+        "effect": numbers.get("effect"),
+        "kl": numbers.get("kl"),
+        "decisions": decisions,
+    }
+
+
 def table(found: Found) -> str:
     """A search's trials, predicted beside measured, and what came of it: `first` and `whole` are
     seconds to a request's first and last token, `score` is what the objective makes small.
