@@ -88,12 +88,12 @@ def test_a_profile_is_told_beside_the_answers():
     text = summary_text(summary)
     assert "profile         compression.preset=w8a8, engine.rows=64 (p.json)" in text
     assert "1.59 times as cheap in seconds x devices, KL at most 0.0046 nats a token" in text
-    assert "knobs turned    7 times" in text
+    assert "knob turns      7" in text
     unmeasured = summary | {"optimizer": told | {"kl": None}}
     assert "KL not measured" in summary_text(unmeasured)
     without = told | {"profile": None, "fields": {}, "effect": None, "kl": None, "decisions": 0}
     text = summary_text(summary | {"optimizer": without})
-    assert "profile" not in text and "turned" not in text
+    assert "profile" not in text and "turns" not in text
 
 
 def test_shares_of_the_peaks():

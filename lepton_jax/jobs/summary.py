@@ -213,7 +213,7 @@ def optimizer_lines(optimizer: Mapping[str, Any] | None) -> list[tuple[str, str]
         effect = f"{o['effect']:.2f} times as {GAINS[o['objective']]}, KL {kl}"
         lines += [("profile", f"{fields or 'nothing'} ({o['profile']})"), ("  when tuned", effect)]
     if o.get("decisions"):
-        lines.append(("knobs turned", f"{o['decisions']} times"))
+        lines.append(("knob turns", f"{o['decisions']:,}"))
     return lines
 
 
