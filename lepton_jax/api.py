@@ -30,7 +30,6 @@ from lepton_jax.config import (
     CascadeSection,
     CompressionSection,
     EngineSection,
-    ModelSection,
     PoolSection,
     RunConfig,
     SamplingParams,
@@ -140,10 +139,8 @@ class LeptonEngine:
         """
         self.stop()
         config = config or RunConfig()
-        section = ModelSection(
-            path=str(path) or config.model.path,
-            dtype=dtype or config.model.dtype,
-            tokenizer=config.model.tokenizer,
+        section = dataclasses.replace(
+            config.model, path=str(path) or config.model.path, dtype=dtype or config.model.dtype
         )
         asked = CompressionSection(preset=compression) if compression else config.compression
         self._config = dataclasses.replace(config, model=section, compression=asked)
@@ -178,6 +175,7 @@ class LeptonEngine:
             log.warning("%s", cost)
         self.receipt = receipts.of_loaded(section.path, self.loaded.fingerprint)
         self.tokenizer = tokenizers.load(section.tokenizer or self.loaded.tokenizer_source)
+        self.tokenizer.set_chat_variables(section.chat_variables)
         if config.cascade.agreement:
             dense = _dense_config(config)
             self._dense = LeptonEngine(self._sync).load_model(config=dense, progress=progress)
@@ -457,6 +455,7 @@ class LeptonEngine:
         model = checkpoints.describe(path, **checkpoints.dtypes_here(config.model.dtype))
         source = checkpoints.tokenizer_source(path)
         self.tokenizer = tokenizers.load(config.model.tokenizer or source)
+        self.tokenizer.set_chat_variables(config.model.chat_variables)
         self._actors = RayActors(self._config.pool, functools.partial(_load, config))
         self.loaded = checkpoints.Loaded(
             config=model.config,
@@ -537,11 +536,14 @@ def _half_of_the_cache(section: EngineSection) -> EngineSection:
 
 
 def _dense_config(config: RunConfig) -> RunConfig:
-    """Of the model that a cascade falls back on: it is not compressed, and it only scores."""
+    """Of the model that a cascade falls back on: it is not compressed, it only scores, and chats
+    are made by the other's template.
+    """
     alone = dict(speculation="off", draft_model="", draft_preset="none")
+    path = config.cascade.model or config.model.path
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, path=config.cascade.model or config.model.path),
+        model=dataclasses.replace(config.model, path=path, chat_variables={}),
         compression=CompressionSection(),
         cascade=CascadeSection(),
         engine=dataclasses.replace(_half_of_the_cache(config.engine), **alone),

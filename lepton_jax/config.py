@@ -50,10 +50,15 @@ class ModelSection:
     tokenizer: str = _doc(
         "", "directory or file to take the tokenizer from, where it isn't the model's"
     )
+    chat_variables: Mapping[str, Any] = _doc(
+        {}, 'what the chat template reads beside messages, as in {"enable_thinking": false}'
+    )
 
     def __post_init__(self):
         _check_types(self)
         _check(self, "dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
+        taken = ("messages", "tools", "add_generation_prompt")
+        config_fields.variables(self, "chat_variables", taken=taken)
 
 
 @dataclasses.dataclass(frozen=True)

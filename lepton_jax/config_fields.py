@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -56,6 +57,25 @@ def listed(section: object, name: str, kind: type = str) -> None:
     wanted = "a list of names" if kind is str else "a list of whole numbers"
     check(section, name, good, wanted)
     object.__setattr__(section, name, tuple(map(kind, filter(None, pieces))))
+
+
+def variables(section: object, name: str, *, taken: Sequence[str]) -> None:
+    """Makes a field a dict of names, none of those taken, with values as JSON has them.
+
+    Raises ValueError on anything else.
+    """
+    value = getattr(section, name)
+    check(section, name, isinstance(value, Mapping), 'an object such as {"name": value}')
+    named = all(isinstance(key, str) and key.isidentifier() for key in value)
+    check(section, name, named, "names of variables, with their values")
+    free = not any(key in taken for key in value)
+    check(section, name, free, f"other names than {', '.join(taken)}, which rows give")
+    try:
+        plain = json.loads(json.dumps(dict(value)))
+    except (TypeError, ValueError):
+        plain = None
+    check(section, name, plain is not None, "values that JSON has")
+    object.__setattr__(section, name, plain)
 
 
 def is_number(value: object, types: type | tuple) -> bool:

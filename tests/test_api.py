@@ -21,6 +21,7 @@ from lepton_jax.config import (
     ScoringSection,
 )
 from lepton_jax.engine import loop
+from lepton_jax.jobs.compress_inputs import load_tokenizer
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -260,6 +261,23 @@ def test_all_weights_are_read_and_all_engines_planned_before_a_cache_is_there(
         *["cache_budget"] * engines,
         *["warm_up"] * engines,
     ]
+
+
+def test_a_model_is_asked_with_the_variables_of_its_config(tmp_path):
+    folder = model_folder(tmp_path / "model")
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}{{ mood }}")
+    model = ModelSection(chat_variables={"mood": " gladly"})
+    config = RunConfig(engine=SECTION, model=model, cascade=CascadeSection(agreement=0.5))
+    asked = [{"role": "user", "content": "one"}]
+    with LeptonEngine() as lepton:
+        lepton.load_model(folder, config=config, compression="int8")
+        ids = lepton.tokenizer.encode("one gladly", add_special=False)
+        assert lepton.tokenizer.apply_chat(asked) == ids
+        assert load_tokenizer(lepton.config).apply_chat(asked) == ids
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    with pytest.raises(ValueError, match="no chat template that reads 'mood'"):
+        lepton.load_model(folder, config=config, compression="int8")
+    assert lepton.loaded is None
 
 
 def test_a_failed_load_or_start_leaves_nothing_half_done(folder, tmp_path, monkeypatch):

@@ -39,6 +39,10 @@ def test_fields_that_nothing_would_use_are_refused(engine, message):
     [
         (ModelSection, {"dtype": "int4"}),
         (ModelSection, {"path": 3}),
+        (ModelSection, {"chat_variables": "enable_thinking"}),
+        (ModelSection, {"chat_variables": {"enable-thinking": False}}),
+        (ModelSection, {"chat_variables": {"add_generation_prompt": False}}),
+        (ModelSection, {"chat_variables": {"today": object()}}),
         (HostsSection, {"coordinator": "h:65535"}),
         (HostsSection, {"coordinator": "h:0"}),
         (MeshSection, {"data": 0}),
@@ -132,6 +136,14 @@ def test_fields_that_may_be_none_take_it_from_the_command_line(field, in_file, f
     config = cli.whole_config({"sampling": {field: in_file}})
     config.sampling[field] = flag  # as a flag sets it: a text where it is no literal of Python
     assert getattr(cli.run_config(config).sampling, field) == meant
+
+
+@pytest.mark.parametrize("flag", ['{"think": false, "a": [1]}', {"think": False, "a": (1,)}])
+def test_variables_of_chats_come_from_the_file_or_the_command_line(flag):
+    config = cli.whole_config({"model": {"chat_variables": {"think": True, "b": {"c": None}}}})
+    assert cli.run_config(config).model.chat_variables == {"think": True, "b": {"c": None}}
+    config.model.chat_variables = flag
+    assert cli.run_config(config).model.chat_variables == {"think": False, "a": [1]}
 
 
 @pytest.mark.parametrize(

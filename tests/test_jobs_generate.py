@@ -8,7 +8,7 @@ import pytest
 from jobs_fakes import ByteTokenizer, FakeEngine, Killed, MortalEngine, job_config
 from jobs_fakes import run_job as run
 
-from lepton_jax.config import OptimizerSection, RunConfig
+from lepton_jax.config import ModelSection, OptimizerSection, RunConfig
 from lepton_jax.jobs.driver import Job
 from lepton_jax.jobs.files.places import JobError
 from lepton_jax.jobs.generate import GenerateMode
@@ -189,6 +189,15 @@ def test_another_input_model_or_config_is_refused_until_told_to_start_over(tmp_p
     assert partial.read_bytes() == kept
     _, tally = run(config_for(tmp_path, restart=True, **own), fingerprint=fingerprint)
     assert (tally.resumed, tally.rows) == (0, 20)
+
+
+def test_chats_with_other_variables_are_another_run(tmp_path):
+    write_rows(tmp_path, PROMPTS)
+    with pytest.raises(Killed):
+        run(config_for(tmp_path), MortalEngine(20))
+    model = ModelSection(chat_variables={"think": False})
+    with pytest.raises(JobError, match="model.chat_variables was {}, is {'think': False}"):
+        run(dataclasses.replace(config_for(tmp_path), model=model))
 
 
 def test_other_sizes_of_the_engine_may_go_on(tmp_path):

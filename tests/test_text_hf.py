@@ -132,6 +132,24 @@ def test_tools_need_a_template_that_offers_them(tmp_path):
     assert tokenizer.render_chat(USER) == tokenizer.render_chat(USER, tools=[])
 
 
+def test_variables_go_into_every_chat_of_a_template_that_reads_them(tmp_path):
+    template = "{% if think is not defined %}{% set think = true %}{% endif %}"
+    template += "{{ messages[0].content }}{% if think %}?{% endif %}"
+    named = {"chat_template": [{"name": "default", "template": template}]}
+    tokenizer = load(directory(tmp_path, byte_level_json(), tokenizer_config=named))
+    assert tokenizer.render_chat(USER) == "Hi?"
+    tokenizer.set_chat_variables({"think": False})
+    assert tokenizer.render_chat(USER) == "Hi"
+    assert tokenizer.apply_chat(USER) == tokenizer.encode("Hi")
+    assert tokenizer.render_chat(USER, think=True) == "Hi?"
+    with pytest.raises(ValueError, match=r"that reads 'thnk': .* \(read: messages, think\)"):
+        tokenizer.set_chat_variables({"thnk": False})
+    plain = load(directory(tmp_path, byte_level_json(), tokenizer_config={}))
+    plain.set_chat_variables({})
+    with pytest.raises(ValueError, match=r"no chat template that reads 'think': .*: nothing\)"):
+        plain.set_chat_variables({"think": False})
+
+
 def test_templates_by_name_and_from_files(tmp_path):
     named = [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}]
     path = directory(tmp_path, byte_level_json(), tokenizer_config={"chat_template": named})

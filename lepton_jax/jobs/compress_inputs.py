@@ -97,7 +97,9 @@ def require_texts(config: RunConfig, model: Model, *, calibrated: bool) -> None:
 def load_tokenizer(config: RunConfig) -> tokenizers.Tokenizer:
     """The model's, without its weights, or the one that the config names."""
     source = config.model.tokenizer or checkpoints.tokenizer_source(config.model.path)
-    return tokenizers.load(source)
+    tokenizer = tokenizers.load(source)
+    tokenizer.set_chat_variables(config.model.chat_variables)
+    return tokenizer
 
 
 def text_windows(

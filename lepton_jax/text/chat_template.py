@@ -15,6 +15,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 import jinja2
+import jinja2.meta
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -62,6 +63,14 @@ def render(
         raise ChatTemplateError(
             f"the chat template refuses the messages (roles: {roles}): {error}"
         ) from error
+
+
+def variables_of(template: str) -> set[str]:
+    """Names of what a template reads; of one that is no valid jinja, which `render` says, none."""
+    try:
+        return jinja2.meta.find_undeclared_variables(_environment().parse(template))
+    except jinja2.TemplateSyntaxError:
+        return set()
 
 
 def _checked_messages(messages: Sequence[Mapping]) -> list[dict]:
@@ -120,13 +129,17 @@ def _plain(value: object, place: str) -> object:
 
 @functools.lru_cache(maxsize=32)
 def _compiled(source: str) -> jinja2.Template:
+    return _environment().from_string(source)
+
+
+def _environment() -> jinja2.Environment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
-    return environment.from_string(source)
+    return environment
 
 
 class _Generation(Extension):

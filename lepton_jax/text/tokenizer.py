@@ -30,7 +30,7 @@ class Tokenizer:
     `vocab_size` counts the tokenizer's own ids (a model may have more rows). `eos_ids` are all ids
     that end an answer. `control_ids` spell nothing in decoded text. `leading_space`: decoding drops
     the space that encoding adds in front. `now`: what chat templates take for the time; None: the
-    clock's.
+    clock's. `chat_variables`: what else they get with each chat (`set_chat_variables`).
     """
 
     def __init__(self, parts: TokenizerParts, *, source: str):
@@ -43,6 +43,7 @@ class Tokenizer:
         self.leading_space: bool = parts.pieces.leading_space
         self.chat_template: str | None = parts.templates.get("default")
         self.now: datetime.datetime | None = None
+        self.chat_variables: dict[str, object] = {}
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:
         """Ids of `text`; with `add_special` the ids around it that the model expects (usually bos
@@ -80,6 +81,21 @@ class Tokenizer:
         """One id for people to read, control tokens too; a partial character shows as U+FFFD."""
         return self.id_to_bytes(token_id).decode("utf-8", "replace")
 
+    def set_chat_variables(self, variables: Mapping[str, object]) -> None:
+        """Gives all chats from now on these variables, as in {"enable_thinking": False}.
+
+        Raises `ChatTemplateError` for one that no chat template reads.
+        """
+        for name in variables:
+            templates = self._parts.templates.values()
+            read = sorted(set().union(*map(chat_template.variables_of, templates)))
+            if name not in read:
+                raise chat_template.ChatTemplateError(
+                    f"the tokenizer of {self.source} has no chat template that reads {name!r}: "
+                    f"leave it out of model.chat_variables (read: {', '.join(read) or 'nothing'})"
+                )
+        self.chat_variables = dict(variables)
+
     def render_chat(
         self, messages: Sequence[Mapping], tools: Sequence[Mapping] | None = None, **variables
     ) -> str:
@@ -100,7 +116,7 @@ class Tokenizer:
                 f"the chat template of {self.source} has no place for tools: leave them out, or "
                 "take a model whose template offers them"
             )
-        values = dict(self._parts.special.names) | variables
+        values = dict(self._parts.special.names) | self.chat_variables | variables
         if self.now:
             values["strftime_now"] = self.now.strftime
         return chat_template.render(templates[name], messages, tools=tools, **values)
