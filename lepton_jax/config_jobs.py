@@ -25,6 +25,11 @@ class JobSection:
     )
     format: str = _doc("", "of the input: jsonl, csv, parquet, openai_batch; empty: by its ending")
     columns: str = _doc("", "the columns of fields, as in prompt=question,id=key")
+    template: str = _doc(
+        "",
+        "generate: the prompt of a row, with columns of the row in braces, as in 'Shop: {shop}.'; "
+        "{{ and }} are braces; empty: rows have prompts of their own",
+    )
     keep: str = _doc("", "columns to copy to the output rows, as in label,source=url")
     answer: str = _doc(
         "",

@@ -15,6 +15,7 @@ from jobs_fakes import job_config, run_job
 
 from lepton_jax.jobs.files import places
 from lepton_jax.jobs.files.places import JobError
+from lepton_jax.jobs.mode_for import mode_for
 
 ROWS = [{"id": f"r{i}", "prompt": f"row {i}, été"} for i in range(5)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -185,6 +186,37 @@ def test_cells_hold_json_and_structs_hold_fields(tmp_path):
     assert "messages is not valid JSON" in found[2]["error"]["message"]
 
 
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_a_template_makes_prompts_of_a_table(tmp_path, ending):
+    rows = [
+        {"shop": "North", "sold": 95, "choices": "up or down", "note": "", "sampling": None},
+        {"shop": "South", "sold": None, "choices": "up or down", "note": "", "sampling": None},
+    ]
+    rows[0]["sampling"] = {"max_tokens": 20} if ending == "parquet" else '{"max_tokens": 20}'
+    path = tmp_path / f"in.{ending}"
+    if ending == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path.write_text(csv_of(rows, list(rows[0])))
+    job = {"template": "{shop}: {sold} ({choices})", "columns": "id=shop,shop"}
+    config = job_config(path, tmp_path / "out.jsonl", **job)
+    output, _ = run_job(config, mode=mode_for(config))
+    first, second = json_rows(output.read_text())
+    assert (first["id"], first["text"]) == ("North", "North: 95 (up or dow")
+    assert second["id"] == "South" and "has no 'sold'" in second["error"]["message"]
+    config = job_config(path, tmp_path / "out.jsonl", template="{shop} {sol}")
+    with pytest.raises(JobError, match="job.template names 'sol', but .* has shop, sold"):
+        run_job(config, mode=mode_for(config))
+
+
+def test_a_template_is_not_for_requests_that_say_what_they_ask(tmp_path):
+    request = {"custom_id": "a", "url": "/v1/completions", "body": {"prompt": "x"}}
+    (tmp_path / "in.jsonl").write_text(json.dumps(request) + "\n")
+    config = job_config(tmp_path / "in.jsonl", tmp_path / "out.jsonl", template="{body}")
+    with pytest.raises(JobError, match="job.template is for rows of our own form"):
+        run_job(config, mode=mode_for(config))
+
+
 def test_bad_rows_of_csv_are_named_by_their_line(tmp_path):
     data = b"id,prompt\n"
     data += b'a,"two\nlines"\nb\nc,x,y\nd,\xff\n"e"x,y\n,no id\ng,\n\nh,end\n"i,open'
@@ -241,6 +273,7 @@ def test_an_empty_input_gives_a_readable_file_of_no_rows(tmp_path):
     ("name", "content", "job", "says"),
     [
         ("in.csv", b"question,label\nx,y\n", {}, "columns question, label, and none of prompt"),
+        ("in.csv", b"shop\nx\n", {}, "or --config.job.template='... {shop} ...'"),
         ("in.csv", b"a,a\n1,2\n", {}, "each once"),
         ("in.csv", b"", {}, "want a first line of names"),
         ("in.csv", b"a,b\n", {"columns": "prompt=c"}, "job.columns names 'c', but .* has a, b"),

@@ -12,14 +12,15 @@ from lepton_jax.jobs.rows import BadRow, IdSet, read_rows
 GOOD = {"id": "good", "prompt": "hello"}
 
 
-def rows_of(tmp_path, *lines, defaults=None):
+def rows_of(tmp_path, *lines, defaults=None, template=""):
     data = b"\n".join(
         line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines
     )
     path = tmp_path / "rows.jsonl"
     path.write_bytes(data)
-    source = Source(JobSection(input=str(path)))
-    return list(read_rows(source, GenerateMode(defaults or SamplingParams())))
+    source = Source(JobSection(input=str(path), template=template))
+    mode = GenerateMode(defaults or SamplingParams(), template)
+    return list(read_rows(source, mode, strict=source.strict))
 
 
 def test_the_three_kinds_of_prompt(tmp_path):
@@ -89,6 +90,34 @@ def test_a_bad_row_is_named_and_its_neighbours_untouched(tmp_path, line, kind, s
     assert says in bad.message
     assert bad.record.line == 2
     json.dumps(bad.result).encode()
+
+
+def test_a_template_makes_a_prompt_of_a_row_s_columns(tmp_path):
+    row = {"id": 5, "shop": "été", "on": True, "list": ["é", 1], "size": 1.5, "other": None}
+    lines = [row, row | {"id": "own", "sampling": {"max_tokens": 3}}]
+    lines += [row | {"id": "gone", "size": None}, {"shop": "x", "on": 0, "list": "", "size": "y"}]
+    template = '{{"{shop}"}} {on}{list}, {size} {shop} {id}'
+    first, own, gone, bare = rows_of(tmp_path, *lines, template=template)
+    assert first.work == PromptWork('{"été"} true["é", 1], 1.5 été 5', SamplingParams())
+    assert own.work.sampling.max_tokens == 3 and own.work.prompt.endswith("own")
+    assert gone.message.startswith("the row has no 'size', which job.template puts")
+    assert bare.message.startswith("the row has no 'id', which")
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("Shop: {shop", "expected '}'"),
+        ('{"shop": {shop}}', "has {\"shop\": {shop}}: want names"),
+        ("{shop!r}", "has {shop!r}: want names of columns in braces"),
+        ("{}", "has {}: want"),
+        ("shop", "has no column"),
+    ],
+)
+def test_a_template_that_names_no_columns_is_refused(template, says):
+    with pytest.raises(ValueError) as refused:
+        GenerateMode(SamplingParams(), template)
+    assert says in str(refused.value) and "as in 'Shop: {shop}.'" in str(refused.value)
 
 
 def test_ids_of_error_rows(tmp_path):

@@ -382,6 +382,17 @@ def test_what_a_mode_would_not_read_is_refused(mode, scoring, cascade, says):
         mode_for(config)
 
 
+@pytest.mark.parametrize(
+    ("mode", "says"), [("classify", "leave it out (give scoring.template)"), ("embed", "out")]
+)
+def test_a_template_of_prompts_is_for_generate_alone(mode, says):
+    asked = section() if mode == "classify" else ScoringSection()
+    config = RunConfig(job=JobSection(mode=mode, template="{text}"), scoring=asked)
+    with pytest.raises(ValueError, match="job.template='{text}' is of job.mode=generate") as error:
+        mode_for(config)
+    assert str(error.value).endswith(says)
+
+
 @pytest.mark.parametrize("mode", ["embed", "perplexity"])
 def test_what_is_not_right_or_wrong_is_not_graded(mode):
     with pytest.raises(ValueError, match="job.answer='label' grades answers, and job.mode="):

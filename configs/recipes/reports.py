@@ -7,6 +7,17 @@ says how many of their fields are right. Needs llguidance: pip install -e ".[gui
 reports.md.
 """
 
+_TEMPLATE = """Write the report of one shop as JSON.
+
+Shop: Lakeside. Sales last month: 40. Sales this month: 64. Trend: up.
+{{"shop": "Lakeside", "last_month": 40, "this_month": 64, "trend": "up"}}
+
+Shop: Castle. Sales last month: 92. Sales this month: 71. Trend: down.
+{{"shop": "Castle", "last_month": 92, "this_month": 71, "trend": "down"}}
+
+Shop: {shop}. Sales last month: {last_month}. Sales this month: {this_month}. Trend: {trend}.
+"""
+
 _SCHEMA = {
     "type": "object",
     "properties": {
@@ -26,8 +37,10 @@ def get_config(arg=None):
         "compression": {"preset": "w8a8"},
         "sampling": {"json_schema": _SCHEMA, "max_tokens": 96},
         "job": {
-            "input": "configs/recipes/data/shops.jsonl",
+            "input": "configs/recipes/data/shops.csv",
             "output": "outputs/reports.jsonl",
+            "columns": "id=shop,shop",
+            "template": _TEMPLATE,
             "answer": "expected",
         },
     }

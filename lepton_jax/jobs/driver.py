@@ -142,11 +142,11 @@ class Job:
         job = self._config.job
         if any(is_same(self.output.path, name) for name in self._source.names):
             raise JobError(f"job.output={job.output!r} is the input: give another file")
-        for name in ("answer", "keep"):
+        for name in ("answer", "keep", "template"):
             if batch and getattr(job, name):
                 raise JobError(
-                    f"job.{name} is for rows of our own form, not for batch requests, whose "
-                    "answers have OpenAI's fields: leave it out"
+                    f"job.{name} is for rows of our own form, not for batch requests, which have "
+                    "OpenAI's fields: leave it out"
                 )
         if batch and self.output.form != "jsonl":
             raise JobError("answers to batch requests are JSON lines: give a job.output in .jsonl")

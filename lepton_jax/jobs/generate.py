@@ -5,7 +5,8 @@
     {"id": "c", "prompt_tokens": [1, 338, 263]}
 
 Beside messages there may be "tools", a list of JSON schemas of functions, for the chat template; a
-call of one is text like any other.
+call of one is text like any other. With `job.template` a row's prompt is the template with the
+row's columns in it, and "sampling" is all that is read besides.
 
 An output row is {"id", "text", "token_ids", "finish_reason", "prompt_tokens", "completion_tokens"},
 with "logprobs" where asked: [{"logprob", "top": [[id, logprob], ...]} for each token]. With n > 1
@@ -14,11 +15,13 @@ it is {"id", "choices": [{"text", "token_ids", "finish_reason"}, ...], "prompt_t
 """
 
 import dataclasses
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lepton_jax.config import SamplingParams, from_mapping, refuse_unknown
+from lepton_jax.jobs.files.source import template_parts
 from lepton_jax.jobs.modes import IndependentRows, Progress
 from lepton_jax.jobs.rows import Prompt, RowError, shown
 from lepton_jax.jobs.session import (
@@ -46,19 +49,23 @@ class PromptWork:
 
 
 class GenerateMode(IndependentRows):
-    """Rows with a prompt each; `sampling` is what a row's own leaves open."""
+    """Rows with a prompt each, or with what `template` makes one of; `sampling` is what a row's own
+    leaves open.
+    """
 
-    fields = (*PROMPT_FIELDS, "tools", "sampling")
-
-    def __init__(self, sampling: SamplingParams):
-        """Raises ValueError where what it prescribes can't be followed."""
+    def __init__(self, sampling: SamplingParams, template: str = ""):
+        """Raises ValueError where what they prescribe can't be followed."""
         grammar_of(sampling)
-        self._sampling = sampling
+        self._sampling, self._template = sampling, template_parts(template)
+        columns = dict.fromkeys(name for _, name in self._template if name)
+        self.fields = (*(columns if template else (*PROMPT_FIELDS, "tools")), "sampling")
 
     def parse(self, values: Mapping[str, Any]) -> PromptWork:
         """Raises RowError (invalid_row, invalid_sampling)."""
         sampling = row_sampling(values, self._sampling)
         grammar_of(sampling)
+        if self._template:
+            return PromptWork(_filled_in(self._template, values), sampling)
         return PromptWork(_prompt(values), sampling, _tools(values))
 
     def requests(self, work: PromptWork, tokenizer: Tokenizer) -> list[tuple[int, SamplingParams]]:
@@ -152,6 +159,21 @@ def _prompt(values: Mapping[str, Any]) -> Prompt:
     if not prompt:
         raise RowError("invalid_row", f"{name} is empty: want {wanted}")
     return prompt
+
+
+def _filled_in(template: Sequence[tuple[str, str | None]], values: Mapping[str, Any]) -> str:
+    missing = [name for _, name in template if name is not None and values.get(name) is None]
+    if missing:
+        said = f"the row has no {missing[0]!r}, which job.template puts into the prompt: give it"
+        raise RowError("invalid_row", said)
+    return "".join(text + ("" if name is None else _text(values[name])) for text, name in template)
+
+
+def _text(value: Any) -> str:
+    """A text as it is, numbers and dates as they are written, all else as JSON."""
+    if isinstance(value, bool | list | dict):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return str(value)
 
 
 def _tools(values: Mapping[str, Any]) -> list[dict] | None:

@@ -15,7 +15,7 @@ from lepton_jax.jobs.rank import RankMode
 from lepton_jax.jobs.score import ScoreMode
 
 _MAKERS = {
-    "generate": lambda config: GenerateMode(config.sampling),
+    "generate": lambda config: GenerateMode(config.sampling, config.job.template),
     "score": lambda config: ScoreMode(choices_only=bool(config.cascade.agreement)),
     "classify": lambda config: ClassifyMode(config.scoring),
     "embed": lambda config: EmbedMode(config.scoring.pooling, config.scoring.layer),
@@ -58,6 +58,12 @@ def mode_for(config: RunConfig) -> Mode:
             f"{', '.join(_CHOOSING)}, or cascade.agreement=0"
         )
     refuse_unread(name, config.scoring)
+    if config.job.template and name != "generate":
+        instead = " (give scoring.template)" if "template" in _SCORING.get(name, ()) else ""
+        raise ValueError(
+            f"job.template={config.job.template!r} is of job.mode=generate, not of {name}: leave "
+            f"it out{instead}"
+        )
     _refuse_unread_cascade(config)
     if not config.cascade.agreement:
         return make(config)

@@ -125,7 +125,8 @@ def read_rows(
                 message = f"id {row_id!r} belongs to an earlier row: ids must differ"
                 raise RowError("duplicate_id", message)
             values = _known(record.values, known, strict=strict)
-            values.pop(id_field, None)
+            if id_field not in mode.fields:
+                values.pop(id_field, None)
             yield Row(place, record, row_id, mode.parse(values))
         except RowError as error:
             yield BadRow(place, record, row_id, error.kind, str(error))

@@ -10,6 +10,7 @@ import itertools
 import json
 import logging
 import math
+import string
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
@@ -71,11 +72,15 @@ class Source:
         self._columns = {new: old for new, old in pairs(job.columns, "job.columns")}
         self._keep = {new: old for new, old in pairs(job.keep, "job.keep")}
         self._answer = {"answer": job.answer} if job.answer else {}
+        inserted = {name for _, name in template_parts(job.template) if name}
+        self._inserted = {name: name for name in sorted(inserted - self._columns.keys())}
         self._unseen = {*self._keep.values(), *self._answer.values()}
         self._served: frozenset[str] = frozenset()
-        # Columns of a table come together and not all are for us; an odd key in JSON is a typo.
+        # Columns of a table come together and not all are for us; an odd key in JSON is a typo,
+        # unless rows are a table by what a template takes of them.
         self.format = self._format(job)
-        self._strict = self.format not in TABLES and not self._columns
+        self._strict = self.format not in TABLES and not self._columns and not job.template
+        self._json = {"sampling"} if job.template else tables.JSON_FIELDS
         self._rows: int | None = None
         self.follower = self._follower(job) if job.follow else None
 
@@ -120,6 +125,7 @@ class Source:
         if not there:
             return
         wanted = {"columns": self._columns, "keep": self._keep, "answer": self._answer}
+        wanted |= {"template": self._inserted}
         for name, columns in wanted.items():
             for old in columns.values():
                 if old not in there:
@@ -127,10 +133,11 @@ class Source:
                         f"job.{name} names {old!r}, but {self.names[0]!r} has {', '.join(there)}"
                     )
         if not any(field in self._columns or field in there for field in fields):
+            template = f", or --config.job.template='... {{{there[0]}}} ...'"
             raise JobError(
                 f"{self.names[0]!r} has the columns {', '.join(there)}, and none of "
                 f"{', '.join(fields)}: say which is which, as in "
-                f"--config.job.columns={fields[0]}={there[0]}"
+                f"--config.job.columns={fields[0]}={there[0]}{template * ('prompt' in fields)}"
             )
 
     def report_unseen(self) -> None:
@@ -185,7 +192,7 @@ class Source:
         mine |= {new: values[old] for new, old in self._columns.items() if old in values}
         if self.format == "csv":
             try:
-                mine = tables.parse_json_cells(mine, self._served)
+                mine = tables.parse_json_cells(mine, self._json & self._served)
             except ValueError as error:
                 return Record(line, shard, RowError("invalid_row", str(error)), kept)
         return Record(line, shard, mine, kept)
@@ -241,6 +248,25 @@ def pairs(text: str, name: str) -> list[tuple[str, str]]:
             raise JobError(f"{name}={text!r} is not allowed: {new!r} is there twice")
         found.append((new, old or new))
     return found
+
+
+def template_parts(template: str) -> list[tuple[str, str | None]]:
+    """[("Shop: ", "shop"), (".", None)] of "Shop: {shop}.": texts, and the column after each.
+
+    Raises JobError where braces don't hold names of columns.
+    """
+    example = "want names of columns in braces, and {{ and }} for braces, as in 'Shop: {shop}.'"
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise JobError(f"job.template={template!r} is not allowed: {error}: {example}") from error
+    for _, name, form, conversion in parts:
+        if name == "" or form or conversion:
+            found = f"{name}{f'!{conversion}' if conversion else ''}{f':{form}' if form else ''}"
+            raise JobError(f"job.template={template!r} has {{{found}}}: {example}")
+    if template and not any(name for _, name, _, _ in parts):
+        raise JobError(f"job.template={template!r} has no column: {example}")
+    return [(text, name) for text, name, _, _ in parts]
 
 
 def storable(value: Any) -> Any:

@@ -106,11 +106,11 @@ def _fields(header: list[str], cells: list[str]) -> dict[str, Any] | str:
 
 
 def parse_json_cells(values: dict[str, Any], fields: Collection[str]) -> dict[str, Any]:
-    """The values with the JSON ones among these fields parsed. Raises ValueError naming the one
-    that is none.
+    """The values with those of these fields parsed. Raises ValueError naming the one that is no
+    JSON.
     """
     parsed = dict(values)
-    for name in JSON_FIELDS & values.keys() & set(fields):
+    for name in sorted(values.keys() & fields):
         try:
             parsed[name] = json.loads(values[name])
         except ValueError as error:
