@@ -70,9 +70,11 @@ class ScoringSection:
         "empty: one under the other",
     )
     chat: bool = _doc(
-        False, "classify: the template is a message of the user, the label the model's answer"
+        False,
+        "classify: the template is a message of the user, the label the model's answer; a row may "
+        "have messages of its own instead of text",
     )
-    system: str = _doc("", "classify with chat: the system message before it")
+    system: str = _doc("", "classify with chat: the system message before the template's")
     alert: str = _doc(
         "", "classify: LABEL>=P marks such rows, says them and adds them to <output>.alerts.jsonl"
     )

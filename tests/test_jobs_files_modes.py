@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -14,6 +15,7 @@ from lepton_jax.config import MODES, ScoringSection
 from lepton_jax.jobs import driver
 from lepton_jax.jobs.mode_for import mode_for
 
+README = Path(__file__).resolve().parent.parent / "README.md"
 TEXTS = [f"text number {i * i}" for i in range(12)]
 ROWS = {
     "score": [{"id": t, "context": t, "choices": ["yes", "no", "maybe"]} for t in TEXTS],
@@ -71,6 +73,16 @@ def score_file(source, output, mode, engine):
 
 def test_there_are_rows_for_every_mode():
     assert {*ROWS, "generate"} == {*MODES}
+
+
+@pytest.mark.parametrize("mode", ROWS)
+def test_readme_shows_each_field_of_an_output_row(tmp_path, mode):
+    write(tmp_path / "in.jsonl", ROWS[mode][:1])
+    output, _ = score_file(tmp_path / "in.jsonl", tmp_path / "out.jsonl", mode, Scorer())
+    row = json.loads(output.read_text())
+    shown = README.read_text(encoding="utf-8")
+    fields = [*row, *(row["choices"][0] if mode == "score" else ())]
+    assert not [name for name in fields if f'"{name}": ' not in shown]
 
 
 @pytest.mark.parametrize("mode", ROWS)

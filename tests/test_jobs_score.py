@@ -258,6 +258,35 @@ def test_classify_as_a_chat():
     assert len(engine.asked) == 2
 
 
+def test_classify_the_answer_to_a_row_s_own_messages():
+    mode = ClassifyMode(section(chat=True, system="Choose.", template="Is it good? {text}"))
+    roles = ("system", "user", "assistant", "user")
+    chat = [{"role": role, "content": f"{n}{{label}}"} for n, role in enumerate(roles)]
+    engine = FakeScorer()
+    row = answer(mode, {"messages": chat}, engine)
+    before = b"s:0{label};u:1{label};a:2{label};u:3{label};"
+    assert all(bytes(ids).startswith(before) for ids, _ in engine.asked)
+    sums = [sum(alone(before, label)) for label in (b"good", b"bad")]
+    assert list(row["logprobs"].values()) == pytest.approx(sums)
+    assert mode.requests(chat, Bytes())[0][0] == len(engine.asked[0][0])
+
+
+@pytest.mark.parametrize(
+    ("fields", "values", "message"),
+    [
+        ({}, {"messages": [{}]}, "which want scoring.chat=true .*columns=other=messages"),
+        ({"chat": True, "calibrate": True}, {"messages": [{}]}, "want scoring.calibrate=false"),
+        ({"chat": True}, {"messages": [{}], "text": "x"}, "has text and messages: want one"),
+        ({"chat": True}, {"messages": []}, "messages is empty: want a list"),
+        ({"chat": True}, {"messages": "x"}, "messages is 'x': want a list"),
+        ({"chat": True}, {}, "text is missing: want a text"),
+    ],
+)
+def test_rows_that_are_no_text_and_no_chat_are_named(fields, values, message):
+    with pytest.raises(RowError, match=message):
+        ClassifyMode(section(**fields)).parse(values)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -1,12 +1,15 @@
 """The mode classify: which of some labels fits a text, as probabilities.
 
     {"id": "a", "text": "The parcel came broken and nobody answers."}
+    {"id": "b", "messages": [{"role": "user", "content": "Where is my parcel?"}]}
 
 The config's `scoring.template` says how text and label stand to each other. The score of a label is
 the log-likelihood of its tokens after the template's text: their sum, which is the model's own
 probability of the label, or their mean, which doesn't favour short labels. Softmax over the labels
 gives probabilities that add up to 1. With `scoring.calibrate` each label's score first loses what
-the label gets with a content-free text (Zhao et al. 2021, "Calibrate Before Use").
+the label gets with a content-free text (Zhao et al. 2021, "Calibrate Before Use"). With
+`scoring.chat` the label is the model's answer in a chat: to the template, or to a row's own
+"messages", to which template and `scoring.system` add nothing.
 
 An output row is {"id", "label", "probability", "probabilities": {label: p}, "logprobs": {label:
 log-likelihood}, "prompt_tokens"}, with "alert": true or false where `scoring.alert` asks
@@ -23,7 +26,7 @@ from lepton_jax.config_fields import A_LIST
 from lepton_jax.engine.scored import Scored, ScoreSpec
 from lepton_jax.jobs.alerts import parse_alert
 from lepton_jax.jobs.pairs import Likelihood, Questions, chat_pair, split_pair
-from lepton_jax.jobs.rows import RowError
+from lepton_jax.jobs.rows import ASIDE, RowError, need_messages
 from lepton_jax.jobs.scoring import (
     Asked,
     ChoosingMode,
@@ -41,7 +44,7 @@ CONTENT_FREE = ("N/A", "[MASK]", "")  # as in the paper; their probabilities are
 class ClassifyMode(ChoosingMode):
     """Rows as above; labels and template are the config's."""
 
-    fields = ("text",)
+    fields = ("text", "messages")
 
     def __init__(self, section: ScoringSection):
         """Raises ValueError where the section names no labels or its template has no place for
@@ -56,10 +59,19 @@ class ClassifyMode(ChoosingMode):
         self._alert = parse_alert(section.alert, section.labels)
         self._bias = np.zeros(len(section.labels))
 
-    def parse(self, values: Mapping[str, Any]) -> str:
-        return need_text(values, "text", empty=True)
+    def parse(self, values: Mapping[str, Any]) -> str | list[dict]:
+        """A text, or the messages of a chat. Raises RowError (invalid_row)."""
+        if "messages" not in values:
+            return need_text(values, "text", empty=True)
+        aside = ASIDE.format("messages")
+        if "text" in values:
+            raise RowError("invalid_row", f"the row has text and messages: want one{aside}")
+        if not self._section.chat or self._section.calibrate:
+            wanted = "scoring.calibrate=false" if self._section.chat else "scoring.chat=true"
+            raise RowError("invalid_row", f"the row has messages, which want {wanted}{aside}")
+        return need_messages(values)
 
-    def ask(self, work: str, tokenizer: Tokenizer) -> Asked:
+    def ask(self, work: str | list[dict], tokenizer: Tokenizer) -> Asked:
         asked = Questions(self._pairs(work, tokenizer))
 
         def answer(results: list[Scored]) -> dict:
@@ -88,7 +100,9 @@ class ClassifyMode(ChoosingMode):
         with np.errstate(divide="ignore"):
             return int(np.argmax(chances)), margin(np.log(chances))
 
-    def requests(self, work: str, tokenizer: Tokenizer) -> list[tuple[int, ScoreSpec]]:
+    def requests(
+        self, work: str | list[dict], tokenizer: Tokenizer
+    ) -> list[tuple[int, ScoreSpec]]:
         """Those of the content-free texts too, where `open` will ask them."""
         texts = (work, *CONTENT_FREE) if self._section.calibrate else (work,)
         of_one = super().requests
@@ -118,19 +132,21 @@ class ClassifyMode(ChoosingMode):
         weights = np.exp(scores - scores.max())
         return weights / weights.sum()
 
-    def _pairs(self, text: str, tokenizer: Tokenizer) -> list:
-        before = self._before.replace("{text}", text)
+    def _pairs(self, work: str | list[dict], tokenizer: Tokenizer) -> list:
         if not self._section.chat:
+            before = self._before.replace("{text}", work)
             labels = [label + self._after for label in self._section.labels]
             return [split_pair(tokenizer, before, label) for label in labels]
-        system = self._section.system
-        messages = [{"role": "system", "content": system}] if system else []
-        messages.append({"role": "user", "content": before})
         try:
-            context = tokenizer.apply_chat(messages)
+            context = tokenizer.apply_chat(self._messages(work) if isinstance(work, str) else work)
         except ValueError as error:
             raise RowError("invalid_prompt", str(error)) from error
         return [chat_pair(tokenizer, context, label) for label in self._section.labels]
+
+    def _messages(self, text: str) -> list[dict]:
+        system = self._section.system
+        messages = [{"role": "system", "content": system}] if system else []
+        return [*messages, {"role": "user", "content": self._before.replace("{text}", text)}]
 
 
 def _split_template(section: ScoringSection) -> tuple[str, str]:

@@ -23,7 +23,7 @@ from typing import Any
 from lepton_jax.config import SamplingParams, from_mapping, refuse_unknown
 from lepton_jax.jobs.files.source import template_parts
 from lepton_jax.jobs.modes import IndependentRows, Progress
-from lepton_jax.jobs.rows import Prompt, RowError, shown
+from lepton_jax.jobs.rows import ASIDE, Prompt, RowError, need_messages, shown
 from lepton_jax.jobs.session import (
     Choice,
     Completion,
@@ -36,7 +36,6 @@ from lepton_jax.jobs.session import (
 from lepton_jax.text.tokenizer import Tokenizer
 
 PROMPT_FIELDS = ("prompt", "messages", "prompt_tokens")
-_ASIDE = " (a column for something else is set aside by --config.job.columns=other={})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,14 +142,13 @@ def _prompt(values: Mapping[str, Any]) -> Prompt:
     if len(given) != 1:
         found = " and ".join(given) or "none"
         wanted = ", ".join(PROMPT_FIELDS)
-        aside = _ASIDE.format(given[-1]) if given else ""
+        aside = ASIDE.format(given[-1]) if given else ""
         raise RowError("invalid_row", f"the row has {found} of {wanted}: want exactly one{aside}")
     name, prompt = given[0], values[given[0]]
+    if name == "messages":
+        return need_messages(values)
     if name == "prompt":
         good, wanted = isinstance(prompt, str), "a text"
-    elif name == "messages":
-        good = isinstance(prompt, list) and all(isinstance(m, dict) for m in prompt)
-        wanted = 'a list of {"role", "content"} objects'
     else:
         good = isinstance(prompt, list) and all(type(i) is int for i in prompt)
         wanted = "a list of token ids"
@@ -181,10 +179,10 @@ def _tools(values: Mapping[str, Any]) -> list[dict] | None:
         return None
     tools = values["tools"]
     if "messages" not in values:
-        said = f"the row has tools and no messages: want both, or no tools{_ASIDE.format('tools')}"
+        said = f"the row has tools and no messages: want both, or no tools{ASIDE.format('tools')}"
         raise RowError("invalid_row", said)
     if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        said = f"tools is {shown(tools)}: want a list of objects{_ASIDE.format('tools')}"
+        said = f"tools is {shown(tools)}: want a list of objects{ASIDE.format('tools')}"
         raise RowError("invalid_row", said)
     return tools
 

@@ -20,6 +20,7 @@ __all__ = ["BadRow", "IdSet", "Prompt", "Row", "RowError", "RowId", "read_rows"]
 
 Prompt = str | list[dict] | list[int]
 RowId = str | int
+ASIDE = " (a column for something else is set aside by --config.job.columns=other={})"
 _LEAST_SLOTS = 2**10
 
 
@@ -155,6 +156,16 @@ def _id(values: Mapping[str, Any], name: str, *, fallback: str) -> RowId:
 def _is_text(value: str) -> bool:
     """Whether it can be written; half of a surrogate pair, which JSON can spell, can't."""
     return not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def need_messages(values: Mapping[str, Any]) -> list[dict]:
+    """The messages of a row. Raises RowError (invalid_row)."""
+    messages, wanted = values.get("messages"), 'a list of {"role", "content"} objects'
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise RowError("invalid_row", f"messages is {shown(messages)}: want {wanted}")
+    if not messages:
+        raise RowError("invalid_row", f"messages is empty: want {wanted}")
+    return messages
 
 
 def shown(value: object) -> str:
