@@ -105,9 +105,11 @@ def test_formats_hold_the_same_rows_and_results(tmp_path, mode):
 def test_a_killed_job_of_any_mode_gives_the_same_file(tmp_path, mode, ending, monkeypatch):
     monkeypatch.setattr(driver, "_BLOCK", 2)
     write(tmp_path / "in.jsonl", ROWS[mode])
-    whole, _ = score_file(tmp_path / "in.jsonl", tmp_path / f"whole.{ending}", mode, Scorer())
+    whole, told = score_file(tmp_path / "in.jsonl", tmp_path / f"whole.{ending}", mode, Scorer())
     with pytest.raises(Killed):
         score_file(tmp_path / "in.jsonl", tmp_path / f"out.{ending}", mode, Scorer(10))
     output, tally = score_file(tmp_path / "in.jsonl", tmp_path / f"out.{ending}", mode, Scorer())
     assert 0 < tally.resumed < 12
     assert output.read_bytes() == whole.read_bytes()
+    assert (tally.logprob, tally.tokens, tally.bytes) == (told.logprob, told.tokens, told.bytes)
+    assert bool(tally.perplexity) == (mode == "perplexity")

@@ -1,6 +1,7 @@
 """The summary and the numbers below it, by hand."""
 
 import json
+import math
 import os
 import types
 
@@ -12,6 +13,7 @@ from lepton_jax import compile_cache
 from lepton_jax.config import CascadeSection
 from lepton_jax.jobs.driver import Tally
 from lepton_jax.jobs.framing import PlainFraming
+from lepton_jax.jobs.openai_batch import BatchFraming
 from lepton_jax.jobs.promise import Promise, Verdict
 from lepton_jax.jobs.summary import (
     ModelCost,
@@ -128,6 +130,8 @@ def test_a_summary_names_what_the_job_did(tmp_path):
     tally.count({"id": "b", "error": {"type": "refused", "message": ""}}, framing)
     summary = summarize(tally, STATS, cost=COST, output="out.jsonl")
     wanted = {
+        "cut_answers": 0,
+        "perplexity": None,
         "rows": 2,
         "errors": 1,
         "error_types": {"refused": 1},
@@ -151,6 +155,45 @@ def test_a_summary_names_what_the_job_did(tmp_path):
     if jax.default_backend() == "cpu":
         assert summary["roofline"] is None
         assert "not known" in text
+
+
+def test_answers_that_had_no_room_are_counted():
+    ends = [{"text": "", "token_ids": [1], "finish_reason": end} for end in ("length", "stop")]
+    tally, framing = Tally(), PlainFraming(several_files=False)
+    for row in (*ends, {"choices": [ends[0], *ends]}, ends[0] | {"choices": ["kept", "column"]}):
+        tally.count({"id": "a"} | row, framing)
+    summary = summarize(tally, STATS, cost=COST, output="out")
+    assert summary["cut_answers"] == 4
+    assert "4 answers, at max_tokens or max_len" in summary_text(summary)
+    assert "cut short" not in summary_text(summarize(Tally(), STATS, cost=COST, output="out"))
+    batch = Tally()
+    for choices in (ends, ends[:1]):
+        usage = {"prompt_tokens": 1, "completion_tokens": 1}
+        body = {"choices": choices, "usage": usage}
+        line = {"custom_id": "a", "response": {"status_code": 200, "body": body}, "error": None}
+        batch.count(line, BatchFraming())
+    assert batch.cut == 2
+
+
+def test_the_perplexity_of_a_file_is_that_of_all_its_tokens():
+    framing = PlainFraming(several_files=False, mode="perplexity")
+    rows = [
+        {"perplexity": 2.0, "logprob": -3 * math.log(2), "tokens": 3, "bytes": 6},
+        {"error": {"type": "refused", "message": ""}},
+        {"perplexity": 8.0, "logprob": -math.log(8), "tokens": 1, "bytes": 3},
+    ]
+    tally = Tally()
+    for row in rows:
+        tally.count({"id": "a"} | row, framing)
+    summary = summarize(tally, STATS, cost=COST, output="out")
+    assert summary["perplexity"] == pytest.approx(2**1.5)  # 6 bits over 4 tokens
+    assert summary["bits_per_byte"] == pytest.approx(6 / 9)
+    assert "2.828 a token, 0.6667 bits a byte, of all texts" in summary_text(summary)
+    impossible = {"perplexity": 1e304, "logprob": None, "tokens": 1, "bytes": 1}
+    tally.count({"id": "b"} | impossible, framing)
+    summary = summarize(tally, STATS, cost=COST, output="out")
+    assert summary["perplexity"] is summary["bits_per_byte"] is None
+    assert "perplexity" not in summary_text(summary)
 
 
 def test_shares_appear_in_the_text_where_the_peaks_are_known():

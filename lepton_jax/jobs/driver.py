@@ -19,6 +19,7 @@ import dataclasses
 import datetime
 import itertools
 import logging
+import math
 import sys
 import time
 from collections import Counter
@@ -61,7 +62,9 @@ class Tally:
     """What a job has done; `resumed` of the rows by an earlier run, `seconds` of this one.
 
     `prompt_tokens` and `generated_tokens` are those of the rows in the output, `preview` its first
-    rows as (id, text), `grades` the sum over the `graded` rows, `alerts` those of this run.
+    rows as (id, text), `grades` the sum over the `graded` rows, `alerts` those of this run. `cut`
+    counts answers that ended for want of room; `logprob`, `tokens` and `bytes` are of the texts of
+    the mode perplexity.
     """
 
     rows: int = 0
@@ -74,6 +77,24 @@ class Tally:
     graded: int = 0
     grades: float = 0.0
     alerts: int = 0
+    cut: int = 0
+    logprob: float = 0.0
+    tokens: int = 0
+    bytes: int = 0
+
+    @property
+    def perplexity(self) -> float | None:
+        """exp of the mean loss a token over all texts; None where there are none, or where the model
+        holds one of them for impossible.
+        """
+        known = self.tokens and math.isfinite(self.logprob)
+        return math.exp(min(-self.logprob / self.tokens, 700.0)) if known else None
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """The mean loss a byte over all texts; None as of `perplexity`."""
+        known = self.tokens and math.isfinite(self.logprob)
+        return -self.logprob / self.bytes / math.log(2) if known else None
 
     @property
     def accuracy(self) -> float | None:
@@ -90,6 +111,10 @@ class Tally:
         self.rows += 1
         self.prompt_tokens += counts.prompt_tokens
         self.generated_tokens += counts.generated_tokens
+        self.cut += counts.cut
+        self.logprob += counts.logprob
+        self.tokens += counts.tokens
+        self.bytes += counts.bytes
         if counts.grade is not None:
             self.graded += 1
             self.grades += counts.grade
@@ -282,8 +307,8 @@ class Job:
         return read_rows(records, self._mode, id_field=self._framing.id_field, strict=source.strict)
 
     def _plain_framing(self) -> PlainFraming:
-        several = len(self._source.names) > 1
-        return PlainFraming(several_files=several, graded=bool(self._config.job.answer))
+        several, job = len(self._source.names) > 1, self._config.job
+        return PlainFraming(several_files=several, graded=bool(job.answer), mode=job.mode)
 
     def _open_rows(self) -> Iterator[Row | BadRow | Pending]:
         """What is to be computed: with `job.exact` from the beginning of the block at hand."""

@@ -6,6 +6,8 @@
 
 import dataclasses
 import json
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from lepton_jax.jobs.files.places import JobError
@@ -15,13 +17,23 @@ from lepton_jax.jobs.rows import BadRow, Row, RowId
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """What an output row adds to a tally; `text` is what a preview shows of it."""
+    """What an output row adds to a tally.
+
+    Attributes:
+      text: what a preview shows of it.
+      cut: how many of its answers ended for want of room, finish_reason "length".
+      logprob, tokens, bytes: of its text in the mode perplexity.
+    """
 
     error_type: str
     prompt_tokens: int
     generated_tokens: int
     text: str
     grade: float | None = None
+    cut: int = 0
+    logprob: float = 0.0
+    tokens: int = 0
+    bytes: int = 0
 
 
 class Framing(Protocol):
@@ -42,9 +54,13 @@ class PlainFraming:
 
     id_field = "id"
 
-    def __init__(self, *, several_files: bool, graded: bool = False):
-        """`graded`: "correct" says how right the result is, by the kept column "answer"."""
+    def __init__(self, *, several_files: bool, graded: bool = False, mode: str = "generate"):
+        """`graded`: "correct" says how right the result is, by the kept column "answer"; `mode`: of
+        the results.
+        """
         self._several, self._graded = several_files, graded
+        of_mode = {"generate": _counts_of_answers, "perplexity": _counts_of_text}
+        self._more = of_mode.get(mode, lambda line: {})
 
     def frame(self, row: Row | BadRow, result: dict) -> dict:
         """Raises JobError where a kept column has the name of a field of the result."""
@@ -74,7 +90,23 @@ class PlainFraming:
         if error:
             return Counts(error["type"], 0, 0, f"({error['type']}) {error['message']}")
         tokens = line.get("prompt_tokens", 0), line.get("completion_tokens", 0)
-        return Counts("", *tokens, _shown(line), line.get("correct") if self._graded else None)
+        correct = line.get("correct") if self._graded else None
+        return Counts("", *tokens, _shown(line), correct, **self._more(line))
+
+
+def cut_answers(choices: Sequence[Mapping[str, Any]]) -> int:
+    """How many answers ended for want of room."""
+    return sum(choice.get("finish_reason") == "length" for choice in choices)
+
+
+def _counts_of_answers(line: dict) -> dict[str, int]:
+    return {"cut": cut_answers([line] if "token_ids" in line else line.get("choices", []))}
+
+
+def _counts_of_text(line: dict) -> dict[str, float]:
+    logprob = line["logprob"]  # the logarithm of nothing is null in a file
+    total = -math.inf if logprob is None else logprob
+    return {"logprob": total, "tokens": line["tokens"], "bytes": line["bytes"]}
 
 
 def _shown(line: dict) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 
 from lepton_jax.config import SamplingParams, refuse_unknown
 from lepton_jax.jobs.files.places import JobError
-from lepton_jax.jobs.framing import Counts
+from lepton_jax.jobs.framing import Counts, cut_answers
 from lepton_jax.jobs.modes import IndependentRows, Mode, ModeSession, Progress
 from lepton_jax.jobs.rows import BadRow, Row, RowError, RowId, shown
 from lepton_jax.jobs.session import Engine
@@ -162,7 +162,8 @@ class BatchFraming:
             text = first["message"]["content"] if "message" in first else first["text"]
         else:
             text = f"{len(body['data'][0]['embedding'])} numbers"
-        return Counts("", usage["prompt_tokens"], usage.get("completion_tokens", 0), text)
+        cut = cut_answers(body.get("choices", []))
+        return Counts("", usage["prompt_tokens"], usage.get("completion_tokens", 0), text, cut=cut)
 
 
 def _check(body: Mapping[str, Any], known: Sequence[str]) -> None:

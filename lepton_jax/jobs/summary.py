@@ -87,6 +87,9 @@ def summarize(
         "error_types": dict(tally.error_types),
         "resumed_rows": tally.resumed,
         "accuracy": _accuracy(tally),
+        "cut_answers": tally.cut,
+        "perplexity": tally.perplexity,
+        "bits_per_byte": tally.bits_per_byte,
         "alerts": tally.alerts,
         "prompt_tokens": tally.prompt_tokens,
         "generated_tokens": tally.generated_tokens,
@@ -170,6 +173,11 @@ def _answer_lines(s: Mapping[str, Any]) -> list[tuple[str, str]]:
         a = s["accuracy"]
         text = f"{a['mean']:.1%} of {a['rows']} known answers ({a['low']:.0%} to {a['high']:.0%})"
         lines.append(("correct", text))
+    if s["cut_answers"]:
+        lines.append(("cut short", f"{s['cut_answers']:,} answers, at max_tokens or max_len"))
+    if s["perplexity"]:
+        text = f"{s['perplexity']:,.4g} a token, {s['bits_per_byte']:.4g} bits a byte, of all texts"
+        lines.append(("perplexity", text))
     if s["alerts"]:
         lines.append(("alerts", f"{s['alerts']}, in {s['output']}.alerts.jsonl"))
     return lines
