@@ -24,6 +24,7 @@ class JobSection:
         "", "file or URL to write, in the form of its ending; <output>.summary.json goes beside it"
     )
     format: str = _doc("", "of the input: jsonl, csv, parquet, openai_batch; empty: by its ending")
+    limit: int = _doc(0, "take this many rows of the input, the first; 0: all")
     columns: str = _doc("", "the columns of fields, as in prompt=question,id=key")
     template: str = _doc(
         "",
@@ -54,6 +55,9 @@ class JobSection:
         _check(self, "format", self.format in ("", *FORMATS), f"one of {', '.join(FORMATS)}")
         _check(self, "order", self.order in ("input", "finished"), "input or finished")
         _check(self, "follow", 0 <= self.follow < math.inf, "0 (off) or a number of seconds")
+        _check(self, "limit", 0 <= self.limit <= _MOST, "0 (all) or more")
+        alone = "0 with job.follow, which takes all that comes"
+        _check(self, "limit", not (self.follow and self.limit), alone)
         exact = "false with job.follow, where rounding depends on when rows come"
         _check(self, "exact", not (self.follow and self.exact), exact)
         _check(self, "mode", self.mode in MODES, f"one of {', '.join(MODES)}")

@@ -54,6 +54,7 @@ def test_fields_that_nothing_would_use_are_refused(engine, message):
         (EngineSection, {"prefix_cache": 1}),
         (EngineSection, {"kv_dtype": "fp8"}),
         (JobSection, {"mode": "dream"}),
+        (JobSection, {"limit": -1}),
         (SamplingParams, {"max_tokens": 0}),
         (SamplingParams, {"max_tokens": 1.5}),
         (SamplingParams, {"max_tokens": True}),

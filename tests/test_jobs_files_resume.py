@@ -16,11 +16,12 @@ import fsspec
 import pytest
 from jobs_fakes import EOS, ByteTokenizer, Killed, MortalEngine, job_config, run_job
 
-from lepton_jax.config import OptimizerSection
+from lepton_jax.config import JobSection, OptimizerSection
 from lepton_jax.jobs import driver
 from lepton_jax.jobs import output as output_module
 from lepton_jax.jobs.files import journal
 from lepton_jax.jobs.files.places import JobError
+from lepton_jax.jobs.files.source import Source
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("out.jsonl", "out.csv", "out.parquet", "out.jsonl.gz", "out.csv.zst")
@@ -208,6 +209,31 @@ def test_another_order_is_another_run(tmp_path, source):
         run_job(job_config(source, tmp_path / "out.jsonl"), MortalEngine(20))
     with pytest.raises(JobError, match="job.order was 'input', is 'finished'"):
         run_job(job_config(source, tmp_path / "out.jsonl", order="finished"))
+
+
+@pytest.mark.parametrize("order", ["input", "finished"])
+def test_a_job_of_the_first_rows_can_go_on_to_all(tmp_path, source, order):
+    ordered, _ = run_job(job_config(source, tmp_path / "whole.jsonl"))
+    lines = ordered.read_text().splitlines()
+
+    def go_on(limit, engine=None, exact=False):
+        job = {"order": order, "exact": exact, "limit": limit}
+        return run_job(job_config(source, tmp_path / "out.jsonl", **job), engine)
+
+    with pytest.raises(Killed):
+        go_on(7, MortalEngine(12))
+    with pytest.raises(JobError, match="job.limit was 7, is 0"):
+        go_on(0, exact=True)
+    with pytest.raises(JobError, match="doesn't fit the input at row"):
+        go_on(1)
+    with pytest.raises(Killed):
+        go_on(20, MortalEngine(12))
+    output, tally = go_on(9)
+    assert 1 < tally.resumed < tally.rows == 9
+    assert sorted(output.read_text().splitlines()) == sorted(lines[:9])
+    assert len(lines) == len(go_on(0)[0].read_text().splitlines()) == len(ROWS)
+    taken = Source(JobSection(input=str(source), limit=9))
+    assert (taken.digests()[0][0], taken.rows, len(list(taken))) == ("in.jsonl", 9, 9)
 
 
 def test_a_changed_shard_is_named(tmp_path, source):

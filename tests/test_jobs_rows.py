@@ -108,7 +108,7 @@ def test_a_template_makes_a_prompt_of_a_row_s_columns(tmp_path):
     ("template", "says"),
     [
         ("Shop: {shop", "expected '}'"),
-        ('{"shop": {shop}}', "has {\"shop\": {shop}}: want names"),
+        ('{"shop": {shop}}', 'has {"shop": {shop}}: want names'),
         ("{shop!r}", "has {shop!r}: want names of columns in braces"),
         ("{}", "has {}: want"),
         ("shop", "has no column"),

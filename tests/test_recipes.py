@@ -59,7 +59,9 @@ def test_reports_are_asked_by_the_columns_of_a_table(monkeypatch):
         shop = json.loads(row.record.kept["answer"])
         assert '\n{"shop": "Castle", "last_month": 92, "this_month": 71, "tr' in row.work.prompt
         last = f"Shop: {row.id}. Sales last month: {shop['last_month']}. Sales this month: "
-        assert row.work.prompt.endswith(f"\n\n{last}{shop['this_month']}. Trend: {shop['trend']}.\n")
+        assert row.work.prompt.endswith(
+            f"\n\n{last}{shop['this_month']}. Trend: {shop['trend']}.\n"
+        )
 
 
 @pytest.mark.slow

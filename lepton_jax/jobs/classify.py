@@ -100,9 +100,7 @@ class ClassifyMode(ChoosingMode):
         with np.errstate(divide="ignore"):
             return int(np.argmax(chances)), margin(np.log(chances))
 
-    def requests(
-        self, work: str | list[dict], tokenizer: Tokenizer
-    ) -> list[tuple[int, ScoreSpec]]:
+    def requests(self, work: str | list[dict], tokenizer: Tokenizer) -> list[tuple[int, ScoreSpec]]:
         """Those of the content-free texts too, where `open` will ask them."""
         texts = (work, *CONTENT_FREE) if self._section.calibrate else (work,)
         of_one = super().requests

@@ -53,7 +53,7 @@ _UNMEASURED = 2**30  # tokens: the longest that the engine serves
 _PREVIEW_ROWS = 4
 _POLL_SECONDS = 0.2  # between looks at an input that is followed
 # Fields of the job on which no answer depends.
-_NOT_FOR_ANSWERS = "input output restart report tensorboard follow exact".split()
+_NOT_FOR_ANSWERS = "input output limit restart report tensorboard follow exact".split()
 _ANSWERS = ("max_len", "kv_dtype")  # fields of the engine on which more than rounding depends
 
 
@@ -84,8 +84,8 @@ class Tally:
 
     @property
     def perplexity(self) -> float | None:
-        """exp of the mean loss a token over all texts; None where there are none, or where the model
-        holds one of them for impossible.
+        """exp of the mean loss a token over all texts; None where there are none, or one that the
+        model holds for impossible.
         """
         known = self.tokens and math.isfinite(self.logprob)
         return math.exp(min(-self.logprob / self.tokens, 700.0)) if known else None
@@ -201,7 +201,8 @@ class Job:
         block: list[dict] = []  # rows that are computed again come to the mode when they are
         for place, done in self.output.done_rows():
             row = next(rows, None) if rows else None
-            if in_order and (row is None or str(row.id) != str(self._framing.row_id(done))):
+            fits = row is not None and str(row.id) == str(self._framing.row_id(done))
+            if (in_order and not fits) or 0 < self._config.job.limit <= place:
                 raise JobError(
                     f"{self.output.path}.partial doesn't fit the input at row {place + 1}: to "
                     "start over, add --config.job.restart=true"
@@ -340,6 +341,7 @@ class Job:
         config = self._config
         engine = {n: v for n, v in vars(config.engine).items() if n not in _ANSWERS}
         return {
+            "job.limit": config.job.limit,
             "pool.ray": config.pool.ray,
             "optimizer.objective": config.optimizer.objective,
             **{f"engine.{name}": value for name, value in engine.items()},

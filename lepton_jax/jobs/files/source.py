@@ -74,6 +74,7 @@ class Source:
         self._answer = {"answer": job.answer} if job.answer else {}
         inserted = {name for _, name in template_parts(job.template) if name}
         self._inserted = {name: name for name in sorted(inserted - self._columns.keys())}
+        self._limit = job.limit or None
         self._unseen = {*self._keep.values(), *self._answer.values()}
         self._served: frozenset[str] = frozenset()
         # Columns of a table come together and not all are for us; an odd key in JSON is a typo,
@@ -100,7 +101,7 @@ class Source:
             rows = sum(tables.parquet_rows(name) for name in self.names)
         elif self.format == "csv" and rows is not None:
             rows -= len(self.names)
-        self._rows = rows
+        self._rows = rows if rows is None else min(rows, self._limit or rows)
         return found
 
     @property
@@ -146,7 +147,10 @@ class Source:
             log.warning("job.keep or job.answer names %r, which no row has", name)
 
     def __iter__(self) -> Iterator[Record]:
-        """All records in order."""
+        """The records in order, as many as the job takes."""
+        return itertools.islice(self._records(), self._limit)
+
+    def _records(self) -> Iterator[Record]:
         several = len(self.names) > 1
         for name in self.names:
             shard = PurePosixPath(name).name if several else ""
