@@ -194,7 +194,7 @@ class LeptonEngine:
         Args:
           workload: (prompt tokens, params) of the coming requests: the cache is cut to it and its
             programs are compiled from now on, in the background. Without it programs are compiled
-            as they are first needed.
+            as they are first needed, and on a CPU the cache takes 1/64 of the memory, or one row.
           strict: a program that the workload can't reach is an error instead of a warning.
           profile: that the config was made with: feedback begins with its knobs and reckons with
             its costs.

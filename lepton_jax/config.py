@@ -128,7 +128,9 @@ class HostsSection:
 class EngineSection:
     rows: int = _doc(32, "requests decoded at once")
     page_size: int = _doc(64, "tokens in a page of the key-value cache")
-    num_pages: int = _doc(0, "pages of each device's cache; 0: from the memory and the workload")
+    num_pages: int = _doc(
+        0, "pages of each device's cache; 0: by the workload and the memory (of a CPU's a quarter)"
+    )
     cache_share: float = _doc(
         1.0, "share of the memory for caches that this engine takes, where others are on its device"
     )

@@ -30,13 +30,16 @@ class LeptonEngine:
     def __exit__(self, *_):
         pass
     def load_model(self, path, **options):
-        if path != "echo":
+        self.path = path
+        if path not in ("echo", "large"):
             raise ValueError("model path " + repr(path) + " doesn't exist")
         specs = {{"embed": ParamSpec((4, 4), "float32", ("vocab", "embed"), 1)}}
         config = types.SimpleNamespace(tie_embeddings=True)
         model = types.SimpleNamespace(specs=specs, config=config)
         self.loaded = types.SimpleNamespace(model=model, bytes=64)
     def start(self, workload, profile):
+        if self.path == "large":
+            raise RuntimeError("RESOURCE_EXHAUSTED: 9 GiB are missing\\nin a long list")
         self.engine = FakeEngine()
 
 sys.modules["lepton_jax.api"] = types.SimpleNamespace(LeptonEngine=LeptonEngine)
@@ -123,6 +126,7 @@ MISTAKES = [
     (["--config=config.py", "--config.optimizer.feedback=on"], "set job.exact=false"),
     (["--config=config.py", "--config.optimizer.feedback=no"], "one of off, deterministic, on"),
     (["--config=config.py", "--config.pool.ray=2", "--explain"], "leave out pool.ray"),
+    (["--config=config.py", "--config.model.path=large"], "too little memory: lower config.engine"),
     (["--config=broken.py"], "get_config fails: ZeroDivisionError"),
 ]
 

@@ -4,6 +4,7 @@ the memory. `lepton_jax/planning` and the optimizer foresee an engine's sizes by
 Read next: `rungs.py` (the sizes), `loop.py` (who asks).
 """
 
+import logging
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -16,18 +17,28 @@ from lepton_jax.config import EngineSection
 from lepton_jax.engine.rungs import Sizes
 from lepton_jax.models.build import Model
 
+log = logging.getLogger(__name__)
+
 DEVICE_SHARE = 0.9  # of a device's memory: what weights and cache may take
 
-_HOST_SHARE = 1 / 64  # of the machine's memory for the cache where the device is the host itself
+# Of the machine's memory where the device is the host itself: for the caches of all such devices,
+# and for one where nobody knows what it must hold, because all of it is resident at once. Of its
+# size, not of what is free: a resumed job must get the sizes of the first run.
+_HOST_SHARE, _UNKNOWN_SHARE = 1 / 4, 1 / 64
 _DEFAULT_MAX_LEN = 4096
 
 
-def cache_budget(device: jax.Device) -> int:
-    """Bytes that the cache may take on a device that holds its weights."""
+def cache_budget(device: jax.Device, weights: int) -> tuple[int, int]:
+    """Bytes that the cache may take on a device that holds its weights, of so many bytes: at most,
+    and where no request is known.
+    """
     memory = device.memory_stats()
     if memory and "bytes_limit" in memory:
-        return int(DEVICE_SHARE * memory["bytes_limit"] - memory.get("bytes_in_use", 0))
-    return int(_HOST_SHARE * psutil.virtual_memory().total)
+        free = int(DEVICE_SHARE * memory["bytes_limit"] - memory.get("bytes_in_use", 0))
+        return free, free
+    total, sharers = psutil.virtual_memory().total, jax.local_device_count(device.platform)
+    unknown, free = int(_UNKNOWN_SHARE * total), int(DEVICE_SHARE * total) - weights
+    return max(unknown, min(int(_HOST_SHARE * total) // sharers, free)), unknown
 
 
 def kv_dtype_of(section: EngineSection, own: Any, *, compressed: bool) -> Any:
@@ -67,7 +78,7 @@ def plan_sizes(
     backend: ModuleType,
     kv_dtype: Any,
     totals: Sequence[int],
-    budget: int,
+    budget: Sequence[int],
 ) -> Sizes:
     """Fills in what a config leaves to the engine: max_len and num_pages.
 
@@ -76,7 +87,8 @@ def plan_sizes(
       model: as one device has it.
       backend: of attention; `kv_dtype` of its cache.
       totals: tokens of prompt and most outputs of each coming request; none where none is known.
-      budget: bytes that the cache may take.
+      budget: as `cache_budget` gives it. Where no request is known, the cache is larger than the
+        second where one of max_len needs that.
 
     Raises ValueError where not one request fits.
     """
@@ -90,15 +102,40 @@ def plan_sizes(
     layer = backend.cache_layer(1, page, kv_heads, config.head_dim, dtype=kv_dtype)
     page_bytes = config.num_layers * sum(spec.nbytes for spec in jax.tree.leaves(layer))
     caches = 2 if section.speculation == "draft" else 1  # a draft model's is no larger
-    affordable = budget // caches // page_bytes
+    most, unknown = (share // caches // page_bytes for share in budget)
     least = 1 + -(-max_len // page)
-    if not section.num_pages and affordable < least:
+    if not section.num_pages and most < least:
         raise ValueError(
             f"one request of engine.max_len={max_len} tokens needs "
-            f"{least * page_bytes >> 20} MiB of cache, but {budget >> 20} MiB are free "
-            "for it: lower engine.max_len or set engine.num_pages"
+            f"{caches * least * page_bytes >> 20:,} MiB of cache, but of the memory "
+            f"{budget[0] >> 20:,} MiB are planned for it: lower engine.max_len, or set "
+            f"engine.num_pages={least} where there is room"
         )
     banks = model.axis.banks
     wanted = wanted_pages(full, rows=section.rows, page_size=page, banks=banks)
-    pages = min(wanted, affordable)
+    pages = min(wanted, most if totals else max(unknown, least))
+    if totals and not section.num_pages:
+        _say_who_waits(full, section, pages=pages, banks=banks)
     return Sizes.of(section, max_len=max_len, num_pages=pages, banks=banks)
+
+
+def _say_who_waits(
+    tokens: Sequence[int], section: EngineSection, *, pages: int, banks: int
+) -> None:
+    """A warning where the cache doesn't hold the longest requests that may be served at once."""
+    longest = sorted(tokens, reverse=True)[: section.rows]
+    needs = [
+        wanted_pages(longest, rows=rows, page_size=section.page_size, banks=banks)
+        for rows in range(1, len(longest) + 1)
+    ]
+    held = max(1, sum(need <= pages for need in needs))
+    if held < len(needs):
+        log.warning(
+            "the memory planned for the cache, %d pages, holds about %d of engine.rows=%d where "
+            "the longest requests meet: the others wait or are computed again; where there is "
+            "room, set engine.num_pages=%d",
+            pages,
+            held,
+            section.rows,
+            needs[-1],
+        )
