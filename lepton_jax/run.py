@@ -72,10 +72,9 @@ def _run(config: RunConfig, hosts: "Hosts") -> int:
                 tally = job.run(lepton.engine, lepton.tokenizer, trace=trace)
         # Two models' work is counted against the peaks of the dense one.
         cascade = mode.account() if config.cascade.agreement else None
-        preset = "none" if cascade else config.compression.preset
-        model, size = lepton.loaded.model, lepton.loaded.bytes
-        devices = config.mesh.model * config.replicas
-        cost = report.ModelCost.of(model, size, preset=preset, devices=devices)
+        loaded, devices = lepton.loaded, config.mesh.model * config.replicas
+        stored = {} if cascade else {"leaves": loaded.leaves, "preset": config.compression.preset}
+        cost = report.ModelCost.of(loaded.model, loaded.bytes, devices=devices, **stored)
         stats = lepton.engine.stats()
         decisions = lepton.feedback.decisions if lepton.feedback else []
         turned = lepton.feedback.count if lepton.feedback else 0

@@ -181,7 +181,7 @@ class Roofline:
 
 
 def roofline(
-    stats: StepStats, peaks: DevicePeaks, *, weight_bytes: int, parameters: int, int8: bool
+    stats: StepStats, peaks: DevicePeaks, *, weight_bytes: int, parameters: int, int8: float
 ) -> Roofline:
     """How near a stretch came to its device's peaks.
 
@@ -191,7 +191,7 @@ def roofline(
     Args:
       weight_bytes: of the weights that a step reads.
       parameters: that multiply each token.
-      int8: activations are int8 too, so that the int8 peak is the one to hold prefill against.
+      int8: share of these that meet int8 activations in int8, at the peak of int8.
     """
     decode = prefill = None
     if stats.decode_seconds:
@@ -199,7 +199,7 @@ def roofline(
         decode = moved / stats.decode_seconds / peaks.bandwidth
     if stats.prefill_seconds:
         done = 2 * parameters * stats.prefill_tokens
-        prefill = done / stats.prefill_seconds / (peaks.int8 if int8 else peaks.bf16)
+        prefill = done / stats.prefill_seconds * (int8 / peaks.int8 + (1 - int8) / peaks.bf16)
     return Roofline(decode, prefill)
 
 

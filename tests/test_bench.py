@@ -17,6 +17,7 @@ from lepton_jax.jobs import benchmark, starts, workloads
 from lepton_jax.jobs.summary import ModelCost
 from lepton_jax.jobs.workloads import WORKLOADS, Workload
 from lepton_jax.telemetry import DevicePeaks, StepStats
+from lepton_jax.tensors import QTensor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -94,6 +95,20 @@ def test_a_record_says_what_was_measured(loaded):
     assert record["platform"] == jax.default_backend()
     assert record["programs"] >= 2 and record["compile_seconds"] > 0
     assert record["peak_rss_mb"] > 50 and record["device"]
+
+
+def test_a_record_names_the_compression(loaded):
+    engine = types.SimpleNamespace(stats=dict)
+
+    def preset(loaded=loaded, **fields):
+        section = CompressionSection(**fields)
+        return benchmark.circumstances(loaded, engine, section)["preset"]
+
+    assert (preset(), preset(preset="w8a8")) == ("none", "w8a8")
+    assert preset(rules=("embed -> weights=int8",)) == "weights=int8"
+    leaf = QTensor.planned(loaded.model.specs["embed"], values="int8")
+    stored = types.SimpleNamespace(model=loaded.model, leaves=(leaf,))
+    assert preset(stored) == "as stored"
 
 
 def test_first_token_serves_no_more_than_it(loaded):

@@ -1,5 +1,6 @@
 """The summary and the numbers below it, by hand."""
 
+import dataclasses
 import json
 import math
 import os
@@ -22,8 +23,14 @@ from lepton_jax.jobs.summary import (
     summary_text,
     write_summary,
 )
-from lepton_jax.telemetry import StepStats, device_peaks, peak_memory_bytes, roofline
-from lepton_jax.tensors import ParamSpec
+from lepton_jax.telemetry import (
+    DevicePeaks,
+    StepStats,
+    device_peaks,
+    peak_memory_bytes,
+    roofline,
+)
+from lepton_jax.tensors import ParamSpec, QTensor
 
 STATS = {
     "prefill_tokens": 900,
@@ -117,10 +124,30 @@ def test_the_cost_of_a_model_is_what_one_token_visits():
     }
     config = types.SimpleNamespace(tie_embeddings=False, num_experts=8, experts_per_token=2)
     model = types.SimpleNamespace(specs=specs, config=config)
-    assert ModelCost.of(model, 240, preset="w8a8") == ModelCost(80, 80, True)
+    assert ModelCost.of(model, 240, preset="w8a8") == ModelCost(80, 80, 1)
     config.tie_embeddings = True
-    assert ModelCost.of(model, 240, preset="none") == ModelCost(120, 120, False)
-    assert ModelCost.of(model, 240, preset="none", devices=4) == ModelCost(30, 30, False)
+    assert ModelCost.of(model, 240) == ModelCost(120, 120, 0)
+    assert ModelCost.of(model, 240, devices=4) == ModelCost(30, 30, 0)
+
+
+def test_what_is_int8_say_the_leaves():
+    """A stored w8a8 model is loaded with preset none."""
+    specs = {f"layers.0.{name}": ParamSpec((8, 8), "float32", ("x", "y"), 1) for name in "abcd"}
+    config = types.SimpleNamespace(tie_embeddings=True)
+    model = types.SimpleNamespace(specs=specs, config=config)
+    spec = specs["layers.0.a"]
+    leaves = (
+        QTensor.planned(spec, values="int8", act_bits=8),
+        QTensor.planned(spec, values="int8"),
+        QTensor.planned(spec, values="float8_e4m3fn", act_bits=8),  # bfloat16's peak is its own
+        spec,
+    )
+    cost = ModelCost.of(model, 512, leaves=leaves)
+    assert cost == ModelCost(512, 256, 0.25)
+    peaks = DevicePeaks(bandwidth=1.0, bf16=100.0, int8=200.0)
+    stats = StepStats(prefill_tokens=10, prefill_seconds=1.0)
+    share = roofline(stats, peaks, **dataclasses.asdict(cost)).prefill_flops
+    assert share == pytest.approx(2 * 10 * (64 / 200 + 192 / 100))
 
 
 def test_a_summary_names_what_the_job_did(tmp_path):

@@ -36,7 +36,7 @@ class LeptonEngine:
         specs = {{"embed": ParamSpec((4, 4), "float32", ("vocab", "embed"), 1)}}
         config = types.SimpleNamespace(tie_embeddings=True)
         model = types.SimpleNamespace(specs=specs, config=config)
-        self.loaded = types.SimpleNamespace(model=model, bytes=64)
+        self.loaded = types.SimpleNamespace(model=model, bytes=64, leaves=())
     def start(self, workload, profile):
         if self.path == "large":
             raise RuntimeError("RESOURCE_EXHAUSTED: 9 GiB are missing\\nin a long list")

@@ -18,11 +18,13 @@ import jax
 import numpy as np
 
 from lepton_jax.checkpoints.loaded import Loaded
-from lepton_jax.config import EngineSection, RunConfig, SamplingParams
+from lepton_jax.compression.recipe import Recipe
+from lepton_jax.config import CompressionSection, EngineSection, RunConfig, SamplingParams
 from lepton_jax.engine.loop import Engine
 from lepton_jax.jobs.summary import ModelCost
 from lepton_jax.jobs.workloads import Workload
 from lepton_jax.telemetry import StepStats, device_peaks, peak_memory_bytes, roofline
+from lepton_jax.tensors import CompressedTensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,14 +97,13 @@ def measure(loaded: Loaded, config: RunConfig, workload: Workload) -> dict[str, 
     seeds = range(1, 1 + config.bench.repeats)
     rates = [bench.run(workload.prompts(seed, vocab)).rate for seed in seeds]
     after = StepStats.of(bench.engine.stats())
-    preset = config.compression.preset
     devices = config.mesh.model
-    cost = ModelCost.of(loaded.model, loaded.bytes, preset=preset, devices=devices)
+    cost = ModelCost.of(loaded.model, loaded.bytes, leaves=loaded.leaves, devices=devices)
     return {
         "name": workload.name,
         **spread(rates, "tokens/s", best=max),
         "roofline": _share(after - before, cost, workload.kind),
-        **circumstances(loaded, bench.engine, preset=preset),
+        **circumstances(loaded, bench.engine, config.compression),
     }
 
 
@@ -112,7 +113,7 @@ def first_token(loaded: Loaded, config: RunConfig, workload: Workload) -> dict[s
     bench.add(workload.prompts(0, loaded.config.vocab_size))
     while not bench.engine.step():
         pass
-    return circumstances(loaded, bench.engine, preset=config.compression.preset)
+    return circumstances(loaded, bench.engine, config.compression)
 
 
 def spread(values: Sequence[float], unit: str, *, best: Any) -> dict[str, Any]:
@@ -125,8 +126,12 @@ def spread(values: Sequence[float], unit: str, *, best: Any) -> dict[str, Any]:
     }
 
 
-def circumstances(loaded: Loaded, engine: Engine, *, preset: str) -> dict[str, Any]:
-    """What a figure was measured with and on."""
+def circumstances(
+    loaded: Loaded, engine: Engine, compression: CompressionSection
+) -> dict[str, Any]:
+    """What a figure was measured with and on; "preset" also names rules, and what was stored."""
+    kept = any(isinstance(leaf, CompressedTensor) for leaf in loaded.leaves)
+    preset = Recipe.from_config(compression).title or ("as stored" if kept else "none")
     device, stats = jax.local_devices()[0], StepStats.of(engine.stats())
     memory = (device.memory_stats() or {}).get("peak_bytes_in_use")
     return {

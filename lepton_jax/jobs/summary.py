@@ -9,10 +9,11 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lepton_jax import compile_cache
 from lepton_jax.jobs.driver import Tally
@@ -21,6 +22,7 @@ from lepton_jax.jobs.grading import interval
 from lepton_jax.models.build import Model
 from lepton_jax.optimizer.found import GAINS
 from lepton_jax.telemetry import StepStats, device_peaks, peak_memory_bytes, roofline
+from lepton_jax.tensors import QTensor
 
 log = logging.getLogger(__name__)
 
@@ -32,18 +34,27 @@ class ModelCost:
     """What the roofline counts of one device: bytes of weights that a step reads, parameters that a
     token meets.
 
-    `int8` says that activations are int8 too.
+    `int8` is the share of these parameters that meet activations in int8.
     """
 
     weight_bytes: int
     parameters: int
-    int8: bool
+    int8: float
 
     @classmethod
-    def of(cls, model: Model, weight_bytes: int, *, preset: str, devices: int = 1) -> "ModelCost":
+    def of(
+        cls,
+        model: Model,
+        weight_bytes: int,
+        *,
+        leaves: Sequence[Any] = (),
+        preset: str = "none",
+        devices: int = 1,
+    ) -> "ModelCost":
         """Of a model whose leaves take `weight_bytes`. With experts: what one token visits.
 
-        `devices` do the work together, as one model or as many replicas.
+        `devices` do the work together, as one model or as many replicas. Where the `leaves` are in
+        other processes there are none, and the preset says what is int8.
         """
         counts = {path: spec.size for path, spec in model.specs.items() if spec.inputs}
         everything = sum(counts.values())
@@ -54,8 +65,17 @@ class ModelCost:
             if "experts_" in path:
                 counts[path] = counts[path] * config.experts_per_token // config.num_experts
         visited = sum(counts.values())
+        int8 = float(preset == "w8a8")
+        if leaves:
+            stored = zip(model.specs, leaves, strict=True)
+            int8 = sum(counts.get(path, 0) for path, leaf in stored if _is_int8(leaf)) / visited
         read = math.ceil(weight_bytes * visited / everything / devices)
-        return cls(read, math.ceil(visited / devices), preset == "w8a8")
+        return cls(read, math.ceil(visited / devices), int8)
+
+
+def _is_int8(leaf: Any) -> bool:
+    """Whether both sides of a weight's product are int8."""
+    return isinstance(leaf, QTensor) and leaf.act_bits == 8 and leaf.values.dtype == jnp.int8
 
 
 def summarize(
