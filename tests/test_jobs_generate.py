@@ -9,7 +9,8 @@ from jobs_fakes import ByteTokenizer, FakeEngine, Killed, MortalEngine, job_conf
 from jobs_fakes import run_job as run
 
 from lepton_jax.config import ModelSection, OptimizerSection, RunConfig
-from lepton_jax.jobs.driver import Job
+from lepton_jax.jobs import driver
+from lepton_jax.jobs.driver import Job, Tally
 from lepton_jax.jobs.files.places import JobError
 from lepton_jax.jobs.generate import GenerateMode
 
@@ -48,6 +49,33 @@ def test_answers_come_in_input_order_whatever_their_lengths(tmp_path):
     assert (tally.rows, tally.errors, tally.resumed) == (20, 0, 0)
     assert tally.generated_tokens == tally.prompt_tokens + 20
     assert sorted(os.listdir(tmp_path / "out")) == ["rows.jsonl"]
+
+
+def test_the_bar_moves_before_a_row_is_written(tmp_path, monkeypatch):
+    """A long first row holds up the others' turn."""
+    shown = []
+
+    class Drawn(driver.tqdm):
+        def update(self, n=1):
+            shown.append((self.n, self.postfix))
+            return super().update(n)
+
+    monkeypatch.setattr(driver, "tqdm", Drawn)
+    rows = [{"id": "long", "prompt": "x" * 60}, {"id": "short", "prompt": "y"}]
+    write_rows(tmp_path, rows)
+    run(config_for(tmp_path))
+    assert shown[0][0] == shown[5][0] == 0
+    assert "tokens/s, 0 errors, 1 answered ahead" in shown[5][1]
+    assert "ahead" not in shown[-1][1]
+
+
+def test_tokens_alone_draw_the_bar(capsys):
+    with driver._Bar(9, Tally()) as bar:
+        bar._bar.mininterval = 0.0
+        capsys.readouterr()
+        bar.add_beat(40, 2)
+        said = capsys.readouterr().err
+    assert "0/9" in said and "tokens/s" in said
 
 
 def test_bad_rows_become_error_rows_and_the_others_are_untouched(tmp_path):

@@ -101,7 +101,7 @@ def test_answers_a_summary_and_the_exit_codes(files):
     assert (summary["rows"], summary["errors"]) == (2, 1)
     assert (summary["optimizer"]["profile"], summary["optimizer"]["decisions"]) == (None, 0)
     assert "2 (1 errors)" in done.stdout
-    assert "2/2" in done.stderr
+    assert "2/2" in done.stderr and "tokens/s" in done.stderr
     (files / "in.jsonl").write_text('{"id": "a", "prompt": "hi"}\n')
     assert drive(files, "--config=config.py", "--config.sampling.logprobs=none").returncode == 0
     assert "logprobs" not in (files / "out.jsonl").read_text()

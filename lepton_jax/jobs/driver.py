@@ -418,8 +418,9 @@ class _Beats:
                     waiting[number] = row, failure
                     if not self._in_order:
                         break
+            tokens = 0
             for progress in session.step() if session.has_work else ():
-                bar.add_tokens(progress.tokens)
+                tokens += progress.tokens
                 if progress.row is not None:
                     number, row = open_rows.pop(progress.key)
                     waiting[number] = row, progress.row
@@ -434,6 +435,7 @@ class _Beats:
             else:
                 yield from waiting.values()
                 waiting.clear()
+            bar.add_beat(tokens, len(waiting))
 
     def _may_begin(self, row: Row | BadRow) -> bool:
         """Whether its block has begun, or begins now because the one before is over."""
@@ -467,13 +469,18 @@ class _Queue:
 
 
 class _Bar:
-    """A bar of rows with their ETA, the tokens per second, and how many rows are errors."""
+    """A bar of written rows with their ETA, tokens per second, how many rows are errors, and how
+    many are answered ahead: they wait until an earlier one is written.
+    """
 
     def __init__(self, total: int | None, tally: Tally):
         total = None if total is None else max(total, tally.rows)
-        self._bar = tqdm(total=total, initial=tally.rows, unit="row", dynamic_ncols=True)
+        # Drawn also where no row was written since, which a smoothed rate would take for speed.
+        how = dict(miniters=0, mininterval=0.5, smoothing=0)
+        how |= dict(initial=tally.rows, unit="row", dynamic_ncols=True)
+        self._bar = tqdm(total=total, **how)
         self._started = time.perf_counter()
-        self._tokens = 0
+        self._tokens, self._errors, self._ahead = 0, tally.errors, 0
 
     def __enter__(self) -> "_Bar":
         return self
@@ -481,10 +488,18 @@ class _Bar:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
-    def add_tokens(self, count: int) -> None:
-        self._tokens += count
+    def add_beat(self, tokens: int, ahead: int) -> None:
+        self._tokens += tokens
+        self._ahead = ahead
+        self._show(0)
 
     def add_row(self, errors: int) -> None:
+        self._errors = errors
+        self._show(1)
+
+    def _show(self, new_rows: int) -> None:
         rate = self._tokens / max(time.perf_counter() - self._started, 1e-9)
-        self._bar.set_postfix_str(f"{rate:.0f} tokens/s, {errors} errors", refresh=False)
-        self._bar.update()
+        ahead = f", {self._ahead} answered ahead" if self._ahead else ""
+        text = f"{rate:.0f} tokens/s, {self._errors} errors{ahead}"
+        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update(new_rows)
