@@ -68,6 +68,12 @@ def test_what_speculation_gave():
     assert "speculation" not in summary_text(summarize(Tally(), STATS, cost=COST, output="out"))
 
 
+def test_preempted_rows_are_told():
+    summary = summarize(Tally(), STATS | {"preemptions": 3}, cost=COST, output="out")
+    assert "3 times a row was put back" in summary_text(summary)
+    assert "preemptions" not in summary_text(summarize(Tally(), STATS, cost=COST, output="out"))
+
+
 def test_what_became_of_a_cascade():
     promise = Promise(CascadeSection(agreement=0.9, calibration=50))
     for _ in range(50):

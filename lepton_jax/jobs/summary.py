@@ -176,6 +176,7 @@ def summary_text(summary: Mapping[str, Any]) -> str:
         ("programs", programs),
         ("compile cache", f"{s['compile_cache_hits']} hits, {s['compile_cache_misses']} misses"),
         ("prefix cache", f"{s['prefix_hit_tokens']:,} prompt tokens reused"),
+        *_preemptions(summary),
         *_speculation(summary),
         *optimizer_lines(s["optimizer"]),
         ("padding waste", f"{s['padding_waste']:.0%}"),
@@ -222,6 +223,13 @@ def _cascade_lines(cascade: Mapping[str, Any] | None) -> list[tuple[str, str]]:
         share = f"about {cascade['of_dense_time']:.2f} of what the dense model would take alone"
         lines.append(("time beside", share))
     return lines
+
+
+def _preemptions(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    if not summary["preemptions"]:
+        return []
+    text = f"{summary['preemptions']:,} times a row was put back and computed again, because the "
+    return [("preemptions", f"{text}cache was full (engine.num_pages, engine.rows)")]
 
 
 def _speculation(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
