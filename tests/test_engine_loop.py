@@ -258,6 +258,27 @@ def test_each_block_copies_one_buffer_each_way(tight, expected):
     ]
 
 
+def test_the_next_block_is_dispatched_before_the_last_is_read(tight, monkeypatch):
+    with_knobs(tight)
+    calls = []
+
+    def note(name):
+        function = getattr(tight.runner, name)
+
+        def noted(*given):
+            calls.append(name)
+            return function(*given)
+
+        monkeypatch.setattr(tight.runner, name, noted)
+
+    note("dispatch")
+    note("read")
+    serve(tight, {"greedy": REQUESTS["greedy"]})
+    beats = calls.count("read")
+    assert beats > 5
+    assert calls == ["dispatch", *["dispatch", "read"] * (beats - 1), "read"]
+
+
 def test_a_sample_does_not_depend_on_batch_mates(tight, expected):
     with_knobs(tight)
     for mates in ("bias", "nucleus"), ("penalties", "eos", "greedy"):
