@@ -7,9 +7,26 @@ are `lepton_jax.run`, `lepton_jax.compress` and `lepton_jax.bench`. The package 
 the engine is named.
 """
 
-from lepton_jax.config import RunConfig, SamplingParams
+from lepton_jax.config import (
+    CascadeSection,
+    EngineSection,
+    MeshSection,
+    RunConfig,
+    SamplingParams,
+    ScoringSection,
+)
 
-__all__ = ["LeptonEngine", "LeptonOptimizer", "RunConfig", "SamplingParams", "compress"]
+__all__ = [
+    "CascadeSection",
+    "EngineSection",
+    "LeptonEngine",
+    "LeptonOptimizer",
+    "MeshSection",
+    "RunConfig",
+    "SamplingParams",
+    "ScoringSection",
+    "compress",
+]
 
 
 def __getattr__(name: str):

@@ -34,6 +34,19 @@ def test_fields_that_nothing_would_use_are_refused(engine, message):
     RunConfig(engine=good).require_no_idle_fields()
 
 
+def test_the_package_exports_what_settings_in_python_need():
+    import lepton_jax
+
+    lepton_jax.RunConfig(
+        engine=lepton_jax.EngineSection(rows=64),
+        mesh=lepton_jax.MeshSection(model=4),
+        scoring=lepton_jax.ScoringSection(labels=("a", "b")),
+        cascade=lepton_jax.CascadeSection(agreement=0.99),
+        sampling=lepton_jax.SamplingParams(),
+    )
+    assert all(hasattr(lepton_jax, name) for name in lepton_jax.__all__)
+
+
 @pytest.mark.parametrize(
     ("section", "values"),
     [
