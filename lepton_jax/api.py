@@ -50,10 +50,10 @@ from lepton_jax.jobs.modes import Mode
 from lepton_jax.jobs.perplexity import PerplexityMode
 from lepton_jax.jobs.promise import Promise
 from lepton_jax.jobs.rank import RankMode
-from lepton_jax.jobs.rows import Prompt
-from lepton_jax.jobs.score import ScoreMode
+from lepton_jax.jobs.rows import Prompts
+from lepton_jax.jobs.score import ScoreMode, score_fields
 from lepton_jax.jobs.scoring import ChoosingMode, score_all
-from lepton_jax.jobs.session import Completion, Delta, Session
+from lepton_jax.jobs.session import Completion, Delta, Params, Session, params_of_each
 from lepton_jax.optimizer.costs import Costs, assumed, settled
 from lepton_jax.optimizer.feedback import Feedback
 from lepton_jax.optimizer.profile import Profile, require_profile
@@ -313,33 +313,34 @@ class LeptonEngine:
         self.engine = self.feedback = self._open = None
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None
+        self, prompts: Prompts, params: Params | None = None, *, tools: Sequence[Mapping] = ()
     ) -> list[Completion]:
         """Answers in the order of the prompts.
 
         Args:
           prompts: texts, lists of messages, or lists of token ids; or a single one of these.
-          params: for all of them; by default those of the config.
+          params: for all of them, or one for each; by default those of the config.
+          tools: JSON schemas of functions that all prompts, then messages, offer the model.
 
         Raises ValueError (RowError) on a prompt that can't be served.
         """
         answers: dict[str, Completion] = {}
         with closing(self._session()) as session:
-            keys = self._add(session, prompts, params)
+            keys = self._add(session, prompts, params, tools)
             for delta in session.deltas():
                 if delta.completion is not None:
                     answers[delta.key] = delta.completion
         return [answers[key] for key in keys]
 
     def stream(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None
+        self, prompts: Prompts, params: Params | None = None, *, tools: Sequence[Mapping] = ()
     ) -> Iterator[tuple[int, Delta]]:
         """Pieces as they come: (index of the prompt, Delta with `.text` and `.finish_reason`).
 
-        Until it is exhausted or closed nothing else can be asked.
+        Asked as `generate` is. Until it is exhausted or closed nothing else can be asked.
         """
         with closing(self._session()) as session:
-            index = {key: i for i, key in enumerate(self._add(session, prompts, params))}
+            index = {key: i for i, key in enumerate(self._add(session, prompts, params, tools))}
             for delta in session.deltas():
                 yield index[delta.key], delta
 
@@ -351,7 +352,7 @@ class LeptonEngine:
             single text or mapping.
         """
         mode = self._chooses("score", self._config.scoring)
-        return self._score_all(mode, [mode.parse(_score_fields(item)) for item in _listed(items)])
+        return self._score_all(mode, [mode.parse(score_fields(item)) for item in _listed(items)])
 
     def predict(
         self,
@@ -505,12 +506,13 @@ class LeptonEngine:
         self._open = Session(*self._started())
         return self._open
 
-    def _add(self, session: Session, prompts, params: SamplingParams | None) -> list[str]:
+    def _add(self, session: Session, prompts, params: Params | None, tools) -> list[str]:
         if isinstance(prompts, str) or (prompts and isinstance(prompts[0], (int, Mapping))):
             prompts = [prompts]
+        each = params_of_each(len(prompts), self._config.sampling if params is None else params)
         keys = [f"prompt-{next(self._numbers)}" for _ in prompts]
-        for key, prompt in zip(keys, prompts, strict=True):
-            session.add(key, prompt, params or self._config.sampling)
+        for key, prompt, asked in zip(keys, prompts, each, strict=True):
+            session.add(key, prompt, asked, tools=tools or None)
         return keys
 
     def _need_idle(self) -> None:
@@ -554,16 +556,6 @@ def _dense_config(config: RunConfig) -> RunConfig:
 def _listed(items: Any) -> list:
     """Several, or a single text or mapping, as a list."""
     return [items] if isinstance(items, (str, Mapping)) else list(items)
-
-
-def _score_fields(item: str | tuple[str, str] | Mapping) -> dict:
-    """The fields of a row of the mode score."""
-    if isinstance(item, str):
-        return {"text": item}
-    if isinstance(item, Mapping):
-        return dict(item)
-    context, continuation = item
-    return {"context": context, "continuation": continuation}
 
 
 def compress(

@@ -153,6 +153,32 @@ def test_nothing_is_asked_beside_an_open_stream(tiny):
     assert tiny.generate("one two", LONG) == [expected]
 
 
+def test_each_prompt_may_have_params_of_its_own(tiny):
+    short, biased = SamplingParams(max_tokens=2), dataclasses.replace(LONG, logit_bias={7: 99.0})
+    answers = tiny.generate(["one", "two"], [dataclasses.replace(LONG, max_tokens=3), biased])
+    assert [len(answer.token_ids) for answer in answers] == [3, 30]
+    assert set(answers[1].token_ids) == {7} != set(answers[0].token_ids)
+    assert tiny.generate("two", [biased]) == answers[1:]
+    stream = tiny.stream(["one", "two"], [biased, short])
+    assert [index for index, delta in stream if delta.completion] == [1, 0]
+    for given in ([], [short], [short] * 3):
+        with pytest.raises(ValueError, match=f"2 prompts and {len(given)} SamplingParams"):
+            tiny.generate(["one", "two"], given)
+
+
+def test_tools_go_with_messages(tiny, monkeypatch):
+    template = "{% for t in tools or [] %}{{ t.name }}!{% endfor %}{{ messages[0].content }}"
+    monkeypatch.setitem(tiny.tokenizer._parts.templates, "default", template)
+    chat, tools = [{"role": "user", "content": "hi"}], [{"name": "clock"}]
+    for options, text in (({}, "hi"), ({"tools": tools}, "clock!hi")):
+        (answer,) = tiny.generate([chat], LONG, **options)
+        assert answer.prompt_tokens == len(text)
+        *_, (_, delta) = tiny.stream(chat, LONG, **options)
+        assert delta.completion == answer
+    with pytest.raises(ValueError, match="tools go with messages, not with 'hi'"):
+        tiny.generate(["hi"], tools=tools)
+
+
 def test_one_text_is_one_row_and_no_texts_are_none(tiny):
     assert tiny.predict("Lovely soup!").shape == (1, 2) and tiny.predict([]).shape == (0, 2)
     assert tiny.embed("Lovely soup!").shape == (1, 32) and tiny.embed([]).shape == (0, 32)

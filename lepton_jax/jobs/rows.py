@@ -16,9 +16,10 @@ from lepton_jax.config import refuse_unknown
 from lepton_jax.jobs.files.follow import PENDING, Pending
 from lepton_jax.jobs.files.source import Record, RowError
 
-__all__ = ["BadRow", "IdSet", "Prompt", "Row", "RowError", "RowId", "read_rows"]
+__all__ = ["BadRow", "IdSet", "Prompt", "Prompts", "Row", "RowError", "RowId", "read_rows"]
 
 Prompt = str | list[dict] | list[int]
+Prompts = Prompt | Sequence[Prompt]
 RowId = str | int
 ASIDE = " (a column for something else is set aside by --config.job.columns=other={})"
 _LEAST_SLOTS = 2**10

@@ -72,5 +72,15 @@ class ScoreMode(ChoosingMode):
         return Asked(asked.questions, answer)
 
 
+def score_fields(item: str | tuple[str, str] | Mapping[str, Any]) -> dict[str, Any]:
+    """The row without its id of a text, of (context, continuation), or of a row's fields."""
+    if isinstance(item, str):
+        return {"text": item}
+    if isinstance(item, Mapping):
+        return dict(item)
+    context, continuation = item
+    return {"context": context, "continuation": continuation}
+
+
 def _need_context(values: Mapping[str, Any], name: str) -> str:
     return need_text(values, name, empty=True)

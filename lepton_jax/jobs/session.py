@@ -12,12 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from lepton_jax.config import SamplingParams
 from lepton_jax.engine.protocol import TokenEngine as Engine
 from lepton_jax.engine.request import StepOutput
-from lepton_jax.jobs.rows import Prompt, RowError
+from lepton_jax.jobs.rows import Prompt, RowError, shown
 from lepton_jax.text.constraints import ConstraintError, Grammar
 from lepton_jax.text.detokenizer import Detokenizer
 from lepton_jax.text.tokenizer import Tokenizer
 
 TokenLogprob = tuple[float, list[tuple[int, float]]]
+Params = SamplingParams | Sequence[SamplingParams]  # the same for all prompts, or one for each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,12 +95,13 @@ def encode(
 
     Raises RowError (invalid_prompt) where the tokenizer or its chat template refuses it.
     """
+    chat = not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping)
+    if tools and not chat:
+        raise RowError("invalid_prompt", f"tools go with messages, not with {shown(prompt)}")
     try:
         if isinstance(prompt, str):
             return tokenizer.encode(prompt)
-        if prompt and isinstance(prompt[0], Mapping):
-            return tokenizer.apply_chat(prompt, tools)
-        return list(prompt)
+        return tokenizer.apply_chat(prompt, tools) if chat else list(prompt)
     except ValueError as error:
         raise RowError("invalid_prompt", str(error)) from error
 
@@ -110,6 +112,18 @@ def grammar_of(params: SamplingParams) -> Grammar | None:
         return Grammar.of(params)
     except ConstraintError as error:
         raise RowError("invalid_sampling", str(error)) from error
+
+
+def params_of_each(count: int, params: Params) -> Sequence[SamplingParams]:
+    """Those of each of `count` prompts. Raises ValueError on a list of another length."""
+    if isinstance(params, SamplingParams):
+        return [params] * count
+    if len(params) != count:
+        raise ValueError(
+            f"{count} prompts and {len(params)} SamplingParams: want one for each prompt, or a "
+            "single one for all"
+        )
+    return params
 
 
 def expand(params: SamplingParams) -> list[SamplingParams]:
