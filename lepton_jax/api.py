@@ -55,7 +55,7 @@ from lepton_jax.jobs.score import ScoreMode, score_fields
 from lepton_jax.jobs.scoring import ChoosingMode, score_all
 from lepton_jax.jobs.session import Completion, Delta, Params, Session, params_of_each
 from lepton_jax.optimizer.costs import Costs, assumed, settled
-from lepton_jax.optimizer.feedback import Feedback
+from lepton_jax.optimizer.feedback import Feedbacks, listen_to
 from lepton_jax.optimizer.profile import Profile, require_profile
 from lepton_jax.sharding import Placement
 from lepton_jax.sharding.partition import uneven_costs
@@ -77,8 +77,8 @@ class LeptonEngine:
         `cascade.agreement` both models' engines.
       promise: after `score`, `predict` or `rank` with `cascade.agreement`, how it was kept
         (`promise.account()`), over all such calls that asked in the same way.
-      feedback: after `start`, what sets the engine's knobs while it runs, and why; of several
-        replicas in this process that of the first.
+      feedback: after `start`, what sets the knobs of the engines in this process while they run,
+        and why; in a cascade those of the compressed model.
     """
 
     def __init__(self, sync: Sync | None = None):
@@ -93,7 +93,7 @@ class LeptonEngine:
         self._actors: RayActors | None = None
         self.loaded: checkpoints.Loaded | None = None
         self.receipt: receipts.Receipt | None = None
-        self.feedback: Feedback | None = None
+        self.feedback: Feedbacks | None = None
         self._config = RunConfig()
         self._numbers = itertools.count()
 
@@ -221,7 +221,10 @@ class LeptonEngine:
         asked = dict(workload=workload, strict=strict)
         planned = [model._plan(costs, **asked) for model in models]  # before a cache is there
         pairs = list(zip(models, planned, strict=True))
-        feedbacks = [model._listen(engines, costs, knobs=knobs) for model, engines in pairs]
+        feedbacks = [
+            listen_to(engines, model.config.optimizer, costs=costs, knobs=knobs)
+            for model, engines in pairs
+        ]
         for engine in itertools.chain(*planned) if workload else ():
             engine.warm_up(workload, wait=False)
         served = [model._joined(engines) for model, engines in pairs]
@@ -247,32 +250,6 @@ class LeptonEngine:
     def _joined(self, engines: Sequence[Engine]) -> TokenEngine:
         """Replicas as one."""
         return engines[0] if len(engines) == 1 else local_pool(engines, self._config)
-
-    def _listen(
-        self, engines: Sequence[Engine], costs: Costs, *, knobs: Mapping[str, float]
-    ) -> Feedback | None:
-        """Begins with feedback, where the config wants it; each engine has its own. The first."""
-        section = self._config.optimizer
-        if section.feedback == "off":
-            return None
-        timed = section.feedback == "on"
-        if timed and jax.process_count() > 1:
-            raise ValueError(
-                "optimizer.feedback='on' decides by the clock of one host, but several run this "
-                "model: set optimizer.feedback to deterministic or off"
-            )
-        first, *_ = [
-            Feedback(
-                engine,
-                timed=timed,
-                costs=costs,
-                knobs=knobs,
-                objective=section.objective,
-                log=section.log if engine is engines[0] else "",
-            )
-            for engine in engines
-        ]
-        return first
 
     def _read_draft(self, section: EngineSection) -> checkpoints.Loaded:
         """The draft model. Raises ValueError where it has another tokenizer."""

@@ -481,7 +481,7 @@ class OptimizerSection:
     repeats: int = _doc(
         2, "tune: runs of each, of which the quickest counts; close ones then take turns"
     )
-    log: str = _doc("", "file that gets each decision of the feedback as a line of JSON")
+    log: str = _doc("", "file that each decision of the feedback is added to as a line of JSON")
 
     def __post_init__(self):
         _check_types(self)
@@ -492,6 +492,8 @@ class OptimizerSection:
             _check(self, name, 0 <= getattr(self, name) < math.inf, "0 or more")
         _check(self, "profile", bool(self.profile), "auto, off, or a file")
         _check(self, "objective", self.objective in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}")
+        told = not self.log or self.feedback != "off"
+        _check(self, "log", told, "'' with feedback='off', or feedback='deterministic'")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,10 @@ longer it doesn't pay. What a step costs is measured, or assumed by one number w
 the same each time. Pure Python, no jax. Read next: `scheduler.py`, `lookup.py`.
 """
 
+import math
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from lepton_jax.engine.request import Row, StepOutput
 from lepton_jax.telemetry import BeatStats
@@ -25,6 +27,15 @@ _HOPED = 0.8  # acceptance of a draft model before it has proposed anything
 _ROUNDS = 64  # of a row, after which older ones count little
 _PATIENCE, _LONGEST_PATIENCE = 64, 1024  # plain blocks until a draft model is tried again
 _TRUSTED = 2  # samples: the first one may hold a compilation
+
+
+class Promise(NamedTuple):
+    """What a step with proposals is expected to give a row, in tokens, and its cost beside a plain
+    step, infinite before that is measured.
+    """
+
+    tokens_a_step: float
+    step_cost: float
 
 
 class Shadow:
@@ -81,6 +92,10 @@ class DraftRule:
 
     A block's steps give each row as many tokens as its shadow's rounds had, and cost what steps of
     as many rows and that length took. `choose` is a draft policy.
+
+    Attributes:
+      chosen: the length that was chosen last, 0: none.
+      promise: of the best length besides 0, when it was.
     """
 
     def __init__(self, drafts: Sequence[int], row_sizes: Sequence[int], *, cost: float = 0.0):
@@ -99,7 +114,7 @@ class DraftRule:
         self._shadows: dict[str, Shadow] = {}
         self._prompts: dict[str, Sequence[int]] = {}
         self._all_tokens, self._all_rounds = 1.0, dict.fromkeys(self._drafts, 1.0)
-        self._last = 0
+        self.chosen, self.promise = 0, Promise(1.0, math.inf)
 
     def add(self, request_id: str, prompt: Sequence[int]) -> None:
         """A request has come."""
@@ -127,12 +142,20 @@ class DraftRule:
 
     def choose(self, running: Sequence[Row], most: int) -> int:
         """The draft length of the next block, one of `drafts` up to `most` or 0."""
-        lengths = [0, *(draft for draft in self._drafts if draft <= most)]
-        rates = {draft: self._gain(running, draft) for draft in lengths}
+        lengths, rows = [0, *(draft for draft in self._drafts if draft <= most)], len(running)
+        costs = {draft: self._step_cost(rows, draft) for draft in lengths}
+        tokens = {
+            draft: sum(self.tokens_a_step(row.request.id, draft) for row in running)
+            for draft in lengths
+        }
+        rates = {draft: tokens[draft] / costs[draft] for draft in lengths}
         best = max(rates, key=rates.get)
-        if rates[best] > _MARGIN * rates.get(self._last, 0.0):
-            self._last = best
-        return self._last
+        if rates[best] > _MARGIN * rates.get(self.chosen, 0.0):
+            self.chosen = best
+        if drafts := lengths[1:]:
+            tried = max(drafts, key=rates.get)
+            self.promise = Promise(tokens[tried] / rows, costs[tried] / costs[0])
+        return self.chosen
 
     def tokens_a_step(self, request_id: str, draft: int) -> float:
         """What a row is expected to gain by a step, 1 to 1 + draft."""
@@ -142,11 +165,6 @@ class DraftRule:
         tokens, rounds = (shadow.tokens, shadow.rounds[draft]) if shadow else (0.0, 0.0)
         share = self._all_rounds[draft] / self._all_tokens
         return min(1.0 + draft, (tokens + _PRIOR) / (rounds + _PRIOR * share))
-
-    def _gain(self, running: Sequence[Row], draft: int) -> float:
-        """Tokens for the time of a step of one row."""
-        tokens = sum(self.tokens_a_step(row.request.id, draft) for row in running)
-        return tokens / self._step_cost(len(running), draft)
 
     def _step_cost(self, rows: int, draft: int) -> float:
         """Seconds, or the time of a step of one row where nothing is measured.

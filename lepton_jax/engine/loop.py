@@ -34,7 +34,12 @@ _NO_OUTPUT = SamplingParams(max_tokens=1)  # of requests to score: nothing is sa
 
 
 class Engine:
-    """Continuous batching of requests on one device, or on several that share the model."""
+    """Continuous batching of requests on one device, or on several that share the model.
+
+    Attributes:
+      scheduler, runner: of its beats.
+      drafts: the rule that says how many tokens are proposed in a block.
+    """
 
     def __init__(
         self,
@@ -95,7 +100,7 @@ class Engine:
         self._beats, self._kv_dtype = Beats(self.scheduler), kv_dtype
         self._guides, self._wants_draft = _no_guide, section.speculation == "draft"
         rule = DraftRule(self.runner.drafts, self.runner.rungs.decode, cost=section.draft_cost)
-        self._drafts = self._speculate(rule, sizes.draft if section.speculation == "lookup" else 0)
+        self.drafts = self._speculate(rule, sizes.draft if section.speculation == "lookup" else 0)
 
     def guide_with(self, guides: Callable[[SamplingParams], Guide]) -> None:
         """Lets requests prescribe their answers: `guides` makes a guide of one from what is asked
@@ -122,7 +127,7 @@ class Engine:
         runner.draft_with(context, leaves, kv_dtype=self._kv_dtype)
         share = _nbytes(leaves) / _nbytes(runner.leaves)
         rule = DraftModelRule(runner.drafts, runner.rungs.decode, cost=cost, share=share)
-        self._drafts = self._speculate(rule, runner.sizes.draft)
+        self.drafts = self._speculate(rule, runner.sizes.draft)
         self._wants_draft = False
 
     def _speculate(self, rule: DraftRule, most: int) -> DraftRule:
@@ -154,7 +159,7 @@ class Engine:
         if done is None:
             return []
         outputs = self.scheduler.commit(done.plan, *self.runner.read(done))  # 3 commit
-        self._drafts.read(outputs)
+        self.drafts.read(outputs)
         self._beats.tell(done, outputs)
         return outputs
 
@@ -162,7 +167,7 @@ class Engine:
         self._in_flight = None
         self.scheduler.reset()
         self.runner.reset()
-        self._drafts.forget()
+        self.drafts.forget()
 
     @property
     def has_work(self) -> bool:
@@ -179,7 +184,7 @@ class Engine:
         seed, guide = _seed(request_id, params), self._guides(params) if params.guided else None
         request = Request(request_id, tuple(prompt_ids), params, seed=seed, guide=guide)
         self.scheduler.add(request)
-        self._drafts.add(request_id, prompt_ids)
+        self.drafts.add(request_id, prompt_ids)
         self.runner.require(SampleSpec.of(params, self.eos_ids))
 
     def add_scoring(self, request_id: str, prompt_ids: Sequence[int], scoring: Scoring) -> None:
@@ -192,7 +197,7 @@ class Engine:
     def abort(self, request_id: str) -> None:
         """Drops a request wherever it is; nothing more comes out for it."""
         self.scheduler.abort(request_id)
-        self._drafts.drop(request_id)
+        self.drafts.drop(request_id)
 
     def forget(self) -> None:
         """As if nothing had been served: what comes next doesn't depend on what came before, down

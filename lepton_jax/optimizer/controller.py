@@ -69,7 +69,12 @@ class Counts:
 
 
 class Controller:
-    """Decides from beats; `decide` gives the knobs and the reasons of what changed."""
+    """Decides from beats; `decide` gives the knobs and the reasons of what changed.
+
+    Attributes:
+      knobs: as they should be.
+      beat: the number of the last one.
+    """
 
     def __init__(
         self,
@@ -92,20 +97,20 @@ class Controller:
     def reset(self) -> None:
         """As new; what was measured of costs stays, because it is used only with the clock."""
         self.knobs, self._counts = self._machine.knobs, Counts()
-        self._beat = 0
+        self.beat = 0
         self._calm = 0  # beats since the last preemption
         self._last = BeatStats()  # that decoded
 
     def decide(self, beat: BeatStats) -> list[Decision]:
         """Takes a beat in; what shall change before the next, which `knobs` has then."""
-        self._beat += 1
+        self.beat += 1
         self._counts.add(beat)
         if beat.steps:
             self._last = beat
         if self._meter:
             self._meter.take(beat)
         decisions = list(self._pages(beat))
-        if self._beat % _EVERY == 0:
+        if self.beat % _EVERY == 0:
             if self._meter:
                 self._costs = self._meter.costs(self._prior)
             decisions += self._order()
@@ -117,7 +122,7 @@ class Controller:
         before = getattr(self.knobs, name)
         if value != before:
             self.knobs = dataclasses.replace(self.knobs, **{name: value})
-            yield Decision(self._beat, name, before, value, why, numbers)
+            yield Decision(self.beat, name, before, value, why, numbers)
 
     def _pages(self, beat: BeatStats) -> Iterator[Decision]:
         """Keeps pages in reserve while much time goes into what preempted rows compute again."""

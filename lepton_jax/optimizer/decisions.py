@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """A knob that was turned.
+    """A knob that was turned, or speculation switched.
 
     Attributes:
       beat: of the engine, counted since it was new.
-      knob: its name; it went from `before` to `after`.
+      knob: its name; it went from `before` to `after`. "draft": tokens proposed in a step.
       why: in words; `numbers` are those behind it.
+      replica: whose engine it is, from 0.
     """
 
     beat: int
@@ -21,22 +22,25 @@ class Decision:
     after: float
     why: str
     numbers: Mapping[str, float]
+    replica: int = 0
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
 
-    def in_words(self) -> str:
-        """One line for people."""
+    def in_words(self, *, several: bool = False) -> str:
+        """One line for people, of `several` replicas with its number."""
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in self.numbers.items())
         turned = f"{self.knob} {_shown(self.before)} -> {_shown(self.after)}"
-        return f"beat {self.beat}: {turned}: {self.why} ({numbers})"
+        whose = f" of replica {self.replica}" if several else ""
+        return f"beat {self.beat}{whose}: {turned}: {self.why} ({numbers})"
 
 
 def explained(decisions: Sequence[Decision], *, most: int = 40) -> str:
     """All decisions in words; of very many the first and the last."""
     if not decisions:
         return "no knob was turned"
-    lines = [decision.in_words() for decision in decisions]
+    several = any(decision.replica for decision in decisions)
+    lines = [decision.in_words(several=several) for decision in decisions]
     if len(lines) > most:
         half = most // 2
         lines = [*lines[:half], f"... {len(lines) - 2 * half} more ...", *lines[-half:]]

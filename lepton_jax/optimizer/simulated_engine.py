@@ -14,6 +14,7 @@ import numpy as np
 
 from lepton_jax.config import SamplingParams
 from lepton_jax.engine.beats import Beats, Listener
+from lepton_jax.engine.draft_length import DraftRule
 from lepton_jax.engine.packing import DecodeShape
 from lepton_jax.engine.request import BlockResult, Plan, Request, StepOutput
 from lepton_jax.engine.row_params import SampleSpec
@@ -59,7 +60,7 @@ class SimulatedEngine:
     Attributes:
       seconds: of its clock.
       tokens: generated so far.
-      runner, scheduler: what a `Feedback` asks of an engine.
+      runner, scheduler, drafts: what a `Feedback` asks of an engine.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class SimulatedEngine:
         self.scheduler = Scheduler(sizes, q_tile=sizes.tile, prefix_cache=sizes.prefix_cache)
         self.runner = self  # a Feedback reads `engine.runner.rungs`
         self.rungs = Rungs.of(sizes, tile=sizes.tile, has_views=sizes.has_views)
+        self.drafts = DraftRule((), self.rungs.decode)
         self._beats = Beats(self.scheduler)
         self._rows: dict[str, SimulatedRow] = {}
         self._produced: dict[str, int] = {}  # outputs that the device has made
