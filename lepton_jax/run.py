@@ -82,7 +82,8 @@ def _run(config: RunConfig, hosts: "Hosts") -> int:
         return 0
     told = tuning.account(profile, cli.given_fields(), config=config, decisions=turned)
     parts = dict(cost=cost, output=job.output.path, cascade=cascade, optimizer=told)
-    summary = report.summarize(tally, stats, **parts)
+    asked = config.engine.speculation
+    summary = report.summarize(tally, stats, speculation=asked, **parts)
     report.write_summary(summary, job.output.summary)
     if config.job.report:
         write_report(report_page(summary, trace), job.output.report)

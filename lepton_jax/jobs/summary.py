@@ -86,6 +86,7 @@ def summarize(
     output: str,
     cascade: Mapping[str, Any] | None = None,
     optimizer: Mapping[str, Any] | None = None,
+    speculation: str = "off",
 ) -> dict[str, Any]:
     """The summary of a finished job, in JSON types.
 
@@ -96,6 +97,7 @@ def summarize(
       output: the file that was written.
       cascade: of a job of two models, `CascadeMode.account()`.
       optimizer: what its profile was and what feedback did, `tuning.account()`.
+      speculation: `engine.speculation` of the config.
     """
     engine, cache = StepStats.of(stats), compile_cache.counts()
     device = jax.local_devices()[0]
@@ -123,6 +125,7 @@ def summarize(
         "compile_cache_misses": cache.misses,
         "prefix_hit_tokens": engine.prefix_hit_tokens,
         "preemptions": engine.preemptions,
+        "speculation": speculation,
         "proposed_tokens": engine.proposed_tokens,
         "accepted_tokens": engine.accepted_tokens,
         "tokens_per_step": _rounded(engine.tokens_per_step, 3),
@@ -235,7 +238,9 @@ def _preemptions(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _speculation(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     proposed, accepted = summary["proposed_tokens"], summary["accepted_tokens"]
     if not proposed:
-        return []
+        asked, decoded = summary["speculation"], summary["decode_tokens_per_second"]
+        silent = asked == "off" or decoded is None
+        return [] if silent else [("speculation", f"{asked} stayed off, it didn't pay")]
     text = f"{accepted:,} of {proposed:,} proposed tokens accepted ({accepted / proposed:.0%})"
     return [("speculation", f"{text}, {summary['tokens_per_step']:.2f} tokens a step")]
 
