@@ -67,7 +67,8 @@ def _run(config: RunConfig, hosts: "Hosts") -> int:
             job.resume(lepton.fingerprint)
             lepton.start(workload=job.workload(lepton.tokenizer), profile=profile)
         with cli.user_errors(JobError, ReplicasLost):
-            trace = trace_for(config.job, lepton.engine.stats) if hosts.first else None
+            knobs = lepton.feedback.knobs if lepton.feedback else dict
+            trace = trace_for(config.job, lepton.engine.stats, knobs=knobs) if hosts.first else None
             with cli.interrupts(job.end_following if config.job.follow else None):
                 tally = job.run(lepton.engine, lepton.tokenizer, trace=trace)
         # Two models' work is counted against the peaks of the dense one.

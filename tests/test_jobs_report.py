@@ -115,11 +115,15 @@ def test_a_report_that_cannot_be_written_is_a_warning(tmp_path, caplog):
 
 
 def test_tensorboard_gets_the_numbers_of_each_stretch(tmp_path, clock):
-    log = ScalarLog(str(tmp_path / "events"))
-    trace, counts = trace_of(clock, sink=log)
+    log, knobs = ScalarLog(str(tmp_path / "events")), {}
+    trace, counts = trace_of(clock, sink=log, knobs=lambda: knobs)
+    counts |= dict(slots=8, pages=40, proposed_tokens=0, accepted_tokens=0)
     for now in (1.0, 2.0):
         trace.begin("a")
         clock.now, counts["decode_tokens"] = now, int(20 * now)
+        counts |= dict(running=2 * now, free_pages=30 / now, proposed_tokens=8 * (now - 1))
+        counts |= dict(accepted_tokens=2 * (now - 1), prefix_hit_tokens=16 * now)
+        knobs["decode_block"] = 4 * now
         trace.end("a", {})
         trace.beat()
     trace.close()
@@ -131,6 +135,12 @@ def test_tensorboard_gets_the_numbers_of_each_stretch(tmp_path, clock):
     ]
     assert ("job/generated_tokens_per_second", 1, 20.0) in found
     assert ("job/rows_per_second", 2, 1.0) in found
+    assert [item[1:] for item in found if item[0] == "job/running_rows"] == [(1, 0.25), (2, 0.5)]
+    assert [item[1:] for item in found if item[0] == "job/free_pages"] == [(1, 0.75), (2, 0.375)]
+    assert [item[1:] for item in found if item[0] == "job/acceptance"] == [(2, 0.25)]
+    assert [item[1:] for item in found if "/knobs/" in item[0]] == [(1, 4.0), (2, 8.0)]
+    assert ("job/prefix_hit_tokens", 2, 16.0) in found
+    assert "job/knobs/decode_block" in {tag for tag, _, _ in found}
 
 
 def events(data):

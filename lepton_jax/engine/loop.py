@@ -259,12 +259,14 @@ class Engine:
         self._beats.listeners.append(listener)
 
     def stats(self) -> dict:
-        """Counts and seconds since the engine was made."""
+        """Counts and seconds since the engine was made, and how full it is."""
         programs = self.runner.programs
         return (
             vars(self.scheduler.counters)
+            | vars(self.scheduler.load)
             | vars(self.runner.timings)
             | dict(
+                slots=self.scheduler.most.live_rows,
                 programs=len(programs.compiled),
                 compile_seconds=programs.seconds,
                 late_compiles=programs.late,

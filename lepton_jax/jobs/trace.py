@@ -67,12 +67,14 @@ class Trace:
         self,
         stats: Callable[[], Mapping[str, float]],
         *,
+        knobs: Callable[[], Mapping[str, float]] = dict,
         sink: ScalarSink | None = None,
         seconds: float = 1.0,
         clock: Callable[[], float] = time.perf_counter,
     ):
-        """Reads `stats` about once in so many seconds."""
+        """Reads `stats`, and for the sink `knobs`, about once in so many seconds."""
         self._stats, self._sink, self._seconds, self._clock = stats, sink, seconds, clock
+        self._knobs = knobs
         self._started = self._last = clock()
         self._before = StepStats.of(stats())
         self._rows = self._rows_before = 0
@@ -108,14 +110,16 @@ class Trace:
         now = self._clock()
         if now - self._last < self._seconds and not last:
             return
-        stats = StepStats.of(self._stats())
+        reading = self._stats()
+        stats = StepStats.of(reading)
         rows = self._rows - self._rows_before
         begin = self._last - self._started
         stretch = Stretch(begin, now - self._last, rows, stats - self._before)
         self.stretches.append(stretch)
         self._last, self._before, self._rows_before = now, stats, self._rows
         if self._sink:
-            self._sink.add(self._rows, scalars(stretch))
+            knobs = {f"knobs/{name}": value for name, value in self._knobs().items()}
+            self._sink.add(self._rows, scalars(stretch) | filled(reading) | knobs)
         if len(self.stretches) >= _MOST_STRETCHES:
             pairs = zip(self.stretches[::2], self.stretches[1::2], strict=True)
             self.stretches = [first.joined(second) for first, second in pairs]
@@ -140,22 +144,43 @@ class Trace:
         return None
 
 
-def trace_for(job: JobSection, stats: Callable[[], Mapping[str, float]]) -> Trace | None:
-    """A trace where the job asks for what needs one. Raises JobError as `ScalarLog` does."""
+def trace_for(
+    job: JobSection,
+    stats: Callable[[], Mapping[str, float]],
+    *,
+    knobs: Callable[[], Mapping[str, float]] = dict,
+) -> Trace | None:
+    """A trace where the job asks for what needs one. Raises JobError as `ScalarLog` does.
+
+    `stats` and `knobs` are read as the job goes on: `Engine.stats()`, and knobs by name.
+    """
     if not (job.report or job.tensorboard):
         return None
-    return Trace(stats, sink=ScalarLog(job.tensorboard) if job.tensorboard else None)
+    sink = ScalarLog(job.tensorboard) if job.tensorboard else None
+    return Trace(stats, knobs=knobs, sink=sink)
 
 
 def scalars(stretch: Stretch) -> dict[str, float]:
     """The numbers of a stretch that are worth a curve."""
     seconds, stats = max(stretch.seconds, 1e-9), stretch.stats
-    return {
+    speculated = {} if stats.acceptance is None else {"acceptance": stats.acceptance}
+    return speculated | {
         "prompt_tokens_per_second": stats.prefill_tokens / seconds,
         "generated_tokens_per_second": stats.decode_tokens / seconds,
         "rows_per_second": stretch.rows / seconds,
         "padding_waste": stats.padding_waste,
         "preemptions": stats.preemptions,
+        "prefix_hit_tokens": stats.prefix_hit_tokens,
+    }
+
+
+def filled(stats: Mapping[str, float]) -> dict[str, float]:
+    """How full the engine is: rows with a slot, and free pages, as shares of what there is."""
+    shares = {"running_rows": ("running", "slots"), "free_pages": ("free_pages", "pages")}
+    return {
+        name: stats[part] / stats[whole]
+        for name, (part, whole) in shares.items()
+        if stats.get(whole)
     }
 
 
