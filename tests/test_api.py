@@ -4,12 +4,15 @@ refused, forgotten and given back.
 
 import dataclasses
 import gc
+import json
+import shutil
 import weakref
 
 import jax
 import numpy as np
 import pytest
 from compress_makers import model_folder
+from safetensors.numpy import load_file, save_file
 
 from lepton_jax import LeptonEngine, SamplingParams, api, compress
 from lepton_jax.config import (
@@ -89,26 +92,43 @@ def test_unknown_presets_are_named_before_anything_is_read():
         LeptonEngine().load_model("/nowhere", compression="int3")
 
 
-def test_a_draft_of_the_model_itself_changes_no_answer(tmp_path):
-    folder = model_folder(tmp_path / "model")
-    params = SamplingParams(max_tokens=30, ignore_eos=True)
-    answers = {}
-    for speculation in ("off", "draft"):
-        section = EngineSection(
-            rows=2,
-            max_len=64,
-            prefill_chunk=32,
-            speculation=speculation,
-            draft_preset="int8" if speculation == "draft" else "none",
-            draft_cost=0.1,
-        )
+def test_a_draft_changes_no_answer(folder, tmp_path):
+    shallow = shutil.copytree(folder, tmp_path / "shallow")
+    file, settings = (
+        shallow / "model.safetensors",
+        json.loads((shallow / "config.json").read_text()),
+    )
+    kept = {name: a for name, a in load_file(file).items() if ".layers.1." not in name}
+    save_file(kept, file)
+    (shallow / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": 1}))
+    itself = dict(speculation="draft", draft_preset="int8", draft_cost=0.1)
+    answers = []
+    for fields in ({}, itself, itself | {"draft_model": str(shallow)}):
         with LeptonEngine() as lepton:
+            section = dataclasses.replace(SECTION, **fields)
             lepton.load_model(folder, config=RunConfig(engine=section)).start()
-            found = lepton.generate(["one two", "three"], params)
-            answers[speculation] = [answer.token_ids for answer in found]
-            proposed = lepton.engine.stats()["proposed_tokens"]
-            assert (proposed > 0) == (speculation == "draft")
-    assert answers["draft"] == answers["off"]
+            found = lepton.generate(["one two", "three"], LONG)
+            answers.append([answer.token_ids for answer in found])
+            assert (lepton.engine.stats()["proposed_tokens"] > 0) == bool(fields)
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_a_second_model_of_another_tokenizer_is_refused(folder, tmp_path):
+    other = shutil.copytree(folder, tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    draft = dataclasses.replace(SECTION, speculation="draft", draft_model=str(other))
+    cascade = CascadeSection(agreement=0.5, model=str(other))
+    for config, field in (
+        (RunConfig(engine=draft), "engine.draft_model"),
+        (RunConfig(engine=SECTION, cascade=cascade), "cascade.model"),
+    ):
+        with LeptonEngine() as lepton:
+            with pytest.raises(ValueError, match=f"{field}='.*other' cuts text into other tokens"):
+                lepton.load_model(folder, config=config, compression="int8").start()
+            assert lepton.engine is None
 
 
 SECTION = EngineSection(rows=2, max_len=64, prefill_chunk=32, page_size=16)
