@@ -18,7 +18,7 @@ import tiny_models
 from compress_makers import RECEIPT, config_file, model_folder
 
 from lepton_jax import LeptonEngine, cli, compress
-from lepton_jax.checkpoints.load import load
+from lepton_jax.checkpoints.load import identify, load
 from lepton_jax.compression import receipt as receipts
 from lepton_jax.compression.presets import scheme_of_each
 from lepton_jax.compression.recipe import Recipe
@@ -72,6 +72,10 @@ def whole(model, tmp_path_factory):
     return output, made, seen
 
 
+def weights_of(loaded):
+    return receipts.weights_sha256(loaded.model.specs, loaded.leaves)
+
+
 @pytest.fixture
 def copy(whole, tmp_path):
     """A compressed model to damage."""
@@ -94,6 +98,7 @@ def test_what_the_receipt_holds(whole, model):
     output, made, _ = whole
     dense = load(model)
     assert made["source"]["fingerprint"] == dense.fingerprint
+    assert made["source"]["weights_sha256"] == weights_of(dense)
     assert made["size"]["dense_bytes"] == dense.bytes
     files = [f.stat().st_size for f in output.rglob("*") if f.is_file()]
     assert sum(files) > made["size"]["disk_bytes"] > made["size"]["device_bytes"]
@@ -164,12 +169,22 @@ def test_verification_needs_the_model_that_was_compressed(whole, tmp_path):
         verify_receipt(whole[0], dense=str(stranger))
 
 
+def test_a_value_that_no_fingerprint_samples_is_seen(whole, model, tmp_path):
+    other = shutil.copytree(model, tmp_path / "other")
+    weights = bytearray((other / "model.safetensors").read_bytes())
+    weights[-4] ^= 1  # the last bit of the last float32
+    (other / "model.safetensors").write_bytes(weights)
+    assert identify(other) == whole[1]["source"]["fingerprint"]
+    assert failures(verify_receipt(whole[0], dense=str(other))) == ["source's weights"]
+
+
 def test_calibrated_rules(model, tmp_path):
     rules = (r"layers\..* -> weights=int4 group=16 rounding=gptq", "embed -> weights=int8")
     made = compress(model, tmp_path / "gptq", rules=rules, config=CONFIG)
     assert made["calibration"]["path"] == "shipped: calibration.txt"
     assert len(made["calibration"]["starts"]) == 4
     assert made["calibration"]["sha256"] != made["held_out"]["sha256"]
+    assert made["source"]["weights_sha256"] == weights_of(load(model))
     rows = {row["path"]: row for row in made["weights"]}
     assert rows["layers.1.down"]["product_error"] < rows["layers.1.down"]["error"]
     assert rows["embed"]["product_error"] is None and rows["head"]["error"] == 0
@@ -257,6 +272,7 @@ def test_a_smaller_model_is_quantized_and_loads(model, tmp_path):
 def test_without_comparison_only_sizes_and_errors(model, tmp_path):
     config = RunConfig(receipt=ReceiptSection(compare=False))
     made = compress(model, tmp_path / "out", preset="int4", config=config)
+    assert made["source"]["weights_sha256"] == weights_of(load(model))
     assert made["quality"] is made["speed"] is made["held_out"] is None
     assert "of the bytes" in made["digest"] and "KL" not in made["digest"]
     assert [check.fits for check in verify_receipt(tmp_path / "out")] == [True] * 4

@@ -243,7 +243,7 @@ def test_reading_back(tmp_path):
     [
         (lambda text: text[:40], "can't be read"),
         (lambda text: "[]", "is no receipt"),
-        (lambda text: text.replace('"version": 2', '"version": 9'), "version 9 is unknown"),
+        (lambda text: text.replace('"version": 3', '"version": 9'), "version 9 is unknown"),
         (lambda text: text.replace('"weights_sha256"', '"weights"'), "lacks weights_sha256"),
     ],
 )

@@ -33,7 +33,7 @@ from lepton_jax.tensors.leaves import dense_of
 
 NAME = "receipt.json"
 FORMAT = "lepton_jax receipt"
-VERSION = 2
+VERSION = 3
 _KEYS = (
     "fingerprint", "weights_sha256", "source", "recipe", "measure", "size", "weights", "quality",
     "greedy_prefix", "speed", "held_out", "calibration", "structured", "recovery",
@@ -42,17 +42,30 @@ _KEYS = (
 Receipt = dict[str, Any]
 
 
-def weights_sha256(specs: Mapping[str, Any], leaves: Sequence[Any]) -> str:
-    """A digest of every bit of the weights, their types and their names."""
-    total = hashlib.sha256()
-    for path, leaf in zip(specs, leaves, strict=True):
+class WeightsHash:
+    """SHA-256 of every bit of weights, their types and their names, as they come one by one."""
+
+    def __init__(self):
+        self._total = hashlib.sha256()
+
+    def add(self, path: str, leaf: Any) -> None:
         compressed = isinstance(leaf, CompressedTensor)
         arrays = leaf.arrays() if compressed else {"": leaf}
-        total.update(json.dumps([path, leaf.static() if compressed else None]).encode())
+        self._total.update(json.dumps([path, leaf.static() if compressed else None]).encode())
         for name, array in arrays.items():
             head = [name, str(jnp.dtype(array.dtype)), list(array.shape)]
-            total.update(json.dumps(head).encode())
-            total.update(np.asarray(array).tobytes())
+            self._total.update(json.dumps(head).encode())
+            self._total.update(np.asarray(array).reshape(-1).view(np.uint8))
+
+    def hexdigest(self) -> str:
+        return self._total.hexdigest()
+
+
+def weights_sha256(specs: Mapping[str, Any], leaves: Sequence[Any]) -> str:
+    """`WeightsHash` of all leaves."""
+    total = WeightsHash()
+    for path, leaf in zip(specs, leaves, strict=True):
+        total.add(path, leaf)
     return total.hexdigest()
 
 

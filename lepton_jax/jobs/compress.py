@@ -56,7 +56,7 @@ class Dense:
 
     Attributes:
       model: its specs.
-      source: path, tokenizer, fingerprint and dtype.
+      source: path, tokenizer, fingerprint and dtype, and `weights_sha256` where they were loaded.
       bytes: of its weights.
       held_out: what the receipt says of the text.
       windows: int32 `[windows, T]` of that text.
@@ -124,6 +124,7 @@ def measure_dense(config: RunConfig, progress: Progress) -> Dense:
         config.model.path, **load_options(config), progress=stage(progress, "load")
     )
     require_finite(loaded)
+    source["weights_sha256"] = receipt.weights_sha256(loaded.model.specs, loaded.leaves)
     held_out = text_windows(asked, load_tokenizer(config), HELD_OUT_TEXT)
     windows = held_out.tokens
     told = windows_of(progress, "dense on held-out text")
@@ -169,7 +170,7 @@ def compress(config: RunConfig, recipe: Recipe, dense: Dense, *, progress: Progr
     made = {
         "fingerprint": fingerprint,
         "weights_sha256": weights,
-        "source": dense.source,
+        "source": dense.source | {"weights_sha256": result.source_sha256},
         "engine": dataclasses.asdict(config.engine),
         "recipe": recipe.as_dict() | {"title": recipe.title},
         "measure": dataclasses.asdict(config.receipt),

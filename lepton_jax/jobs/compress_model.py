@@ -38,6 +38,7 @@ from lepton_jax.jobs.recovery import RecoveryFolder, train
 
 _TOLD = (
     "errors",
+    "source_sha256",
     "calibration",
     "structured",
     "rules",
@@ -52,6 +53,7 @@ class Result:
     Attributes:
       loaded: the model.
       errors: relative errors by weight, as compression made them (recovery comes after).
+      source_sha256: of the weights that it was made of.
       calibration: which text it was calibrated on; None without calibration.
       structured: what structured pruning kept; None where there was none.
       rules: that were found for a budget, as texts, and the sensitivities that they come of; None
@@ -62,6 +64,7 @@ class Result:
 
     loaded: Loaded
     errors: dict[str, dict[str, Any]]
+    source_sha256: str
     calibration: dict[str, Any] | None = None
     structured: dict[str, Any] | None = None
     rules: list[str] | None = None
@@ -120,9 +123,10 @@ def _stream(config: RunConfig, recipe: Recipe, *, progress: Progress) -> Result:
     """The model compressed weight by weight as it is read."""
     options = load_options(config)
     specs = checkpoints.describe(config.model.path, **options).specs
-    change, errors = compressor(recipe.rules, specs), {}
+    change, errors, source = compressor(recipe.rules, specs), {}, receipt.WeightsHash()
 
     def compress_one(path, spec, array):
+        source.add(path, array)
         leaf = change(path, spec, array)
         error = float(relative_error(array, leaf))
         if not np.isfinite(error):
@@ -134,7 +138,7 @@ def _stream(config: RunConfig, recipe: Recipe, *, progress: Progress) -> Result:
     loaded = checkpoints.load(
         config.model.path, **options, compress=compress_one, progress=stage(progress, "compress")
     )
-    return Result(loaded, errors)
+    return Result(loaded, errors, source.hexdigest())
 
 
 def _calibrate(config: RunConfig, recipe: Recipe, *, progress: Progress) -> Result:
@@ -143,6 +147,7 @@ def _calibrate(config: RunConfig, recipe: Recipe, *, progress: Progress) -> Resu
         config.model.path, **load_options(config), progress=stage(progress, "load")
     )
     require_finite(loaded)
+    source = receipt.weights_sha256(loaded.model.specs, loaded.leaves)
     drawn = text_windows(config.calibration, load_tokenizer(config), CALIBRATION_TEXT)
     model, leaves = loaded.model, dict(zip(loaded.model.specs, loaded.leaves, strict=True))
     structured, errors, found = None, {}, {}
@@ -181,4 +186,4 @@ def _calibrate(config: RunConfig, recipe: Recipe, *, progress: Progress) -> Resu
     loaded = dataclasses.replace(
         loaded, config=model.config, model=model, leaves=kept, bytes=sum(map(leaf_bytes, kept))
     )
-    return Result(loaded, errors, drawn.receipt, structured, **found)
+    return Result(loaded, errors, source, drawn.receipt, structured, **found)

@@ -80,7 +80,10 @@ def verify_receipt(
         receipt=asked,
     )
     before = measure_dense(config, progress)
-    checks.append(_exact("held-out text", receipt["held_out"]["sha256"], before.held_out["sha256"]))
+    checks += [
+        _exact("source's weights", source["weights_sha256"], before.source["weights_sha256"]),
+        _exact("held-out text", receipt["held_out"]["sha256"], before.held_out["sha256"]),
+    ]
     found = measure_quality(config, before, loaded, progress=progress).as_dict()
     checks += _near(receipt["quality"], found)
     if receipt["kv"]:
