@@ -28,8 +28,17 @@ def estimate(value):
     return {"value": value, "low": 0.9 * value, "high": 1.1 * value}
 
 
-def receipt(title="int8", kl=4e-3, kept=100):
-    speed = receipts.speed_row(100.0, 150.0, compute_fraction=kept / 100)
+def receipt(title="int8", kl=4e-3, kept=100, mib=1, rates=(150.0, 150.0)):
+    size = {
+        "dense_bytes": 4 << 20,
+        "device_bytes": mib << 20,
+        "disk_bytes": mib << 20,
+        "parameters": 100,
+        "kept": kept,
+        "kept_fraction": kept / 100,
+        "compute_fraction": kept / 100,
+    }
+    dense, now = ({"decode": d, "prefill": p} for d, p in ((100.0, 100.0), rates))
     made = {
         "fingerprint": "f" * 16,
         "weights_sha256": "0" * 64,
@@ -37,15 +46,7 @@ def receipt(title="int8", kl=4e-3, kept=100):
         "engine": {},
         "recipe": {"preset": title, "rules": ["embed -> weights=int8"], "title": title},
         "measure": {"windows": 4},
-        "size": {
-            "dense_bytes": 1 << 22,
-            "device_bytes": 1 << 20,
-            "disk_bytes": 1 << 20,
-            "parameters": 100,
-            "kept": kept,
-            "kept_fraction": kept / 100,
-            "compute_fraction": kept / 100,
-        },
+        "size": size,
         "quality": {
             "places": 99,
             "perplexity": estimate(26.5),
@@ -56,7 +57,7 @@ def receipt(title="int8", kl=4e-3, kept=100):
             "top5": estimate(0.98),
         },
         "greedy_prefix": estimate(40.0) | {"of": 48, "prompts": 16},
-        "speed": {"device": "a device", "decode": speed, "prefill": speed},
+        "speed": {"device": "a device"} | receipts.speeds(dense, now, size),
         "held_out": {"sha256": "1" * 64},
         "calibration": None,
         "structured": None,
@@ -222,10 +223,33 @@ def test_experts_left_out_save_memory_and_no_products():
 def test_the_digest_line():
     assert receipt()["digest"] == (
         "int8: KL 0.004 [0.0036, 0.0044] nats a token, perplexity 26.40 -> 26.50 (+0.40%), top-1 "
-        "97.0%, 25% of the bytes, decode 1.50x, prefill 1.50x"
+        "97.0%, 25% of the bytes, decode time 0.67 (ideal 1.00), prefill time 0.67 (ideal 1.00)"
+    )
+    slow = receipt(kept=70, rates=(122.0, 97.0))["digest"]
+    assert slow.endswith(
+        "k/N 0.70, decode time 0.82 (ideal 0.70), prefill time 1.03 (ideal 0.70; none saved)"
     )
     bare = receipt(kept=50) | {"quality": None, "speed": None}
     assert receipts.digest_line(bare) == "int8: 25% of the bytes, k/N 0.50"
+
+
+NONE, LESS, ALL = "none saved", "saved, but less than the ideal", "saved, as the ideal or more"
+
+
+@pytest.mark.parametrize(
+    ("made", "memory", "decode", "prefill"),
+    [
+        (receipt(kept=50, rates=(100.0, 98.0)), "saved", NONE, NONE),
+        (receipt(kept=70, rates=(122.0, 140.0)), "saved", LESS, ALL),
+        (receipt(kept=100, rates=(150.0, 80.0)), "saved", ALL, NONE),
+        (receipt(kept=50, mib=4, rates=(101.0, 100.0)), NONE, NONE, NONE),
+        (receipt(kept=50, mib=5, rates=(200.0, 120.0)), NONE, ALL, LESS),
+    ],
+)
+def test_memory_and_the_time_of_each_phase_are_claimed_apart(made, memory, decode, prefill):
+    assert made["speed"]["saved"] == {"memory": memory, "decode": decode, "prefill": prefill}
+    text = " ".join(page(made).split())
+    assert f"Memory: {memory}. Time of decode: {decode}. Time of prefill: {prefill}." in text
 
 
 def test_reading_back(tmp_path):
@@ -272,8 +296,6 @@ def test_the_page_needs_nothing_else_and_shows_the_numbers():
     assert "a &lt;model&gt;" in text and "26.500" in text and "0.004" in text
     errors, against = svgs(text)
     assert len(circles(errors)) == 6 and len(circles(against)) == 2
-    assert "saves memory here, not time" not in text
-    assert "saves memory here, not time" in page(receipt(kept=50))
     bare = receipt() | {"quality": None, "greedy_prefix": None, "speed": None}
     assert "Not measured" in page(bare) and len(svgs(page(bare))) == 1
 

@@ -39,6 +39,10 @@ _KEYS = (
     "greedy_prefix", "speed", "held_out", "calibration", "structured", "recovery",
     "sensitivity", "kv", "engine", "environment", "digest",
 )  # fmt: skip
+PHASES = ("decode", "prefill")  # that are timed
+NONE_SAVED = "none saved"
+_NOTICEABLE = 0.95  # a time of more than this share of the dense model's is no saving
+_NEAR = 1.15  # times the ideal, at which a measured time counts as ideal
 Receipt = dict[str, Any]
 
 
@@ -217,13 +221,18 @@ def digest_line(receipt: Mapping[str, Any]) -> str:
     if size["kept"] != size["parameters"]:
         parts.append(f"k/N {size['kept_fraction']:.2f}")
     if speed:
-        parts += [f"{name} {speed[name]['ratio']:.2f}x" for name in ("decode", "prefill")]
+        parts += [_time_text(name, speed[name], speed["saved"][name]) for name in PHASES]
     title, recovery = receipt["recipe"]["title"], receipt["recovery"]
     if recovery:
         title += f", recovered ({recovery['train']})"
         if recovery["gap_closed"] is not None:
             parts.insert(0, f"{recovery['gap_closed']:.0%} of the perplexity gap closed")
     return f"{title}: {', '.join(parts)}"
+
+
+def _time_text(name: str, row: Mapping[str, float], saved: str) -> str:
+    ideal = f"{row['ideal_compute_ratio']:.2f}" + (f"; {saved}" if saved == NONE_SAVED else "")
+    return f"{name} time {row['measured_time_ratio']:.2f} (ideal {ideal})"
 
 
 def to_text(receipt: Receipt) -> str:
@@ -286,6 +295,29 @@ def speed_row(dense: float, now: float, *, compute_fraction: float) -> dict[str,
         "ideal_compute_ratio": compute_fraction,
         "measured_time_ratio": dense / now,
     }
+
+
+def speeds(
+    dense: Mapping[str, float], now: Mapping[str, float], size: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A `speed_row` of each phase, and under "saved" what comes of them, and of the bytes, in words.
+
+    Args:
+      dense, now: tokens/s of each of PHASES, before and after compression.
+      size: what `sizes` gave.
+    """
+    ideal = size["compute_fraction"]
+    rows = {name: speed_row(dense[name], now[name], compute_fraction=ideal) for name in PHASES}
+    memory = "saved" if size["device_bytes"] < size["dense_bytes"] else NONE_SAVED
+    return rows | {"saved": {"memory": memory} | {n: _time_saved(r) for n, r in rows.items()}}
+
+
+def _time_saved(row: Mapping[str, float]) -> str:
+    if row["measured_time_ratio"] > _NOTICEABLE:
+        return NONE_SAVED
+    if row["measured_time_ratio"] > _NEAR * row["ideal_compute_ratio"]:
+        return "saved, but less than the ideal"
+    return "saved, as the ideal or more"
 
 
 def within(recorded: float, measured: float, *, relative: float, absolute: float) -> bool:

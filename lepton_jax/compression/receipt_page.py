@@ -45,14 +45,14 @@ _PAGE = """<h1>Receipt: {{ r.recipe.title }} of {{ r.source.path }}</h1>
 </table>
 {% if r.speed %}<h2>Speed on {{ r.speed.device }}</h2>
 <table><tr><th></th><th>dense, tokens/s</th><th>compressed, tokens/s</th><th>ratio</th>
-<th>time, measured</th><th>compute, ideal k/N</th></tr>
+<th>time, measured</th><th>time, ideal (k/N)</th></tr>
 {% for name in ("decode", "prefill") %}{% set s = r.speed[name] %}
 <tr><td>{{ name }}</td><td>{{ "{:.1f}".format(s.dense) }}</td>
 <td>{{ "{:.1f}".format(s.compressed) }}</td><td>{{ "{:.2f}".format(s.ratio) }}</td>
 <td>{{ "{:.3f}".format(s.measured_time_ratio) }}</td>
 <td>{{ "{:.3f}".format(s.ideal_compute_ratio) }}</td></tr>{% endfor %}</table>
-{% if saves_no_time %}<p>This format saves memory here, not time: the measured time stays above the
-ideal k/N, or above that of the dense model.</p>{% endif %}{% endif %}
+<p>{% for name, saved in r.speed.saved.items() %}{{ "Memory" if name == "memory" else
+"Time of " ~ name }}: {{ saved }}. {% endfor %}</p>{% endif %}
 <h2>Error of each weight</h2>
 {{ errors }}
 {{ product_errors }}
@@ -86,11 +86,6 @@ _SWEEP = """<h1>{{ title }}</h1>
 
 def page(receipt: Mapping[str, Any]) -> str:
     """The page of one receipt."""
-    speed, size = receipt["speed"], receipt["size"]
-    slow = speed and any(
-        speed[name]["measured_time_ratio"] > min(1.0, 1.15 * size["compute_fraction"])
-        for name in ("decode", "prefill")
-    )
     shown = ("source", "measure", "held_out", "calibration", "environment", "fingerprint")
     rest = {name: receipt[name] for name in (*shown, "weights_sha256")}
     return render(
@@ -99,7 +94,6 @@ def page(receipt: Mapping[str, Any]) -> str:
         r=receipt,
         quality=_quality_rows(receipt),
         mib=lambda count: f"{count / 2**20:,.1f} MiB",
-        saves_no_time=slow,
         errors=Markup(_error_plot(receipt, "error", "Relative error |W - W'| / |W|")),
         product_errors=Markup(_error_plot(receipt, "product_error", "The same of products W x")),
         bytes_plot=Markup(_size_plot(receipt)),

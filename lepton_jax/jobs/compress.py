@@ -247,10 +247,9 @@ def _measured(config: RunConfig, dense: Dense, loaded: Loaded, *, size: dict, pr
     greedy = prefix_row(ours.answers, dense.measures.answers, seed=asked.seed)
     speed = None
     if asked.repeats:
+        best = [{n: max(getattr(m, n)) for n in receipt.PHASES} for m in (dense.measures, ours)]
         speed = {"repeats": asked.repeats, "device": device_name()}
-        for name in ("decode", "prefill"):
-            best = [max(getattr(m, name)) for m in (dense.measures, ours)]
-            speed[name] = receipt.speed_row(*best, compute_fraction=size["compute_fraction"])
+        speed |= receipt.speeds(*best, size)
     return found.as_dict(), greedy, speed
 
 
