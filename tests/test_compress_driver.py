@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_models
-from compress_makers import RECEIPT, config_file, model_folder
+from compress_makers import RECEIPT, config_file, edit_receipt, model_folder
 
 from lepton_jax import LeptonEngine, cli, compress
 from lepton_jax.checkpoints.load import identify, load
@@ -63,7 +63,7 @@ def whole(model, tmp_path_factory):
     """A compressed model with all that is measured, and its receipt."""
     output = tmp_path_factory.mktemp("whole") / "int8"
     section = ReceiptSection(**RECEIPT | {"repeats": 1})
-    engine = EngineSection(rows=2, page_size=16)
+    engine = EngineSection(rows=2, page_size=16, kv_dtype="int8")
     seen = []
     config = RunConfig(receipt=section, engine=engine)
     made = compress(
@@ -141,17 +141,47 @@ def test_verification_reproduces_the_receipt(whole):
     assert {"weights_sha256", "kl", "perplexity", "greedy prefix"} <= set(names)
 
 
-def edit(place, change):
-    receipt = json.loads((place / "receipt.json").read_text())
-    change(receipt)
-    (place / "receipt.json").write_text(json.dumps(receipt))
+def times(found, name, factor):
+    found[name] *= factor
 
 
-@pytest.mark.parametrize("name", ["kl", "perplexity", "top1"])
-def test_a_receipt_that_flatters_is_not_reproduced(copy, name):
-    edit(copy, lambda r: r["quality"][name].update(value=0.9 * r["quality"][name]["value"]))
-    edit(copy, lambda r: r.update(greedy_prefix=None))
+FLATTERY = {  # by the check that sees it
+    "source's weights": lambda r: r["source"].update(weights_sha256="0" * 64),
+    "held-out text": lambda r: r["held_out"].update(sha256="0" * 64),
+    "places": lambda r: times(r["quality"], "places", 2),
+    "perplexity": lambda r: times(r["quality"]["perplexity"], "high", 0.99),
+    "dense_perplexity": lambda r: times(r["quality"]["dense_perplexity"], "value", 1.01),
+    "perplexity_ratio": lambda r: times(r["quality"]["perplexity_ratio"], "low", 0.99),
+    "kl": lambda r: times(r["quality"]["kl"], "value", 0.9),
+    "top1": lambda r: times(r["quality"]["top1"], "value", 1.01),
+    "top5": lambda r: times(r["quality"]["top5"], "low", 1.01),
+    "with its cache: kl": lambda r: times(r["kv"]["kl"], "high", 0.9),
+    "greedy prefix": lambda r: r["greedy_prefix"].update(value=13.0),
+    "speed: prefill": lambda r: times(r["speed"]["prefill"], "measured_time_ratio", 0.9),
+    "speed: saved": lambda r: r["speed"]["saved"].update(memory="none saved"),
+}
+
+
+def test_a_receipt_that_flatters_is_not_reproduced(copy):
+    edit_receipt(copy, lambda r: [change(r) for change in FLATTERY.values()])
+    assert failures(verify_receipt(copy)) == list(FLATTERY)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["dense_bytes", "device_bytes", "disk_bytes", "parameters", "kept"]
+    + ["kept_fraction", "compute_fraction"],
+)
+def test_sizes_of_a_receipt_are_counted_again(copy, name):
+    edit_receipt(copy, lambda r: times(r["size"], name, 2))
     assert failures(verify_receipt(copy)) == [name]
+
+
+@pytest.mark.parametrize("field", ["bytes", "kept", "type"])
+def test_rows_of_a_receipt_are_made_again(copy, field):
+    edit_receipt(copy, lambda r: times(r["weights"][2], field, 2))
+    path = receipts.read(copy)["weights"][2]["path"]
+    assert failures(verify_receipt(copy)) == [f"{field} of {path}"]
 
 
 def test_a_receipt_of_other_weights(copy, model, tmp_path):
@@ -275,7 +305,13 @@ def test_without_comparison_only_sizes_and_errors(model, tmp_path):
     assert made["source"]["weights_sha256"] == weights_of(load(model))
     assert made["quality"] is made["speed"] is made["held_out"] is None
     assert "of the bytes" in made["digest"] and "KL" not in made["digest"]
-    assert [check.fits for check in verify_receipt(tmp_path / "out")] == [True] * 4
+    checks = verify_receipt(tmp_path / "out")
+    assert not failures(checks) and "kl" not in [check.name for check in checks]
+    (tmp_path / "out" / "receipt.html").write_text("int4: KL 0")
+    assert failures(verify_receipt(tmp_path / "out")) == ["receipt.html"]
+    file = tmp_path / "out" / "receipt.json"
+    file.write_text(file.read_text().replace(made["digest"], "int4: KL 0"))
+    assert failures(verify_receipt(tmp_path / "out")) == ["digest", "receipt.html"]
 
 
 def config(**sections):
@@ -463,7 +499,7 @@ def test_the_command_line(model, tmp_path):
     done = drive("--verify", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert "weights_sha256" in done.stdout and done.stdout.endswith("out: reproduced\n")
-    edit(tmp_path / "out", lambda r: r["quality"]["kl"].update(value=1.0))
+    edit_receipt(tmp_path / "out", lambda r: r["quality"]["kl"].update(value=1.0))
     done = drive("--verify", tmp_path / "out")
     assert done.returncode == 1 and "not reproduced: kl" in done.stdout
 

@@ -220,7 +220,7 @@ def write(output: Path, made: Compressed) -> receipt.Receipt:
 
     def complete(folder: Path) -> None:
         final.update(made.receipt)
-        final["size"] = made.receipt["size"] | {"disk_bytes": _bytes_below(folder)}
+        final["size"] = made.receipt["size"] | {"disk_bytes": disk_bytes(folder)}
         write_receipt(folder, final)
 
     save(output, made.loaded, complete=complete)
@@ -303,5 +303,8 @@ def prefix_row(
     return row | {"of": len(ours[0]), "prompts": len(ours)}
 
 
-def _bytes_below(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+def disk_bytes(folder: Path) -> int:
+    """Of a checkpoint's files without its receipt."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    receipts = (receipt.NAME, receipt_page.NAME)
+    return sum(file.stat().st_size for file in files if file.name not in receipts)

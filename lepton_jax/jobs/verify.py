@@ -1,19 +1,27 @@
 """Measures a compressed model again and compares with its receipt.
 
-What must come out: the digest of the weights bit by bit, sizes exactly, quality within what
-another device or release of jax may change. Speeds depend on the machine and its company: they are
-no part of it. Read next: `compress.py`, `compression/receipt.py`.
+What must come out: the hashes of both models' weights, sizes exactly, quality and its intervals
+within what another device or release of jax may change, and what the receipt tells of its own
+numbers: its digest, its page, what is saved, the share of a gap that was closed. Left out are
+tokens/s, which depend on the machine and its company, and what only the compression itself saw:
+errors of weights, calibration, training. Read next: `compress.py`, `compression/receipt.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lepton_jax.checkpoints import load as checkpoints
+from lepton_jax.checkpoints.loaded import Loaded, digest
 from lepton_jax.checkpoints.locate import MANIFEST_NAME
 from lepton_jax.compression import receipt as receipts
+from lepton_jax.compression import receipt_page
+from lepton_jax.compression.presets import scheme_of_each
+from lepton_jax.compression.recipe import Recipe
 from lepton_jax.config import (
     EngineSection,
     ModelSection,
@@ -22,9 +30,18 @@ from lepton_jax.config import (
     from_mapping,
 )
 from lepton_jax.jobs import measures
-from lepton_jax.jobs.compress import measure_dense, measure_kv, measure_quality, prefix_row
-from lepton_jax.jobs.compress_inputs import Progress, silent
+from lepton_jax.jobs.compress import (
+    disk_bytes,
+    gap_closed,
+    measure_dense,
+    measure_kv,
+    measure_quality,
+    prefix_row,
+)
+from lepton_jax.jobs.compress_inputs import Progress, dense_bytes, describe, silent
 
+_OF_A_WEIGHT = ("path", "shape", "type", "bytes", "kept")
+_ENDS = ("value", "low", "high")
 _RELATIVE = {"perplexity": 1e-3, "dense_perplexity": 1e-3, "perplexity_ratio": 1e-3, "kl": 2e-2}
 _ABSOLUTE = {"kl": 2e-6, "top1": 3e-3, "top5": 3e-3}
 
@@ -55,20 +72,10 @@ def verify_receipt(
     receipt = receipts.read(place)
     _require_weights(place)
     loaded = checkpoints.load(place, progress=lambda *at: progress("load compressed", *at))
-    weights = receipts.weights_sha256(loaded.model.specs, loaded.leaves)
-    source = receipt["source"]
-    fingerprint = receipts.fingerprint_of(source["fingerprint"], weights)
-    checks = [
-        _exact("weights_sha256", receipt["weights_sha256"], weights),
-        _exact("fingerprint", receipt["fingerprint"], fingerprint),
-        _exact("checkpoint's fingerprint", receipt["fingerprint"], loaded.fingerprint),
-        _exact("device_bytes", receipt["size"]["device_bytes"], loaded.bytes),
-    ]
-    if not receipt["quality"] or failures(checks):
+    checks = _hashes(receipt, loaded)
+    if failures(checks):
         return checks
-    asked = dataclasses.replace(
-        from_mapping(ReceiptSection, receipt["measure"], where="receipt.measure"), repeats=0
-    )
+    source = receipt["source"]
     path = dense or source["path"]
     if checkpoints.identify(path) != source["fingerprint"]:
         raise ValueError(
@@ -77,11 +84,58 @@ def verify_receipt(
     config = RunConfig(
         model=ModelSection(path=path, dtype=source["dtype"], tokenizer=source["tokenizer"]),
         engine=from_mapping(EngineSection, receipt["engine"], where="receipt.engine"),
-        receipt=asked,
+        receipt=dataclasses.replace(
+            from_mapping(ReceiptSection, receipt["measure"], where="receipt.measure"), repeats=0
+        ),
     )
+    checks += _sizes(place, receipt, config, loaded=loaded)
+    if failures(checks):
+        return checks
+    if receipt["quality"]:
+        checks += _measured(receipt, config, loaded, progress)
+    return checks + _told(place, receipt)
+
+
+def _hashes(receipt: receipts.Receipt, loaded: Loaded) -> list[Check]:
+    weights = receipts.weights_sha256(loaded.model.specs, loaded.leaves)
+    fingerprint = receipts.fingerprint_of(receipt["source"]["fingerprint"], weights)
+    return [
+        _exact("weights_sha256", receipt["weights_sha256"], weights),
+        _exact("fingerprint", receipt["fingerprint"], fingerprint),
+        _exact("checkpoint's fingerprint", receipt["fingerprint"], loaded.fingerprint),
+    ]
+
+
+def _sizes(
+    place: Path, receipt: receipts.Receipt, config: RunConfig, *, loaded: Loaded
+) -> list[Check]:
+    """Bytes and kept parameters, of the whole and of each weight."""
+    rules = Recipe.of(rules=receipt["recipe"]["rules"]).rules
+    schemes = scheme_of_each(rules, loaded.model.specs)
+    rows = receipts.weight_rows(loaded.model, loaded.leaves, schemes=schemes, errors={})
+    dense = describe(config)
+    found = receipts.sizes(
+        dense, dense_bytes(dense), model=loaded.model, rows=rows, bytes_now=loaded.bytes
+    )
+    found["disk_bytes"] = disk_bytes(place)
+    wrong = [
+        Check(f"{field} of {new.get('path')}", old.get(field), new.get(field), False)
+        for old, new in itertools.zip_longest(receipt["weights"], rows, fillvalue={})
+        for field in _OF_A_WEIGHT
+        if old.get(field) != new.get(field)
+    ]
+    whole = [_exact(name, receipt["size"].get(name), value) for name, value in found.items()]
+    return whole + (wrong or [_exact("weights", len(receipt["weights"]), len(rows))])
+
+
+def _measured(
+    receipt: receipts.Receipt, config: RunConfig, loaded: Loaded, progress: Progress
+) -> list[Check]:
+    """Quality and greedy answers against the dense model, whose weights are hashed on the way."""
     before = measure_dense(config, progress)
-    checks += [
-        _exact("source's weights", source["weights_sha256"], before.source["weights_sha256"]),
+    weights = receipt["source"]["weights_sha256"]
+    checks = [
+        _exact("source's weights", weights, before.source["weights_sha256"]),
         _exact("held-out text", receipt["held_out"]["sha256"], before.held_out["sha256"]),
     ]
     found = measure_quality(config, before, loaded, progress=progress).as_dict()
@@ -93,12 +147,34 @@ def verify_receipt(
         ours = measures.measure(
             loaded,
             config.engine,
-            asked=asked,
+            asked=config.receipt,
             windows=before.windows,
             progress=lambda *at: progress("compressed in the engine", *at),
         )
-        again = prefix_row(ours.answers, before.measures.answers, seed=asked.seed)
-        checks.append(_prefix(receipt["greedy_prefix"], again["value"]))
+        again = prefix_row(ours.answers, before.measures.answers, seed=config.receipt.seed)
+        checks.append(_prefix(receipt["greedy_prefix"], again))
+    return checks
+
+
+def _told(place: Path, receipt: receipts.Receipt) -> list[Check]:
+    """What the receipt makes of its own numbers. A page is compared with what the release that
+    wrote it makes of them.
+    """
+    speed, quality, recovery = receipt["speed"], receipt["quality"], receipt["recovery"]
+    checks = []
+    if speed:
+        rates = [{n: speed[n][of] for n in receipts.PHASES} for of in ("dense", "compressed")]
+        again = receipts.speeds(*rates, receipt["size"])
+        checks += [_exact(f"speed: {name}", speed[name], row) for name, row in again.items()]
+    if recovery and recovery["before"]:
+        ends = [found["perplexity"]["value"] for found in (recovery["before"], quality)]
+        closed = gap_closed(*ends, dense=quality["dense_perplexity"]["value"])
+        checks.append(_exact("gap_closed", recovery["gap_closed"], closed))
+    checks.append(_exact("digest", receipt["digest"], receipts.digest_line(receipt)))
+    if receipt["environment"]["lepton_jax"] == receipts.environment()["lepton_jax"]:
+        page = place / receipt_page.NAME
+        text = page.read_text(encoding="utf-8") if page.is_file() else ""
+        checks.append(_exact(page.name, digest(text), digest(receipt_page.page(receipt))))
     return checks
 
 
@@ -132,23 +208,28 @@ def _exact(name: str, recorded: object, found: object) -> Check:
 
 
 def _near(recorded: Mapping, found: Mapping, where: str = "") -> list[Check]:
-    """Of two qualities in JSON types."""
-    checks = []
+    """Of two qualities in JSON types, with their intervals."""
+    checks = [_exact(where + "places", recorded["places"], found["places"])]
     for name in ("perplexity", "dense_perplexity", "perplexity_ratio", "kl", "top1", "top5"):
-        old, new = recorded[name]["value"], found[name]["value"]
-        fits = receipts.within(
-            old, new, relative=_RELATIVE.get(name, 0.0), absolute=_ABSOLUTE.get(name, 0.0)
+        old, new = recorded[name], found[name]
+        relative, absolute = _RELATIVE.get(name, 0.0), _ABSOLUTE.get(name, 0.0)
+        fits = all(
+            receipts.within(old[end], new[end], relative=relative, absolute=absolute)
+            for end in _ENDS
         )
         checks.append(Check(where + name, old, new, fits))
     return checks
 
 
-def _prefix(recorded: dict, found: float) -> Check:
+def _prefix(recorded: Mapping, found: Mapping) -> Check:
     """One near tie that falls the other way changes an answer's length by up to all of it."""
-    slack = recorded["of"] / recorded["prompts"] * 2
-    fits = abs(found - recorded["value"]) <= slack
-    return Check("greedy prefix", recorded["value"], found, fits)
+    slack = found["of"] / found["prompts"] * 2
+    fits = all(abs(found[end] - recorded[end]) <= slack for end in _ENDS)
+    fits &= all(found[name] == recorded[name] for name in ("of", "prompts"))
+    return Check("greedy prefix", recorded, found, fits)
 
 
-def _short(value: object) -> str:
+def _short(value: Any) -> str:
+    if isinstance(value, Mapping) and set(_ENDS) <= set(value):
+        return "{:.6g} [{:.4g}, {:.4g}]".format(*(value[end] for end in _ENDS))
     return f"{value:.6g}" if isinstance(value, float) else str(value)[:16]
