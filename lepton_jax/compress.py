@@ -6,8 +6,8 @@
     python -m lepton_jax.compress --verify DIR [--dense MODEL]
 
 `run` loads DIR like any other model; the receipt is receipt.json and receipt.html in it. Exit
-codes: 0 done, 1 a receipt that isn't reproduced, 2 the set-up failed. Read next:
-`jobs/compress.py`.
+codes: 0 done, 1 a receipt that isn't reproduced or a recipe of a sweep that failed, 2 the set-up
+failed. Read next: `jobs/compress.py`.
 """
 
 import sys
@@ -34,12 +34,12 @@ def main(config: RunConfig) -> int:
         if config.sweep.recipes:
             job = SweepJob(config)
             job.run(bars.show)
-            text = job.table()
+            text, failed = job.table(), job.failed
         else:
             job = CompressJob(config)
-            text = job.run(bars.show)["digest"]
+            text, failed = job.run(bars.show)["digest"], {}
     print(f"{text}\n{job.output}")
-    return 0
+    return 1 if failed else 0
 
 
 def verify() -> int | None:

@@ -323,10 +323,14 @@ class SweepSection:
         "name to fields of compression, and under recovery to those of recovery: compress tries "
         "each of them on the model",
     )
+    only: tuple[str, ...] = _doc(
+        (), "names of the recipes to try, such as int8,int4; empty: all of them"
+    )
     keep: bool = _doc(False, "keep the compressed weights of each recipe, not just its receipt")
 
     def __post_init__(self):
         _check_types(self)
+        _listed(self, "only")
         good = isinstance(self.recipes, Mapping) and all(
             isinstance(name, str) and isinstance(fields, Mapping)
             for name, fields in self.recipes.items()
@@ -336,6 +340,8 @@ class SweepSection:
             plain = bool(name) and all(c.isalnum() or c in "-_" for c in name)
             _check(self, "recipes", plain, "names of letters, digits, - and _")
             recipe_sections(name, fields)
+        known = ", ".join(self.recipes) or "none, sweep.recipes is empty"
+        _check(self, "only", set(self.only) <= set(self.recipes), f"names of recipes: {known}")
 
 
 def recipe_sections(

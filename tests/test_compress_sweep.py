@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from lepton_jax.jobs import compress as jobs
 from lepton_jax.jobs.sweep import SweepJob
 from lepton_jax.jobs.verify import verify_receipt
 
+ROOT = Path(__file__).parents[1]
 QUICK = ReceiptSection(**RECEIPT | {"prompts": 0})
 CALIBRATION = CalibrationSection(windows=4, window_tokens=32)
 RECIPES = {"int8": {"preset": "int8"}, "int4": {"rules": (r"layers\..* -> weights=int4 group=16",)}}
@@ -60,7 +63,7 @@ def test_a_sweep_goes_on_where_it_stopped(model, tmp_path, monkeypatch):
     table = json.loads((tmp_path / "sweep" / "table.json").read_text())
     assert [row["recipe"] for row in table] == ["dense", "int8", "int4"]
     assert job.table().splitlines()[3].startswith("| int8")
-    assert "decode" not in job.table()  # nothing was timed
+    assert "decode time" not in job.table()  # nothing was timed
     assert "Pareto" in (tmp_path / "sweep" / "pareto.html").read_text()
     assert not list((tmp_path / "sweep").rglob("manifest.json"))
     with pytest.raises(ValueError, match="without its weights: sweep again with sweep.keep=true"):
@@ -78,6 +81,42 @@ def test_a_sweep_goes_on_where_it_stopped(model, tmp_path, monkeypatch):
     (tmp_path / "taken").mkdir()
     with pytest.raises(ValueError, match=r"taken exists and is no sweep's"):
         SweepJob(dataclasses.replace(settings, output=str(tmp_path / "taken"))).run()
+
+
+def test_a_recipe_that_fails_is_told_and_the_others_go_on(model, tmp_path, monkeypatch, capsys):
+    real = jobs.compress
+
+    def fails(config, recipe, dense, *, progress):
+        if recipe.title == "int8":
+            raise ValueError("embed|head:\nnot finite")
+        return real(config, recipe, dense, progress=progress)
+
+    monkeypatch.setattr("lepton_jax.jobs.sweep.compress", fails)
+    sweep = SweepSection(recipes={"w8a8": {"preset": "w8a8"}} | RECIPES, only="int8,int4")
+    settings = RunConfig(
+        model=ModelSection(path=str(model)),
+        receipt=QUICK,
+        sweep=sweep,
+        output=str(tmp_path / "sweep"),
+    )
+    driver = runpy.run_path(str(ROOT / "lepton_jax" / "compress.py"))
+    assert driver["main"](settings) == 1
+    text = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0].strip("| ") for line in text[2:-1]] == ["dense", "int8", "int4"]
+    assert text[0].rstrip("| ").endswith("| failed")
+    assert text[3].endswith(r"| embed\|head: not finite |")
+    table = json.loads((tmp_path / "sweep" / "table.json").read_text())
+    assert [row["failed"] for row in table] == ["", "embed|head: not finite", ""]
+    assert sorted(p.name for p in (tmp_path / "sweep").iterdir() if p.is_dir()) == ["int4"]
+    monkeypatch.setattr("lepton_jax.jobs.sweep.compress", real)
+    again = dataclasses.replace(settings, sweep=dataclasses.replace(sweep, only=("int8",)))
+    job = SweepJob(again)
+    assert set(job.run()) == {"int8", "int4"} and not job.failed and "failed" not in job.table()
+
+
+def test_only_names_recipes():
+    with pytest.raises(ValueError, match=r"only=\('int9',\) is not allowed: want .*: int8, int4"):
+        SweepSection(recipes=RECIPES, only="int9")
 
 
 @pytest.mark.parametrize(

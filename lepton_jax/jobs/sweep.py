@@ -4,8 +4,9 @@
     DIR/<recipe>/          receipt.json, receipt.html, and the checkpoint where weights are kept
     DIR/table.json table.md pareto.html
 
-The dense model is measured once. A recipe whose receipt is there is not tried again. Read next:
-`compress.py` (one recipe), `compression/receipt_page.py` (the page).
+The dense model is measured once. A recipe whose receipt is there is not tried again; one that
+fails is told in the table, and the others go on. Read next: `compress.py` (one recipe),
+`compression/receipt_page.py` (the page).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from lepton_jax.compression import receipt as receipts
 from lepton_jax.compression.receipt_page import pareto_page
 from lepton_jax.compression.recipe import Recipe
 from lepton_jax.config import CompressionSection, RecoverySection, RunConfig, recipe_sections
-from lepton_jax.jobs.compress import compress, measure_dense, write, write_receipt
+from lepton_jax.jobs.compress import Dense, compress, measure_dense, write, write_receipt
 from lepton_jax.jobs.compress_inputs import (
     Progress,
     describe,
@@ -36,13 +37,18 @@ from lepton_jax.whole_file import write_whole
 
 _PLAN, _TABLE, _TEXT, _PAGE = "sweep.json", "table.json", "table.md", "pareto.html"
 COLUMNS = (
-    "recipe", "MiB", "of dense", "k/N", "KL, nats a token", "perplexity", "times dense's", "top-1",
-    "top-5", "gap closed", "greedy prefix", "decode, times dense", "prefill, times dense",
+    "recipe", "MiB", "of dense", "k/N", "KL, nats a token", "KL with its cache", "perplexity",
+    "times dense's", "top-1", "top-5", "gap closed", "greedy prefix", "ideal time", "decode time",
+    "prefill time", "saves", "failed",
 )  # fmt: skip
 
 
 class SweepJob:
-    """The recipes of `sweep.recipes`, in their order."""
+    """The recipes of `sweep.recipes`, in their order.
+
+    Attributes:
+      failed: why, of each recipe that turned out to be impossible.
+    """
 
     def __init__(self, config: RunConfig):
         """Raises ValueError on a recipe that can't be, or an output that is something else."""
@@ -70,38 +76,50 @@ class SweepJob:
                 output=str(self.output / name),  # beside which a recovery is kept
             )
         self._recipes = {n: Recipe.from_config(c.compression) for n, c in self._configs.items()}
+        only = config.sweep.only or self._recipes
+        self._tried = [name for name in self._recipes if name in only]
         self._receipts: dict[str, receipts.Receipt] = {}
+        self.failed: dict[str, str] = {}
 
     def run(self, progress: Progress = silent) -> dict[str, receipts.Receipt]:
-        """Tries what isn't there yet, writes the table and the page; receipts by recipe."""
+        """Tries what isn't there yet, writes the table and the page; receipts by recipe, also of
+        those that are there and weren't asked for this time.
+        """
         self._require_sense()
         self._begin()
-        dense = None
-        for number, (name, recipe) in enumerate(self._recipes.items(), 1):
-            if (self.output / name / receipts.NAME).is_file():
-                self._receipts[name] = receipts.read(self.output / name)
-                continue
-            if dense is None:
-                dense = measure_dense(self.config, progress)
-            told = _titled(progress, f"{number}/{len(self._recipes)} {name}")
-            made = compress(self._configs[name], self._informed(recipe), dense, progress=told)
-            self._receipts[name] = self._write(name, made)
-            shutil.rmtree(folder_of(self.output / name), ignore_errors=True)
+        places = {name: self.output / name for name in self._recipes}
+        there = {n: place for n, place in places.items() if (place / receipts.NAME).is_file()}
+        self._receipts = {name: receipts.read(place) for name, place in there.items()}
+        left = [name for name in self._tried if name not in there]
+        dense = measure_dense(self.config, progress) if left else None
+        for number, name in enumerate(left, 1):
+            self._try(name, dense, _titled(progress, f"{number}/{len(left)} {name}"))
             self._write_results()
         self._write_results()
         return self._receipts
 
+    def _try(self, name: str, dense: Dense, progress: Progress) -> None:
+        recipe = self._informed(self._recipes[name])
+        try:
+            made = compress(self._configs[name], recipe, dense, progress=progress)
+        except ValueError as error:
+            self.failed[name] = " ".join(str(error).split())
+            return
+        self._receipts[name] = self._write(name, made)
+        shutil.rmtree(folder_of(self.output / name), ignore_errors=True)
+
     def _require_sense(self) -> None:
         """Raises ValueError, naming the recipe, for what can be known before hours of work."""
         model = describe(self.config)
-        for name, config in self._configs.items():
+        tried = {name: self._configs[name] for name in self._tried}
+        for name, config in tried.items():
             try:
                 require_fit(config, self._recipes[name], model)
             except ValueError as error:
                 raise ValueError(f"sweep.recipes[{name!r}]: {error}") from error
-        calibrated = any(recipe.calibrated for recipe in self._recipes.values())
+        calibrated = any(self._recipes[name].calibrated for name in tried)
         require_texts(self.config, model, calibrated=calibrated)
-        for config in self._configs.values():
+        for config in tried.values():
             if config.recovery.train != "none":
                 require_texts(config, model, calibrated=False)
 
@@ -109,6 +127,7 @@ class SweepJob:
         """Markdown, without the columns that nothing was measured for."""
         rows = self._rows()
         shown = [i for i in range(len(COLUMNS)) if any(row[i] for row in rows)]
+        rows = [tuple(cell.replace("|", r"\|") for cell in row) for row in rows]
         rows = [COLUMNS, ("",) * len(COLUMNS), *rows]
         widths = {i: max(len(row[i]) for row in rows) for i in shown}
         lines = [[row[i].ljust(widths[i]) for i in shown] for row in rows]
@@ -188,40 +207,55 @@ class SweepJob:
         write_whole(self.output / _PAGE, page)
 
     def _rows(self) -> list[tuple[str, ...]]:
-        if not self._receipts:
-            return []
-        first = next(iter(self._receipts.values()))
-        size, dense = first["size"]["dense_bytes"], first["quality"]["dense_perplexity"]["value"]
-        top = {"recipe": "dense", "MiB": f"{size / 2**20:.1f}", "perplexity": f"{dense:.3f}"}
-        return [
-            tuple(top.get(name, "") for name in COLUMNS),
-            *(_row(name, receipt) for name, receipt in self._receipts.items()),
-        ]
+        rows = [_dense_row(receipt) for receipt in [*self._receipts.values()][:1]]
+        for name in self._recipes:
+            if name in self._receipts:
+                rows.append({"recipe": name} | _row(self._receipts[name]))
+            elif name in self.failed:
+                rows.append({"recipe": name, "failed": self.failed[name]})
+        return [tuple(row.get(column, "") for column in COLUMNS) for row in rows]
 
 
 def _titled(progress: Progress, title: str) -> Progress:
     return lambda stage, *rest: progress(f"{title}: {stage}", *rest)
 
 
-def _row(name: str, receipt: receipts.Receipt) -> tuple[str, ...]:
+def _dense_row(receipt: receipts.Receipt) -> dict[str, str]:
+    size, perplexity = receipt["size"]["dense_bytes"], receipt["quality"]["dense_perplexity"]
+    return {
+        "recipe": "dense",
+        "MiB": f"{size / 2**20:.1f}",
+        "perplexity": f"{perplexity['value']:.3f}",
+    }
+
+
+def _row(receipt: receipts.Receipt) -> dict[str, str]:
+    """Cells by column; times are those of the dense model's."""
     size, quality = receipt["size"], receipt["quality"]
     prefix, speed, recovery = receipt["greedy_prefix"], receipt["speed"], receipt["recovery"]
-    closed = recovery and recovery["gap_closed"]
-    return (
-        name,
-        f"{size['device_bytes'] / 2**20:.1f}",
-        f"{size['device_bytes'] / size['dense_bytes']:.3f}",
-        f"{size['kept_fraction']:.3f}",
-        _with_ends(quality["kl"], 2),
-        f"{quality['perplexity']['value']:.2f}",
-        _with_ends(quality["perplexity_ratio"], 4),
-        f"{quality['top1']['value']:.3f}",
-        f"{quality['top5']['value']:.3f}",
-        f"{closed:.0%}" if closed else "",
-        f"{prefix['value']:.1f} of {prefix['of']}" if prefix else "",
-        f"{speed['decode']['ratio']:.2f}" if speed else "",
-        f"{speed['prefill']['ratio']:.2f}" if speed else "",
-    )
+    row = {
+        "MiB": f"{size['device_bytes'] / 2**20:.1f}",
+        "of dense": f"{size['device_bytes'] / size['dense_bytes']:.3f}",
+        "k/N": f"{size['kept_fraction']:.3f}",
+        "KL, nats a token": _with_ends(quality["kl"], 2),
+        "perplexity": f"{quality['perplexity']['value']:.2f}",
+        "times dense's": _with_ends(quality["perplexity_ratio"], 4),
+        "top-1": f"{quality['top1']['value']:.3f}",
+        "top-5": f"{quality['top5']['value']:.3f}",
+        "ideal time": f"{size['compute_fraction']:.3f}",
+    }
+    if receipt["kv"]:
+        row["KL with its cache"] = _with_ends(receipt["kv"]["kl"], 2)
+    if recovery and recovery["gap_closed"]:
+        row["gap closed"] = f"{recovery['gap_closed']:.0%}"
+    if prefix:
+        row["greedy prefix"] = f"{prefix['value']:.1f} of {prefix['of']}"
+    if speed:
+        for name in receipts.PHASES:
+            row[f"{name} time"] = f"{speed[name]['measured_time_ratio']:.3f}"
+        saved = [name for name, told in speed["saved"].items() if told != receipts.NONE_SAVED]
+        row["saves"] = ", ".join(saved) or "nothing"
+    return row
 
 
 def _with_ends(estimate: dict[str, float], digits: int) -> str:
