@@ -23,7 +23,7 @@ class LeptonEngine:
     def __init__(self, sync=None):
         pass
     fingerprint = "echo"
-    receipt = feedback = None
+    receipt, feedback = {{"digest": "int8: 25% of the bytes"}}, None
     tokenizer = ByteTokenizer()
     def __enter__(self):
         return self
@@ -93,6 +93,7 @@ def files(tmp_path):
 def test_answers_a_summary_and_the_exit_codes(files):
     done = drive(files, "--config=config.py", "--config.engine.rows=2", "--explain")
     assert done.returncode == 1, done.stderr
+    assert done.stdout.startswith("int8: 25% of the bytes\n")
     assert done.stdout.strip().endswith("no knob was turned")
     rows = [json.loads(line) for line in (files / "out.jsonl").read_text().splitlines()]
     assert rows[0]["text"] == "hi" and len(rows[0]["logprobs"]) == 3
