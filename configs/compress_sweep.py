@@ -5,8 +5,9 @@
         --config.output=outputs/gemma --config.receipt.repeats=0 --config.receipt.prompts=0
 
 Each recipe gets a receipt in a folder of its own; an interrupted sweep goes on when the same
-command is given again. With sweep.keep=true the compressed weights are kept too. The texts are
-short: they tell methods apart, not their last per cent.
+command is given again. With sweep.keep=true the compressed weights are kept too, and
+sweep.only=int8,int4 tries these two alone. The texts are short: they tell methods apart, not their
+last per cent.
 """
 
 _TABLES = "embed|head -> weights=int8"
@@ -45,9 +46,14 @@ def get_config(arg=None):
         },
         "w8a8": {"preset": "w8a8"},
         "w8a8-static": {"rules": _STATIC},
+        "w8a8-percentile": {"rules": _STATIC, "ranges": "percentile"},
+        "w8a8-mse": {"rules": _STATIC, "ranges": "mse"},
         "w8a8-smoothquant": {"rules": _STATIC, "smooth": "smoothquant"},
         "fp8": {"preset": "fp8"},
+        "int8-kv-int8": {"preset": "int8", "kv_dtype": "int8"},
+        "int8-kv-fp8": {"preset": "int8", "kv_dtype": "float8_e4m3fn"},
         "int4": _layers("weights=int4 group=128"),
+        "int4-asymmetric": _layers("weights=int4 group=128 asymmetric=true"),
         "int4-mse": _layers("weights=int4 group=128 rounding=mse"),
         "int4-awq": _layers("weights=int4 group=128 rounding=mse", smooth="awq"),
         "int4-gptq": _layers("weights=int4 group=128 rounding=gptq"),
@@ -57,7 +63,14 @@ def get_config(arg=None):
         "magnitude-24": _layers("weights=keep prune=magnitude pattern=2:4 storage=sparse"),
         "wanda-24": _layers("weights=keep prune=wanda pattern=2:4 storage=sparse"),
         "sparsegpt-24": _layers("weights=keep prune=sparsegpt pattern=2:4 storage=sparse"),
+        "sparsegpt-24-int8": _layers("weights=int8 prune=sparsegpt pattern=2:4 storage=sparse"),
+        "sparsegpt-48": _layers("weights=keep prune=sparsegpt pattern=4:8 storage=sparse"),
+        "sparsegpt-14": _layers("weights=keep prune=sparsegpt pattern=1:4 storage=sparse"),
+        "tiles-50": _layers(
+            "weights=keep prune=magnitude sparsity=0.5 pattern=64x32 storage=sparse"
+        ),
         "ffn-75": {"keep_ffn": 0.75},
+        "kv-heads-1": {"keep_kv_heads": 1},
         "drop-4": {"drop_layers": 4},
         "uniform-int4-g64": _everywhere("weights=int4 group=64"),
         "uniform-int4-g128": _everywhere("weights=int4 group=128"),

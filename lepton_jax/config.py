@@ -320,8 +320,8 @@ class ReceiptSection:
 class SweepSection:
     recipes: Mapping[str, Mapping[str, Any]] = _doc(
         {},
-        "name to fields of compression, and under recovery to those of recovery: compress tries "
-        "each of them on the model",
+        "name to fields of compression, kv_dtype as in engine, and under recovery to the fields of "
+        "that: compress tries each of them on the model",
     )
     only: tuple[str, ...] = _doc(
         (), "names of the recipes to try, such as int8,int4; empty: all of them"
@@ -345,17 +345,22 @@ class SweepSection:
 
 
 def recipe_sections(
-    name: str, fields: Mapping[str, Any]
-) -> tuple[CompressionSection, RecoverySection]:
-    """What one of `sweep.recipes` stands for. Raises ValueError naming the field that is wrong."""
+    name: str, fields: Mapping[str, Any], *, engine: EngineSection | None = None
+) -> tuple[CompressionSection, RecoverySection, EngineSection]:
+    """What one of `sweep.recipes` stands for, with the sweep's engine or the default one.
+
+    Raises ValueError naming the field that is wrong.
+    """
     where = f"sweep.recipes[{name!r}]"
-    compression = {key: value for key, value in fields.items() if key != "recovery"}
-    recovery = fields.get("recovery", {})
+    compression = dict(fields)
+    recovery = compression.pop("recovery", {})
+    cache = {key: compression.pop(key) for key in ("kv_dtype",) if key in compression}
     if not isinstance(recovery, Mapping):
         raise ValueError(f"{where}: recovery is {recovery!r}: want a mapping of its fields")
     return (
         from_mapping(CompressionSection, compression, where=where),
         from_mapping(RecoverySection, recovery, where=f"{where}['recovery']"),
+        dataclasses.replace(engine or EngineSection(), **cache),
     )
 
 

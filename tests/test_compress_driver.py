@@ -471,7 +471,7 @@ def test_shipped_recipes_fit_the_demo_models(name):
     made = runpy.run_path(str(ROOT / f"configs/compress_{name}.py"))["get_config"]()
     settings = cli.run_config(cli.whole_config(made))
     sections = [recipe_sections(*item) for item in settings.sweep.recipes.items()]
-    for compression, recovery in sections or [(settings.compression, settings.recovery)]:
+    for compression, recovery, _ in sections or [(settings.compression, settings.recovery, None)]:
         asked = dataclasses.replace(settings, recovery=recovery)
         for model in models:
             require_fit(asked, Recipe.from_config(compression), model)
@@ -481,7 +481,7 @@ def test_the_shipped_static_recipes_fit_experts():
     made = runpy.run_path(str(ROOT / "configs/compress_sweep.py"))["get_config"]()
     model = tiny_models.with_tokens("mixtral")[0]
     for name in ("w8a8-static", "w8a8-smoothquant"):
-        section, _ = recipe_sections(name, made["sweep"]["recipes"][name])
+        section, *_ = recipe_sections(name, made["sweep"]["recipes"][name])
         recipe = Recipe.from_config(section)
         require_fit(RunConfig(), recipe, model)
         schemes = scheme_of_each(recipe.rules, model.specs)

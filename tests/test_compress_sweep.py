@@ -114,6 +114,38 @@ def test_a_recipe_that_fails_is_told_and_the_others_go_on(model, tmp_path, monke
     assert set(job.run()) == {"int8", "int4"} and not job.failed and "failed" not in job.table()
 
 
+def test_a_recipe_may_have_a_cache_and_times_stand_beside_the_ideal(model, tmp_path):
+    pruned = r"layers\..* -> weights=keep prune=magnitude sparsity=0.5"
+    recipes = {"plain": {"preset": "int8"}, "cached": {"preset": "int8", "kv_dtype": "int8"}}
+    settings = RunConfig(
+        model=ModelSection(path=str(model)),
+        receipt=dataclasses.replace(QUICK, repeats=1),
+        engine=EngineSection(rows=2, page_size=16),
+        sweep=SweepSection(recipes=recipes | {"zeros": {"rules": (pruned,)}}),
+        output=str(tmp_path / "sweep"),
+    )
+    found = SweepJob(settings).run()
+    assert [found[name]["engine"]["kv_dtype"] for name in found] == ["auto", "int8", "auto"]
+    assert found["cached"]["quality"] == found["plain"]["quality"]
+    dense, plain, cached, zeros = json.loads((tmp_path / "sweep" / "table.json").read_text())
+    assert "KL with its cache" in (tmp_path / "sweep" / "table.md").read_text()
+    assert plain["KL with its cache"] == "" != cached["KL with its cache"]
+    assert cached["KL with its cache"] != cached["KL, nats a token"] == plain["KL, nats a token"]
+    size = found["zeros"]["size"]
+    assert zeros["ideal time"] == f"{size['compute_fraction']:.3f}" != plain["ideal time"] == "1.000"
+    for row, receipt in zip((plain, cached, zeros), found.values(), strict=True):
+        for name in ("decode", "prefill"):
+            told = receipt["speed"][name]
+            assert row[f"{name} time"] == f"{told['dense'] / told['compressed']:.3f}"
+        assert ("memory" in row["saves"]) == (row is not zeros)
+    assert dense["decode time"] == dense["saves"] == ""
+    other = dataclasses.replace(settings, sweep=SweepSection(recipes={"plain": recipes["cached"]}))
+    with pytest.raises(ValueError, match="holds a sweep of another recipe plain"):
+        SweepJob(other).run()
+    with pytest.raises(ValueError, match="kv_dtype='int9' is not allowed: want one of auto, float"):
+        SweepSection(recipes={"plain": {"kv_dtype": "int9"}})
+
+
 def test_only_names_recipes():
     with pytest.raises(ValueError, match=r"only=\('int9',\) is not allowed: want .*: int8, int4"):
         SweepSection(recipes=RECIPES, only="int9")

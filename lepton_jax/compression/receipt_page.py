@@ -275,24 +275,24 @@ def _size_plot(receipt: Mapping[str, Any]) -> str:
 
 def _bytes_plot(receipts: Mapping[str, Mapping[str, Any]]) -> str:
     sized = {n: r["size"]["device_bytes"] / 2**20 for n, r in receipts.items()}
-    return _against_kl(receipts, sized, title="Size against KL", x="MiB in device memory")
+    kl = {n: r["quality"]["kl"] for n, r in receipts.items() if r["quality"]}
+    return _against_kl(kl, sized, title="Size against KL", x="MiB in device memory")
 
 
 def _speed_plot(receipts: Mapping[str, Mapping[str, Any]]) -> str:
     timed = {
         n: r["speed"]["decode"]["measured_time_ratio"] for n, r in receipts.items() if r["speed"]
     }
-    return _against_kl(
-        receipts, timed, title="Speed against KL", x="time of a decoded token, dense = 1"
-    )
+    measured = {n: r["kv"] or r["quality"] for n, r in receipts.items() if r["quality"]}
+    kl = {n: quality["kl"] for n, quality in measured.items()}  # with the cache that was timed
+    return _against_kl(kl, timed, title="Speed against KL", x="time of a decoded token, dense = 1")
 
 
-def _against_kl(receipts: Mapping, across: Mapping[str, float], *, title: str, x: str) -> str:
-    """Empty where nothing was measured."""
-    names = [name for name in across if receipts[name]["quality"]]
+def _against_kl(kl: Mapping, across: Mapping[str, float], *, title: str, x: str) -> str:
+    """KL of recipes, each with the ends of its interval; empty where nothing was measured."""
+    names = [name for name in across if name in kl]
     if not names:
         return ""
-    kl = {name: receipts[name]["quality"]["kl"] for name in names}
     points = [(across[name], kl[name]["value"]) for name in names]
     ends = [(kl[name]["low"], kl[name]["high"]) for name in names]
     front = [points[i] for i in pareto_front(points)]

@@ -162,13 +162,13 @@ class Recipe:
 
     @property
     def title(self) -> str:
-        """In a few words, for tables: the preset, or what the schemes are."""
+        """In a few words, for tables: the preset, or what the schemes are; "none" of nothing."""
         schemes = dict.fromkeys(scheme_text(rule.action) for rule in self.rules)
         smooth = [self.options.smooth] if self.options.smooth != "none" else []
         preset = [self.preset] if self.preset not in ("", "none") else []
         parts = [str(part) for part in (self.structure, self.automatic) if part]
         named = preset or ([] if self.automatic else schemes)
-        return "; ".join([*parts, *named, *smooth])
+        return "; ".join([*parts, *named, *smooth]) or "none"
 
 
 def parse_rule(text: str) -> Rule[Scheme]:

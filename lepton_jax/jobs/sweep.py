@@ -68,11 +68,12 @@ class SweepJob:
         self.output = local_path(config.output).absolute()
         self._configs = {}
         for name, fields in config.sweep.recipes.items():
-            compression, recovery = recipe_sections(name, fields)
+            compression, recovery, engine = recipe_sections(name, fields, engine=config.engine)
             self._configs[name] = dataclasses.replace(
                 config,
                 compression=compression,
                 recovery=recovery,
+                engine=engine,
                 output=str(self.output / name),  # beside which a recovery is kept
             )
         self._recipes = {n: Recipe.from_config(c.compression) for n, c in self._configs.items()}
@@ -182,8 +183,9 @@ class SweepJob:
         return recipe
 
     def _recipe_dict(self, name: str) -> dict[str, Any]:
-        recovery = dataclasses.asdict(self._configs[name].recovery)
-        return self._recipes[name].as_dict() | {"recovery": recovery}
+        config = self._configs[name]
+        recovery, cache = dataclasses.asdict(config.recovery), config.engine.kv_dtype
+        return self._recipes[name].as_dict() | {"recovery": recovery, "kv_dtype": cache}
 
     def _write(self, name: str, made: Any) -> receipts.Receipt:
         folder = self.output / name
