@@ -131,8 +131,8 @@ def test_a_recipe_may_have_a_cache_and_times_stand_beside_the_ideal(model, tmp_p
     assert "KL with its cache" in (tmp_path / "sweep" / "table.md").read_text()
     assert plain["KL with its cache"] == "" != cached["KL with its cache"]
     assert cached["KL with its cache"] != cached["KL, nats a token"] == plain["KL, nats a token"]
-    size = found["zeros"]["size"]
-    assert zeros["ideal time"] == f"{size['compute_fraction']:.3f}" != plain["ideal time"] == "1.000"
+    ideal = found["zeros"]["size"]["compute_fraction"]
+    assert zeros["ideal time"] == f"{ideal:.3f}" != plain["ideal time"] == "1.000"
     for row, receipt in zip((plain, cached, zeros), found.values(), strict=True):
         for name in ("decode", "prefill"):
             told = receipt["speed"][name]

@@ -300,7 +300,7 @@ def speed_row(dense: float, now: float, *, compute_fraction: float) -> dict[str,
 def speeds(
     dense: Mapping[str, float], now: Mapping[str, float], size: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """A `speed_row` of each phase, and under "saved" what comes of them, and of the bytes, in words.
+    """A `speed_row` of each phase, and under "saved" in words what comes of them and of the bytes.
 
     Args:
       dense, now: tokens/s of each of PHASES, before and after compression.
