@@ -169,8 +169,7 @@ def test_a_receipt_that_flatters_is_not_reproduced(copy):
 
 @pytest.mark.parametrize(
     "name",
-    ["dense_bytes", "device_bytes", "disk_bytes", "parameters", "kept"]
-    + ["kept_fraction", "compute_fraction"],
+    "dense_bytes device_bytes disk_bytes parameters kept kept_fraction compute_fraction".split(),
 )
 def test_sizes_of_a_receipt_are_counted_again(copy, name):
     edit_receipt(copy, lambda r: times(r["size"], name, 2))
