@@ -232,4 +232,6 @@ def _prefix(recorded: Mapping, found: Mapping) -> Check:
 def _short(value: Any) -> str:
     if isinstance(value, Mapping) and set(_ENDS) <= set(value):
         return "{:.6g} [{:.4g}, {:.4g}]".format(*(value[end] for end in _ENDS))
+    if isinstance(value, Mapping):
+        return " ".join(map(_short, value.values()))
     return f"{value:.6g}" if isinstance(value, float) else str(value)[:16]
