@@ -55,6 +55,7 @@ def _run(config: RunConfig, hosts: "Hosts") -> int:
             print(said, flush=True)
         if not hosts.first:
             config = with_fields(config, {"optimizer.log": ""})  # decisions are the same on all
+        hosts.require_same_models(config)
         mode = mode_for(config)
         job = Job(config, mode, hosts=hosts)
     with job, LeptonEngine(sync=hosts if hosts.count > 1 else None) as lepton:

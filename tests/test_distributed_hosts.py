@@ -17,7 +17,15 @@ from compress_makers import config_file, model_folder
 
 from lepton_jax.checkpoints.load import load
 from lepton_jax.checkpoints.orbax_store import save
-from lepton_jax.config import HostsSection, JobSection, MeshSection, PoolSection, RunConfig
+from lepton_jax.config import (
+    EngineSection,
+    HostsSection,
+    JobSection,
+    MeshSection,
+    ModelSection,
+    PoolSection,
+    RunConfig,
+)
 from lepton_jax.distributed.hosts import (
     ALONE,
     Hosts,
@@ -28,7 +36,7 @@ from lepton_jax.distributed.hosts import (
     join,
     plan_digest,
 )
-from lepton_jax.distributed.links import GONE, Link, accept, connect
+from lepton_jax.distributed.links import _KEEP_ALIVE, GONE, Link, accept, connect
 from lepton_jax.engine.request import Chunk, Entry, Plan, Request, Row
 
 ROOT = Path(__file__).parents[1]
@@ -83,10 +91,38 @@ def test_host_0_has_the_say():
             second.agree(plan())
 
 
+def test_files_of_another_model_are_named_before_they_are_loaded(tmp_path):
+    one, same, other = (
+        str(model_folder(tmp_path / f"{n}", seed=seed)) for n, seed in enumerate((0, 0, 1))
+    )
+    first, second = linked()
+    with first, second:
+        first.require_same_models(RunConfig(model=ModelSection(one)))
+        second.require_same_models(RunConfig(model=ModelSection(same)))
+        first.require_same_models(RunConfig(model=ModelSection(one)))
+        with pytest.raises(ValueError, match="model.path=.* holds another model on host 1 than on"):
+            second.require_same_models(RunConfig(model=ModelSection(other)))
+        drafts = [EngineSection(draft_model=path) for path in (one, other)]
+        first.require_same_models(RunConfig(model=ModelSection(one), engine=drafts[0]))
+        with pytest.raises(ValueError, match="engine.draft_model=.* holds another model"):
+            second.require_same_models(RunConfig(model=ModelSection(same), engine=drafts[1]))
+    ALONE.require_same_models(RunConfig(model=ModelSection("gone")))
+
+
 def test_a_plan_is_what_the_device_is_told():
     assert plan_digest(plan()) == plan_digest(plan())
     digests = {plan_digest(p) for p in (None, plan(), plan(slot=1), plan(steps=5))}
     assert len(digests) == 4
+
+
+def test_a_host_that_is_cut_off_is_missed_whether_or_not_data_is_on_its_way():
+    near, far = ends()
+    with near, far:
+        Link(near)
+        assert near.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        found = {n: near.getsockopt(socket.IPPROTO_TCP, getattr(socket, n)) for n in _KEEP_ALIVE}
+    silent = found["TCP_KEEPIDLE"] + found["TCP_KEEPINTVL"] * found["TCP_KEEPCNT"]
+    assert silent < 30 and found["TCP_USER_TIMEOUT"] / 1000 < 30
 
 
 def test_hosts_that_do_not_come_are_named():

@@ -20,6 +20,7 @@ from lepton_jax.config import (
     RunConfig,
     SamplingParams,
 )
+from lepton_jax.distributed.hosts import source_digest
 from lepton_jax.distributed.ray_replicas import RayActors
 from lepton_jax.jobs.driver import Job
 from lepton_jax.jobs.mode_for import mode_for
@@ -62,6 +63,48 @@ def test_actors_that_no_machine_can_hold_are_refused_and_ray_is_ended(asked, say
     with pytest.raises(ValueError, match=says):
         RayActors(PoolSection(**asked), lambda: None)
     assert ended == [True]
+
+
+class Call:
+    """Of an actor's method: Ray's `remote` in this process, at once."""
+
+    def __init__(self, function):
+        self.remote = function
+
+
+def fake_ray(*models):
+    """Ray whose actors say these of their models."""
+    said = iter(models)
+    ended = []
+
+    def actor(*_):
+        model = next(said)
+        return SimpleNamespace(model=Call(lambda: model))
+
+    return SimpleNamespace(
+        is_initialized=lambda: True,
+        nodes=lambda: [{"Alive": True, "Resources": {"CPU": 8.0}}],
+        remote=lambda **_: lambda _: Call(actor),
+        get=list,
+        kill=ended.append,
+        ended=ended,
+    )
+
+
+def test_actors_of_another_model_or_other_code_are_refused(monkeypatch):
+    mine = source_digest()
+    for models, says in (
+        ([("a", 8, mine), ("b", 8, mine)], "different models for the replicas: a, b; copy"),
+        ([("a", 8, mine), ("a", 8, "old")], f"is {mine} here and {mine}, old in the replicas"),
+    ):
+        ray = fake_ray(*models)
+        monkeypatch.setitem(sys.modules, "ray", ray)
+        with pytest.raises(ValueError, match=says):
+            RayActors(PoolSection(ray=2), lambda: None)
+        assert len(ray.ended) == 2
+    monkeypatch.setitem(sys.modules, "ray", fake_ray(*[("a", 8, mine)] * 2))
+    actors = RayActors(PoolSection(ray=2), lambda: None)
+    assert (actors.fingerprint, actors.bytes) == ("a", 8)
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from typing import Any
 import jax
 
 from lepton_jax import compat
+from lepton_jax.checkpoints.load import identify
 from lepton_jax.config import HostsSection, RunConfig
 from lepton_jax.distributed.links import Link, accept, connect, leave, tell
 from lepton_jax.engine.request import Plan
@@ -68,6 +69,26 @@ class Hosts:
                 "the same rows"
             )
         self._plans += 1
+
+    def require_same_models(self, config: RunConfig) -> None:
+        """Raises ValueError where a path holds another model here than on host 0: devices of both
+        would hold parts of one. A path that all can read but one can't is a CheckpointError.
+        """
+        if self.count == 1:
+            return
+        paths = {
+            "model.path": config.model.path,
+            "engine.draft_model": config.engine.draft_model,
+            "cascade.model": config.cascade.model,
+        }
+        mine = {field: identify(path) for field, path in paths.items() if path}
+        for field, theirs in self.share(mine).items():
+            if theirs != mine[field]:
+                raise ValueError(
+                    f"{field}={paths[field]!r} holds another model on host {self.index} than on "
+                    f"host 0 (fingerprints {mine[field]} and {theirs}): copy the same files to all "
+                    "hosts, or give a directory that all share"
+                )
 
     def __enter__(self) -> "Hosts":
         return self
@@ -135,7 +156,7 @@ def join(config: RunConfig) -> Hosts:
 def hello(config: RunConfig) -> dict[str, str]:
     """What must be the same on all hosts: versions and configuration, by name."""
     versions = {name: metadata.version(name) for name in _PACKAGES}
-    versions |= {"python": platform.python_version(), "lepton_jax": _source_digest()}
+    versions |= {"python": platform.python_version(), "lepton_jax": source_digest()}
     fields = {
         f"config.{section}.{name}": json.dumps(value, default=str)
         for section, values in dataclasses.asdict(config).items()
@@ -165,7 +186,7 @@ def plan_digest(plan: Plan | None) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def _source_digest() -> str:
+def source_digest() -> str:
     """Of this package's code: checkouts differ where versions don't."""
     folder = Path(__file__).parents[1]
     files = sorted(folder.rglob("*.py"))

@@ -1,7 +1,8 @@
 """Lines of JSON between host 0 and each other host: who is there, what host 0 says, who is gone.
 
-A host that dies closes its links, and one that hangs or is cut off fails the keep-alive: the others
-learn it within seconds and end with a line that names it, where a collective would wait for long.
+A host that dies closes its links, and one that is cut off fails the keep-alive, or acknowledges
+nothing that is sent to it: the others learn it within seconds and end with a line that names it,
+where a collective would wait for long. A stopped process still answers both: it is waited for.
 Numbers of models never travel here. Read next: `hosts.py`.
 """
 
@@ -16,7 +17,12 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-_KEEP_ALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 2}  # seconds, seconds, times
+_KEEP_ALIVE = {
+    "TCP_KEEPIDLE": 5,  # seconds
+    "TCP_KEEPINTVL": 5,
+    "TCP_KEEPCNT": 2,  # times
+    "TCP_USER_TIMEOUT": 15_000,  # milliseconds; while data waits for its receipt nothing is probed
+}
 _GREETING = 5.0  # seconds for a host to say which it is
 GONE = 2  # exit code of those that are left behind
 
@@ -29,7 +35,7 @@ class Link:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for name, value in _KEEP_ALIVE.items():
-            if hasattr(socket, name):  # macOS calls the first one otherwise: its default stays
+            if hasattr(socket, name):  # macOS lacks two of them: its defaults stay
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         self._connection = connection
         self._lines = connection.makefile("r", encoding="utf-8", newline="\n")

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import jax
 
 from lepton_jax.config import PoolSection
+from lepton_jax.distributed.hosts import source_digest
 from lepton_jax.distributed.replicas import Beat, Command, serve
 from lepton_jax.engine.protocol import Limits
 
@@ -40,9 +41,9 @@ class _Actor:
             jax.config.update("jax_platforms", None)
         self._starter = load()
 
-    def model(self) -> tuple[str, int]:
-        """Fingerprint and bytes of the loaded model."""
-        return self._starter.fingerprint, self._starter.loaded.bytes
+    def model(self) -> tuple[str, int, str]:
+        """Fingerprint and bytes of the loaded model; digest of the code that loaded it."""
+        return self._starter.fingerprint, self._starter.loaded.bytes, source_digest()
 
     def start(self, workload: Sequence[Any], strict: bool, profile: Any) -> Limits:
         self._starter.start(workload=workload, strict=strict, profile=profile)
@@ -122,12 +123,18 @@ class RayActors:
 
     def _one_model(self) -> tuple[str, int]:
         models = self._get([a.model.remote() for a in self._actors], "load the model")
-        if len({fingerprint for fingerprint, _ in models}) > 1:
+        fingerprints, sizes, sources = zip(*models, strict=True)
+        if {*sources} != {source_digest()}:
             raise ValueError(
-                f"model.path holds different models for the replicas: {[m[0] for m in models]}; "
+                f"the code of lepton_jax is {source_digest()} here and {', '.join(sources)} in the "
+                "replicas: install the same version on all machines"
+            )
+        if len({*fingerprints}) > 1:
+            raise ValueError(
+                f"model.path holds different models for the replicas: {', '.join(fingerprints)}; "
                 "copy the same files to all machines"
             )
-        return models[0]
+        return fingerprints[0], sizes[0]
 
     def close(self) -> None:
         """Ends the actors, and Ray where it was started here."""
