@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import checkpoint_makers as make
 import pytest
@@ -127,6 +128,27 @@ def test_a_config_file_is_enough(tiny):
     plan = make_plan(config(tiny))
     assert make_plan(config(tiny / "config.json")).memory == plan.memory
     assert str(plan.served.kv_dtype) == "bfloat16"
+
+
+def test_of_a_hub_model_only_the_config_is_fetched(tiny, monkeypatch):
+    fetched = []
+
+    class Hub:
+        """Without `snapshot_download`."""
+
+        @staticmethod
+        def hf_hub_download(name, file):
+            fetched.append((name, file))
+            if name == "org/gone":
+                raise RuntimeError("404")
+            return str(tiny / file)
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", Hub)
+    assert make_plan(config("hf:org/tiny")).memory == make_plan(config(tiny)).memory
+    assert {*fetched} == {("org/tiny", "config.json")}
+    assert search(config("hf:org/tiny", "", plan={"chips": ("v5e",)}))[0].topology == "v5e:1x1"
+    with pytest.raises(ValueError, match=r"'hf:org/gone' can't be fetched: RuntimeError: 404"):
+        make_plan(config("hf:org/gone"))
 
 
 def test_a_saved_model_is_planned_as_it_is_stored(tmp_path):

@@ -7,7 +7,9 @@ next: `load.py`.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from lepton_jax.checkpoints.demo import DEMO_MODELS, demo_model
 from lepton_jax.checkpoints.errors import CheckpointError
@@ -31,7 +33,7 @@ def locate(path: str | os.PathLike) -> tuple[str, Path]:
     if text.startswith("demo:"):
         return "gguf", demo_model(text.removeprefix("demo:"))
     if text.startswith("hf:"):
-        return "hf", _from_hub(text.removeprefix("hf:"))
+        return "hf", _from_hub(text, _snapshot)
     if text.startswith("published:"):
         raise CheckpointError(
             f"model path {text!r} is the config of a released model, without weights: plan takes "
@@ -83,25 +85,34 @@ def _directory_kind(place: Path) -> str:
     )
 
 
-def _from_hub(name: str) -> Path:
-    """The local snapshot of a hub repository."""
+def hub_config(path: str) -> Path:
+    """The config.json of an `hf:org/name`, fetched without the weights. Raises CheckpointError."""
+    return _from_hub(path, lambda hub, name: hub.hf_hub_download(name, "config.json"))
+
+
+def _snapshot(hub: Any, name: str) -> str:
+    # Some repositories repeat the weights in another layout under consolidated*.
+    patterns = dict(allow_patterns=_HUB_FILES, ignore_patterns=["consolidated*"])
+    return hub.snapshot_download(name, **patterns)
+
+
+def _from_hub(path: str, fetch: Callable[[Any, str], str]) -> Path:
+    """What `fetch` makes of huggingface_hub and the name of an `hf:org/name`."""
+    name = path.removeprefix("hf:")
     if name.count("/") != 1 or not all(name.split("/")):
-        raise CheckpointError(f"model path 'hf:{name}' must be hf:org/name")
+        raise CheckpointError(f"model path {path!r} must be hf:org/name")
     try:
-        from huggingface_hub import snapshot_download
+        import huggingface_hub
     except ImportError as error:
         raise CheckpointError(
-            f"model path 'hf:{name}' needs huggingface_hub: pip install 'lepton_jax[hub]', or give "
+            f"model path {path!r} needs huggingface_hub: pip install 'lepton_jax[hub]', or give "
             "a directory that you fetched yourself"
         ) from error
     try:
-        # Some repositories repeat the weights in another layout under consolidated*.
-        return Path(
-            snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=["consolidated*"])
-        )
+        return Path(fetch(huggingface_hub, name))
     except Exception as error:  # the hub's client raises errors of several HTTP libraries
         said = " ".join(str(error).split())[:300].rstrip(".")  # of several lines
         raise CheckpointError(
-            f"model path 'hf:{name}' can't be fetched: {type(error).__name__}: {said}. Check the "
+            f"model path {path!r} can't be fetched: {type(error).__name__}: {said}. Check the "
             "name, the network, and for gated models the token (`hf auth login`)"
         ) from error

@@ -17,7 +17,7 @@ from lepton_jax.checkpoints.errors import CheckpointError
 from lepton_jax.checkpoints.json_files import read_json
 from lepton_jax.checkpoints.load import describe
 from lepton_jax.checkpoints.loaded import float_dtype, weight_dtype
-from lepton_jax.checkpoints.locate import MANIFEST_NAME, local_path
+from lepton_jax.checkpoints.locate import MANIFEST_NAME, hub_config, local_path
 from lepton_jax.checkpoints.manifest import Manifest
 from lepton_jax.compression.presets import compress_specs
 from lepton_jax.compression.recipe import Recipe
@@ -164,7 +164,9 @@ def _hf_values(path: str) -> dict[str, Any] | None:
     """The values of a config.json; None where the model is something else."""
     if path.startswith("published:"):
         return hf_values(path.removeprefix("published:"))
-    if path.startswith(("demo:", "hf:")) or not path:
+    if path.startswith("hf:"):
+        return read_json(hub_config(path))
+    if path.startswith("demo:") or not path:
         return None
     place = local_path(path)
     if place.suffix == ".json":
