@@ -27,9 +27,11 @@ from lepton_jax.planning.chips import TPUS, Chip
 from lepton_jax.planning.from_config import served_of
 from lepton_jax.planning.memory import full_sizes, memory_of
 from lepton_jax.planning.plan import budget_of, make_plan
+from lepton_jax.planning.programs import Program
 from lepton_jax.planning.remedies import remedies
 from lepton_jax.planning.report import as_json, page, text, verdict
 from lepton_jax.planning.search import search
+from lepton_jax.planning.traffic import Traffic
 
 TINY = {
     "model_type": "llama",
@@ -75,6 +77,19 @@ def test_llama_8b_in_int8_fits_a_v5e_chip_and_says_so_twice_alike():
     assert plan.step_seconds == pytest.approx((7.51e9 + 32 * 1024 * 131072) / 819e9, rel=0.01)
     assert json.dumps(as_json(plan)) == json.dumps(as_json(make_plan(config())))
     assert plan.largest_rows > 32 and plan.largest_len > 1024
+
+
+def test_traffic_of_a_compiled_program_counts_where_it_leaves_the_cache_out():
+    plan = make_plan(config())
+    cost = plan.decode_cost
+    moved = Traffic(read=8 * (cost.weight_bytes + 10**9))  # in a block of eight steps
+    program = Program("decode", 8, plan.memory, moved, seconds=1.0, text="")
+    compiled = dataclasses.replace(plan, decode=program)
+    assert compiled.step_seconds == pytest.approx(cost.seconds + 1e9 / plan.chip.bandwidth)
+    for platform in ("gpu", "cpu"):  # 1 GB of this is the cache, which `cost` has
+        chip = dataclasses.replace(plan.chip, platform=platform)
+        elsewhere = dataclasses.replace(compiled, target=dataclasses.replace(plan.target, chip=chip))
+        assert elsewhere.step_seconds == cost.seconds
 
 
 def test_what_does_not_fit_says_by_how_much_and_each_remedy_fits():

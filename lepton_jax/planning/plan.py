@@ -82,9 +82,12 @@ class Plan:
 
     @property
     def step_seconds(self) -> float:
-        """Of a decode step at best; with the compiled program's traffic where it is known."""
+        """Of a decode step at best; of a TPU with the compiled program's traffic where it is known.
+
+        Elsewhere programs read the cache themselves, which `cost` counts, and at its largest view.
+        """
         cost = self.decode_cost
-        if self.decode is None or self.chip.platform == "cpu":  # a CPU's caches take most of it
+        if self.decode is None or self.chip.platform != "tpu":
             return cost.seconds
         moved = (self.decode.step_bytes - cost.weight_bytes) / self.chip.bandwidth
         return cost.seconds + max(0.0, moved)
