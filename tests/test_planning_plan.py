@@ -29,7 +29,7 @@ from lepton_jax.planning.memory import full_sizes, memory_of
 from lepton_jax.planning.plan import budget_of, make_plan
 from lepton_jax.planning.programs import Program
 from lepton_jax.planning.remedies import remedies
-from lepton_jax.planning.report import as_json, page, text, verdict
+from lepton_jax.planning.report import as_json, headline, page, text, verdict
 from lepton_jax.planning.search import search
 from lepton_jax.planning.traffic import Traffic
 
@@ -87,8 +87,10 @@ def test_traffic_of_a_compiled_program_counts_where_it_leaves_the_cache_out():
     compiled = dataclasses.replace(plan, decode=program)
     assert compiled.step_seconds == pytest.approx(cost.seconds + 1e9 / plan.chip.bandwidth)
     for platform in ("gpu", "cpu"):  # 1 GB of this is the cache, which `cost` has
-        chip = dataclasses.replace(plan.chip, platform=platform)
-        elsewhere = dataclasses.replace(compiled, target=dataclasses.replace(plan.target, chip=chip))
+        there = dataclasses.replace(
+            plan.target, chip=dataclasses.replace(plan.chip, platform=platform)
+        )
+        elsewhere = dataclasses.replace(compiled, target=there)
         assert elsewhere.step_seconds == cost.seconds
 
 
@@ -109,13 +111,28 @@ def test_what_does_not_fit_says_by_how_much_and_each_remedy_fits():
 
 
 def test_devices_share_a_model_and_the_rest_are_replicas():
-    asked = config("published:llama-3.1-70b", "v5e:4x4", mesh={"model": 8})
-    plan = make_plan(asked)
+    plan = make_plan(config("published:llama-3.1-70b", "v5p:2x2x1", mesh={"model": 2}))
     assert plan.fits and plan.replicas == 2
-    assert plan.memory.weights == pytest.approx(70.6e9 / 8, rel=0.01)
+    assert plan.memory.weights == pytest.approx(70.6e9 / 2, rel=0.01)
     assert plan.tokens_per_second == pytest.approx(2 * 32 / plan.step_seconds)
+    assert headline(plan).endswith("mesh.model=2, 2 replicas")
     one = make_plan(config(topology="v5e:2x4", mesh={"data": 2}))
     assert one.replicas == 2 and one.fits
+
+
+def test_several_hosts_make_one_mesh_or_replicas_within_a_host():
+    mesh = make_plan(config("published:llama-3.1-70b", "v5e:4x4", mesh={"model": 16}))
+    assert headline(mesh).endswith("mesh.model=16, 1 replica on 4 hosts by hosts.coordinator")
+    within = make_plan(config(topology="v5e:4x4", mesh={"model": 4}))
+    assert headline(within).endswith("mesh.model=4, 4 replicas on 4 hosts by pool.ray")
+    with pytest.raises(ValueError, match=r"mesh\.model=8 can't be started on v5e:4x4: its 4 hosts"):
+        make_plan(config("published:llama-3.1-70b", "v5e:4x4", mesh={"model": 8}))
+    small = make_plan(config("published:llama-3.1-70b", "v5e:4x4", mesh={"model": 4}))
+    assert "mesh.model=8 with plan.topology=v5e:2x4" in remedies(small)
+    asked = config("published:llama-3.1-70b", "", plan={"chips": ("v5e",), "target": 1500.0})
+    for found in search(asked):
+        devices = found.shards * found.replicas
+        assert found.replicas == 1 or found.shards <= devices // found.hosts
 
 
 @pytest.mark.parametrize(

@@ -29,31 +29,41 @@ from lepton_jax.models.published import hf_values
 from lepton_jax.models.registry import config_from_hf
 from lepton_jax.planning.chips import TPUS, Chip, chip_here
 from lepton_jax.planning.served import Served
-from lepton_jax.planning.topology import split_name, topology_devices
+from lepton_jax.planning.topology import (
+    can_start,
+    chips_of,
+    hosts_of,
+    split_name,
+    topology_devices,
+)
 from lepton_jax.sharding.partition import check_experts
 from lepton_jax.tensors import CompressedTensor
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Where a model shall run: so many devices of a kind; `name` says it in reports."""
+    """Where a model shall run: so many devices of a kind, on `hosts` machines; `name` says it in
+    reports.
+    """
 
     name: str
     chip: Chip
     devices: tuple[jax.Device, ...]
     chips: int
+    hosts: int = 1
 
 
 def target_of(config: RunConfig) -> Target:
     """The slice that `plan.topology` names, or the devices at hand.
 
-    Raises ValueError where there is none such, or fewer devices than `mesh.model`.
+    Raises ValueError where there is none such, where it has fewer devices than `mesh.model`, and
+    where its hosts can't share them so.
     """
     topology = config.plan.topology
     if topology:
         kind, size = split_name(topology)
         devices = tuple(topology_devices(topology))
-        target = Target(topology, TPUS[kind], devices, chips_of(size))
+        target = Target(topology, TPUS[kind], devices, chips_of(size), hosts_of(kind, size))
     else:
         devices = tuple(jax.local_devices())
         target = Target(devices[0].platform, chip_here(), devices, len(devices))
@@ -64,6 +74,13 @@ def target_of(config: RunConfig) -> Target:
             f"want one of {[n for n in range(1, len(devices) + 1) if len(devices) % n == 0]}, or "
             "another plan.topology"
         )
+    if not can_start(shards, len(devices), target.hosts):
+        raise ValueError(
+            f"mesh.model={shards} can't be started on {target.name}: its {target.hosts} hosts of "
+            f"{len(devices) // target.hosts} devices make one mesh, mesh.model={len(devices)}, or "
+            f"replicas by pool.ray, mesh.model={len(devices) // target.hosts} at most; set one of "
+            "these, or another plan.topology"
+        )
     replicas = config.mesh.data
     if replicas * shards > len(devices):
         raise ValueError(
@@ -71,14 +88,6 @@ def target_of(config: RunConfig) -> Target:
             f"{target.name} has {len(devices)}: lower one of them, or take another plan.topology"
         )
     return target
-
-
-def chips_of(size: str) -> int:
-    """Of a slice such as "2x4"."""
-    count = 1
-    for part in size.split("x"):
-        count *= int(part)
-    return count
 
 
 def served_of(config: RunConfig, chip: Chip) -> Served:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from lepton_jax.planning.from_config import chips_of, presets_of, served_of
+from lepton_jax.planning.from_config import presets_of, served_of
 from lepton_jax.planning.memory import fits, full_sizes
 from lepton_jax.planning.plan import Plan
 from lepton_jax.planning.search import search
 from lepton_jax.planning.served import Served
-from lepton_jax.planning.topology import SLICES, split_name
+from lepton_jax.planning.topology import SLICES, can_start, chips_of, hosts_of, split_name
 
 
 def remedies(plan: Plan) -> list[str]:
@@ -65,10 +65,12 @@ def _elsewhere(plan: Plan) -> list[str]:
 
 
 def _slice_for(plan: Plan, shards: int) -> str:
-    """The smallest slice of the same chip with so many devices, where it isn't this one."""
-    if shards <= len(plan.target.devices) or not plan.config.plan.topology:
+    """The smallest slice of the same chip where so many devices can share, where it isn't this."""
+    target = plan.target
+    if not plan.config.plan.topology or can_start(shards, len(target.devices), target.hosts):
         return ""
     kind, _ = split_name(plan.config.plan.topology)
-    per_chip = len(plan.target.devices) // plan.target.chips
-    sizes = [size for size in SLICES[kind] if chips_of(size) * per_chip >= shards]
+    per_chip = len(target.devices) // target.chips
+    devices = {size: chips_of(size) * per_chip for size in SLICES[kind]}
+    sizes = [s for s, count in devices.items() if can_start(shards, count, hosts_of(kind, s))]
     return f" with plan.topology={kind}:{sizes[0]}" if sizes else ""

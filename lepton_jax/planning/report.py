@@ -26,10 +26,12 @@ def headline(plan: Plan) -> str:
     c, devices = plan.config, len(plan.target.devices)
     compression = "rules" if c.compression.rules else c.compression.preset
     spread = f" mesh.expert={plan.served.spread}," if plan.served.spread > 1 else ""
+    how = "hosts.coordinator" if plan.served.shards == devices else "pool.ray"
+    hosts = f" on {plan.target.hosts} hosts by {how}" if plan.target.hosts > 1 else ""
     return (
         f"{c.model.path}, compression {compression}, on {plan.target.name}: {devices} "
         f"device{'s' * (devices > 1)} ({plan.chip.name}), mesh.model={plan.served.shards},"
-        f"{spread} {plan.replicas} replica{'s' * (plan.replicas > 1)}"
+        f"{spread} {plan.replicas} replica{'s' * (plan.replicas > 1)}{hosts}"
     )
 
 
@@ -154,6 +156,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "compression": plan.config.compression.preset,
         "target": plan.target.name,
         "devices": len(plan.target.devices),
+        "hosts": plan.target.hosts,
         "mesh": {
             "model": plan.served.shards,
             "expert": plan.served.spread,

@@ -14,16 +14,11 @@ from typing import Any
 from lepton_jax.config import RunConfig
 from lepton_jax.engine.sizing import max_len_of
 from lepton_jax.planning.chips import TPUS
-from lepton_jax.planning.from_config import (
-    chips_of,
-    presets_of,
-    require_plannable,
-    served_of,
-)
+from lepton_jax.planning.from_config import presets_of, require_plannable, served_of
 from lepton_jax.planning.memory import full_sizes, memory_of
 from lepton_jax.planning.plan import budget_of
 from lepton_jax.planning.roofline import decode_cost
-from lepton_jax.planning.topology import SLICES
+from lepton_jax.planning.topology import SLICES, can_start, chips_of, hosts_of
 
 _DEVICES = {"v4": 2, "tpu7x": 2}  # of a chip
 
@@ -34,6 +29,7 @@ class Found:
 
     topology: str
     chips: int
+    hosts: int
     preset: str
     shards: int
     spread: int
@@ -106,14 +102,17 @@ def _candidates(config: RunConfig, kind: str) -> Iterator[Found]:
                 continue
             _, spread, spare, cost = min(fitting, key=lambda found: found[:2])
             for size in SLICES[kind]:
-                chips = chips_of(size)
+                chips, hosts = chips_of(size), hosts_of(kind, size)
                 devices = chips * _DEVICES.get(kind, 1)
                 if devices % shards or chips > config.plan.most_chips:
+                    continue
+                if not can_start(shards, devices, hosts):
                     continue
                 replicas = devices // shards
                 yield Found(
                     topology=f"{kind}:{size}",
                     chips=chips,
+                    hosts=hosts,
                     preset=preset,
                     shards=shards,
                     spread=spread,
@@ -133,13 +132,17 @@ def _spreads(experts: int, shards: int) -> list[int]:
 def as_text(found: list[Found]) -> str:
     """A table, best first."""
     lines = [
-        f"{'topology':<12} {'preset':<8} mesh.model .expert replicas  tokens/s  a chip  bound by"
+        f"{'topology':<12} {'preset':<8} hosts mesh.model .expert replicas  tokens/s  a chip  "
+        "bound by"
     ]
     for f in found:
         lines.append(
-            f"{f.topology:<12} {f.preset:<8} {f.shards:>10} {f.spread:>7} {f.replicas:>8} "
-            f"{f.tokens_per_second:>9,.0f} {f.tokens_per_second / f.chips:>7,.0f}  {f.bound}"
+            f"{f.topology:<12} {f.preset:<8} {f.hosts:>5} {f.shards:>10} {f.spread:>7} "
+            f"{f.replicas:>8} {f.tokens_per_second:>9,.0f} {f.tokens_per_second / f.chips:>7,.0f}  "
+            f"{f.bound}"
         )
+    if any(f.hosts > 1 for f in found):
+        lines.append("several hosts: one replica by hosts.coordinator, more by pool.ray")
     return "\n".join(lines)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 import os
 from collections.abc import Iterator
 
@@ -21,6 +22,9 @@ from lepton_jax.planning.chips import TPUS
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 CUBES = ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 SLICES = {"v4": CUBES, "v5e": FLAT, "v5p": CUBES, "v6e": FLAT, "tpu7x": CUBES}
+# Chips of the largest slice on one host; hosts of larger ones have four each (the same pages).
+_ONE_HOST = {"v4": 4, "v5e": 8, "v5p": 4, "v6e": 8, "tpu7x": 4}
+_HOST_CHIPS = 4
 
 # Without these libtpu asks the network which machine it is on, for minutes, and locks the TPU.
 _QUIET = {
@@ -47,6 +51,24 @@ def split_name(name: str) -> tuple[str, str]:
             f"plan.topology={name!r}: {chip} comes in slices of {', '.join(SLICES[chip])}"
         )
     return chip, size
+
+
+def chips_of(size: str) -> int:
+    """Of a slice such as "2x4"."""
+    return math.prod(map(int, size.split("x")))
+
+
+def hosts_of(kind: str, size: str) -> int:
+    """Machines of a slice; each is a process of jax."""
+    chips = chips_of(size)
+    return 1 if chips <= _ONE_HOST[kind] else chips // _HOST_CHIPS
+
+
+def can_start(shards: int, devices: int, hosts: int) -> bool:
+    """Whether `shards` of so many devices may share a model: hosts make one mesh of all of them
+    (hosts.coordinator), or replicas that don't reach beyond a host (pool.ray).
+    """
+    return shards == devices or shards <= devices // hosts
 
 
 def topology_devices(name: str) -> list[jax.Device]:
