@@ -37,7 +37,7 @@ from lepton_jax.config import (
 )
 from lepton_jax.distributed.local import device_groups, local_engines, local_pool, pool_of
 from lepton_jax.distributed.pool import Pool
-from lepton_jax.distributed.ray_replicas import RayActors
+from lepton_jax.distributed.ray_replicas import RayActors, platform_of
 from lepton_jax.engine.cascade import CascadeEngine
 from lepton_jax.engine.loop import Engine
 from lepton_jax.engine.protocol import Sync, TokenEngine
@@ -429,8 +429,9 @@ class LeptonEngine:
 
     def _load_actors(self, config: RunConfig) -> None:
         """Loads the model in Ray actors; here are its tokenizer and what is known of it."""
-        path = config.model.path
-        model = checkpoints.describe(path, **checkpoints.dtypes_here(config.model.dtype))
+        path, platform = config.model.path, platform_of(self._config.pool)
+        dtypes = checkpoints.dtypes_here(config.model.dtype, platform)
+        model = checkpoints.describe(path, platform=platform, **dtypes)
         source = checkpoints.tokenizer_source(path)
         self.tokenizer = tokenizers.load(config.model.tokenizer or source)
         self.tokenizer.set_chat_variables(config.model.chat_variables)

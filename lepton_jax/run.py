@@ -25,7 +25,9 @@ _EXPLAIN = flags.DEFINE_bool("explain", False, "say at the end what the optimize
 def main(config: RunConfig) -> int:
     """One job from its config; the exit code."""
     from lepton_jax.distributed.hosts import join
+    from lepton_jax.distributed.ray_replicas import leave_devices
 
+    leave_devices(config.pool)
     with cli.user_errors(ValueError):
         hosts = join(config)
     with hosts:

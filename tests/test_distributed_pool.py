@@ -231,6 +231,25 @@ def test_real_engines_on_slices_of_the_devices():
     pool.close()
 
 
+def test_counts_add_up_and_the_memory_is_that_of_the_largest_process():
+    engines = [Remote(), Remote()]
+    for engine, peak in zip(engines, (7, 5), strict=True):
+        engine.stats = lambda peak=peak: {
+            "device": "TPU v5 lite",
+            "peak_memory_bytes": peak,
+            "compile_cache_hits": 2,
+        }
+    pool = pool_of(*engines)
+    for n in range(4):
+        pool.add_request(f"{n}", [1, 2, 3], PARAMS)
+    while pool.has_work:
+        pool.step()
+    stats = pool.stats()
+    pool.close()
+    del stats["pool"]
+    assert stats == {"device": "TPU v5 lite", "peak_memory_bytes": 7, "compile_cache_hits": 4}
+
+
 def test_too_few_devices_are_named():
     assert len(device_groups(MeshSection(data=2, model=3))) == 2
     count = len(jax.local_devices())

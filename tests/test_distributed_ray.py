@@ -3,12 +3,17 @@
 import json
 import os
 import signal
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import psutil
 import pytest
+from compress_makers import model_folder
 
+from lepton_jax import run
 from lepton_jax.api import LeptonEngine
 from lepton_jax.config import (
     CompressionSection,
@@ -20,6 +25,7 @@ from lepton_jax.config import (
     RunConfig,
     SamplingParams,
 )
+from lepton_jax.distributed import hosts, ray_replicas
 from lepton_jax.distributed.hosts import source_digest
 from lepton_jax.distributed.ray_replicas import RayActors
 from lepton_jax.jobs.driver import Job
@@ -83,7 +89,7 @@ def fake_ray(*models):
 
     return SimpleNamespace(
         is_initialized=lambda: True,
-        nodes=lambda: [{"Alive": True, "Resources": {"CPU": 8.0}}],
+        nodes=lambda: [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0}}],
         remote=lambda **_: lambda _: Call(actor),
         get=list,
         kill=ended.append,
@@ -105,6 +111,56 @@ def test_actors_of_another_model_or_other_code_are_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", fake_ray(*[("a", 8, mine)] * 2))
     actors = RayActors(PoolSection(ray=2), lambda: None)
     assert (actors.fingerprint, actors.bytes) == ("a", 8)
+
+
+def test_a_driver_leaves_accelerators_to_its_actors_before_anything_looks_for_them(monkeypatch):
+    told = []
+    fake = SimpleNamespace(update=lambda *setting: told.append(setting))
+    monkeypatch.setattr(ray_replicas, "jax", SimpleNamespace(config=fake))
+    for section in (PoolSection(ray=2), PoolSection(gpus=1.0)):
+        ray_replicas.leave_devices(section)
+    assert told == []
+
+    def join(config):
+        assert told == [("jax_platforms", "cpu")]
+        raise ValueError("here it would meet the others")
+
+    monkeypatch.setattr(hosts, "join", join)
+    with pytest.raises(SystemExit):
+        run.main(RunConfig(pool=PoolSection(ray=2, tpus=4.0)))
+    assert len(told) == 1
+
+
+DESCRIBED = """
+import sys
+from test_distributed_ray import fake_ray
+from lepton_jax.api import LeptonEngine
+from lepton_jax.config import ModelSection, PoolSection, RunConfig
+from lepton_jax.distributed.hosts import source_digest
+
+sys.modules["ray"] = fake_ray(("a", 8, source_digest()))
+config = RunConfig(model=ModelSection(sys.argv[1]), pool=PoolSection(ray=1, gpus=1.0))
+print(LeptonEngine().load_model(config=config).loaded.model.dtype)
+"""
+
+
+def test_a_model_of_actors_with_accelerators_is_described_without_a_device_here(tmp_path):
+    here = Path(__file__).parent
+    environment = os.environ | {"JAX_PLATFORMS": "nowhere"}  # jax fails where it looks for devices
+    environment["PYTHONPATH"] = os.pathsep.join([str(here.parent), str(here)])
+    command = [sys.executable, "-c", DESCRIBED, str(model_folder(tmp_path / "model"))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_actors_beat_says_what_its_process_took(monkeypatch):
+    fake = SimpleNamespace(config=SimpleNamespace(update=lambda *_: None))
+    monkeypatch.setattr(ray_replicas, "jax", fake)
+    engine = SimpleNamespace(has_work=False, stats=lambda: {"programs": 3})
+    actor = ray_replicas._Actor(lambda: SimpleNamespace(engine=engine), range(0))
+    stats = actor.beat([]).stats
+    assert stats["programs"] == 3 and stats["device"] == jax.devices()[0].device_kind
+    assert stats["peak_memory_bytes"] > 2**20
 
 
 @pytest.mark.slow

@@ -12,10 +12,12 @@ import pytest
 
 from lepton_jax import compile_cache
 from lepton_jax.config import CascadeSection
+from lepton_jax.distributed.replicas import process_stats
 from lepton_jax.jobs.driver import Tally
 from lepton_jax.jobs.framing import PlainFraming
 from lepton_jax.jobs.openai_batch import BatchFraming
 from lepton_jax.jobs.promise import Promise, Verdict
+from lepton_jax.jobs.report_page import report_page
 from lepton_jax.jobs.summary import (
     ModelCost,
     preview_text,
@@ -23,6 +25,7 @@ from lepton_jax.jobs.summary import (
     summary_text,
     write_summary,
 )
+from lepton_jax.jobs.trace import Trace
 from lepton_jax.telemetry import (
     DevicePeaks,
     StepStats,
@@ -112,6 +115,51 @@ def test_a_profile_is_told_beside_the_answers():
     without = told | {"profile": None, "fields": {}, "effect": None, "kl": None, "decisions": 0}
     text = summary_text(summary | {"optimizer": without})
     assert "profile" not in text and "turns" not in text
+
+
+def test_what_replicas_did_is_in_text_json_and_page():
+    assert '"pool": null' in json.dumps(summarize(Tally(), STATS, cost=COST, output="out"))
+    done = {"tokens_per_second": 1234.5, "utilization": 0.987, "died": False}
+    pool = {
+        "replicas": [
+            {"name": "0", "rows": 7, **done},
+            {"name": "1", "rows": 5, **done, "utilization": 0.5, "died": True},
+        ],
+        "tail_idle": 0.013,
+        "seconds": 10.0,
+        "ideal_seconds": 9.5,
+        "of_ideal": 0.95,
+    }
+    summary = summarize(Tally(), STATS | {"pool": pool}, cost=COST, output="out")
+    assert json.loads(json.dumps(summary))["pool"] == pool
+    page = report_page(summary, Trace(lambda: STATS))
+    for name, value in (
+        ("replica 0", "busy 99%, 7 rows, 1,234 tokens/s"),
+        ("replica 1", "busy 50%, 5 rows, 1,234 tokens/s, died"),
+        ("time T/m", "9.5 s at best, 10.0 s measured (95%); idle at the end 1.3%"),
+    ):
+        assert f"{name:<16}{value}\n" in summary_text(summary)
+        assert f"<td>{name}</td><td>{value}</td>" in page
+    alone = report_page(summarize(Tally(), STATS, cost=COST, output="out"), Trace(lambda: STATS))
+    assert "<h2>Replicas</h2>" in page and "Replicas" not in alone
+
+
+def test_the_device_is_that_of_the_process_which_has_it(monkeypatch):
+    def none_here():
+        raise AssertionError("the actors have the devices")
+
+    process = {
+        "device": "TPU v5 lite",
+        "peak_memory_bytes": 2**30,
+        "device_peak_memory_bytes": 3 * 2**30,
+        "compile_cache_hits": 4,
+        "compile_cache_misses": 5,
+    }
+    assert process.keys() - process_stats().keys() <= {"device_peak_memory_bytes"}
+    monkeypatch.setattr(jax, "local_devices", none_here)
+    summary = summarize(Tally(), STATS | process, cost=COST, output="out")
+    assert {name: summary[name] for name in process} == process
+    assert summary["roofline"]["decode_bandwidth"] is not None
 
 
 def test_shares_of_the_peaks():

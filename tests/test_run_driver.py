@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
+from compress_makers import config_file, model_folder
 
 ROOT = Path(__file__).parents[1]
 # The driver as it is, but with an engine that echoes its prompts.
@@ -177,6 +178,27 @@ def test_a_report_and_scalars_where_they_are_asked_for(files):
     assert "<svg" in (files / "out.jsonl.report.html").read_text()
     assert any((files / "events").iterdir())
     assert not drive(files, "--config=config.py", "--config.job.tensorboard=in.jsonl/x").stdout
+
+
+def test_two_replicas_of_a_model_and_what_each_did(tmp_path):
+    """The engine as it is, on a tiny model."""
+    (tmp_path / "in.jsonl").write_text("".join(f'{{"prompt": "row {n}"}}\n' for n in range(4)))
+    config = config_file(
+        tmp_path / "config.py",
+        model={"path": str(model_folder(tmp_path / "model"))},
+        engine={"rows": 2, "page_size": 16, "max_len": 32, "prefill_chunk": 32},
+        sampling={"max_tokens": 4, "ignore_eos": True},
+        job={"input": "in.jsonl", "output": "out.jsonl", "report": True},
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    environment |= {"JAX_NUM_CPU_DEVICES": "2", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    command = [sys.executable, "-m", "lepton_jax.run", f"--config={config}", "--config.mesh.data=2"]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    pool = json.loads((tmp_path / "out.jsonl.summary.json").read_text())["pool"]
+    assert [replica["rows"] for replica in pool["replicas"]] == [2, 2]
+    assert "replica 1" in run.stdout and "at best" in run.stdout
+    assert "<td>replica 1</td>" in (tmp_path / "out.jsonl.report.html").read_text()
 
 
 def test_another_run_is_refused_until_told_to_start_over(files):

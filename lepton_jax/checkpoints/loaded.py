@@ -76,12 +76,13 @@ def kept_dtype(own: np.dtype, platform: str | None = None) -> np.dtype:
     return FLOAT_DTYPES["bfloat16"] if halved else own
 
 
-def dtypes_here(dtype: Any) -> dict[str, Any]:
-    """The arguments of `load` for a model that this machine's device shall run.
+def dtypes_here(dtype: Any, platform: str | None = None) -> dict[str, Any]:
+    """The arguments of `load` for a model that a device of `platform`, by default this machine's,
+    shall run.
 
     On a CPU bfloat16 is for weights: arithmetic between the products is faster in float32.
     """
-    activations = "float32" if jax.default_backend() == "cpu" else None
+    activations = "float32" if (platform or jax.default_backend()) == "cpu" else None
     return dict(dtype=dtype, activation_dtype=activations)
 
 

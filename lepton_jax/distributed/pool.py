@@ -30,6 +30,7 @@ _PROMPT_WEIGHT = 0.25  # tokens of work for one of a prompt: prefill is at least
 _LONGEST_WAIT = 1.0  # seconds for a beat before stalled replicas are looked for
 _RECALL_EVERY = 1.0  # seconds
 _MEANS = ("prefill_seconds", "decode_seconds", "gap_seconds", "compile_seconds")
+_LARGEST = ("device", "peak_memory_bytes", "device_peak_memory_bytes")  # of processes
 
 
 class ReplicasLost(RuntimeError):
@@ -147,13 +148,17 @@ class Pool:
         return outputs
 
     def stats(self) -> dict[str, Any]:
-        """Counts of all replicas together; seconds are a replica's, so that rates are the pool's.
+        """Counts of all replicas together; seconds are a replica's, so that rates are the pool's,
+        and so is memory, of the one that took most.
 
         "pool" is the `Ledger`'s report.
         """
         all_stats = [*self._gone, *(member.stats for member in self._members.values())]
         names = {name for stats in all_stats for name in stats if name != "pool"}
-        total = {name: sum(stats.get(name, 0) for stats in all_stats) for name in sorted(names)}
+        total: dict[str, Any] = {}
+        for name in sorted(names):
+            found = [stats[name] for stats in all_stats if name in stats]
+            total[name] = max(found) if name in _LARGEST else sum(found)
         for name in _MEANS:
             if name in total:
                 total[name] /= len(all_stats)

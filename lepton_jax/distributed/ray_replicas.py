@@ -5,6 +5,7 @@ here is only what an actor does. It is asked for one beat at a time like any rep
 Read next: `replicas.py` (beats), `pool.py` (who asks).
 """
 
+import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -14,7 +15,7 @@ import jax
 
 from lepton_jax.config import PoolSection
 from lepton_jax.distributed.hosts import source_digest
-from lepton_jax.distributed.replicas import Beat, Command, serve
+from lepton_jax.distributed.replicas import Beat, Command, process_stats, serve
 from lepton_jax.engine.protocol import Limits
 
 
@@ -28,6 +29,17 @@ class Starter(Protocol):
     def start(self, *, workload: Sequence[Any], strict: bool, profile: Any) -> Any: ...
 
 
+def leave_devices(section: PoolSection) -> None:
+    """Keeps a driver off the devices that its actors shall have; before jax looks for devices."""
+    if section.ray and platform_of(section):
+        jax.config.update("jax_platforms", "cpu")
+
+
+def platform_of(section: PoolSection) -> str | None:
+    """Of the devices that actors ask for; None: they take what their machines have."""
+    return "tpu" if section.tpus else "gpu" if section.gpus else None
+
+
 class _Actor:
     """What Ray runs."""
 
@@ -37,7 +49,7 @@ class _Actor:
             found = sorted(os.sched_getaffinity(0))  # before XLA counts them for its threads
             os.sched_setaffinity(0, {found[core % len(found)] for core in cores})
         if not cores:
-            # The driver may have been told to keep off the devices (JAX_PLATFORMS=cpu).
+            # The driver's environment may keep it off the devices (JAX_PLATFORMS=cpu).
             jax.config.update("jax_platforms", None)
         self._starter = load()
 
@@ -50,7 +62,8 @@ class _Actor:
         return self._starter.engine.limits
 
     def beat(self, commands: Sequence[Command]) -> Beat:
-        return serve(self._starter.engine, commands)
+        beat = serve(self._starter.engine, commands)
+        return dataclasses.replace(beat, stats={**beat.stats, **process_stats()})
 
 
 class RayReplica:

@@ -13,8 +13,12 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
+import jax
+
+from lepton_jax import compile_cache
 from lepton_jax.engine.protocol import Limits, TokenEngine
 from lepton_jax.engine.request import StepOutput
+from lepton_jax.telemetry import peak_memory_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +59,21 @@ def serve(engine: TokenEngine, commands: Sequence[Command]) -> Beat:
         getattr(engine, command.name)(*command.arguments)
     outputs = engine.step() if engine.has_work else []
     return Beat(outputs, engine.stats(), engine.has_work)
+
+
+def process_stats() -> dict[str, Any]:
+    """Of the process that has the devices, beside `Engine.stats()`: the kind of device, most bytes
+    held by the process and by a device that counts them, compiled programs found in the cache.
+    """
+    device, cache = jax.local_devices()[0], compile_cache.counts()
+    stats = {
+        "device": device.device_kind,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "compile_cache_hits": cache.hits,
+        "compile_cache_misses": cache.misses,
+    }
+    peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    return stats if peak is None else stats | {"device_peak_memory_bytes": peak}
 
 
 class ThreadReplica:

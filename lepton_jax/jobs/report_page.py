@@ -12,7 +12,7 @@ from markupsafe import Markup
 from lepton_jax.html.page import render
 from lepton_jax.html.svg_plots import Series, scatter
 from lepton_jax.jobs.files.places import JobError, reason, write_small
-from lepton_jax.jobs.summary import optimizer_lines, roofline_text
+from lepton_jax.jobs.summary import optimizer_lines, pool_lines, roofline_text
 from lepton_jax.jobs.trace import Trace, scalars
 
 log = logging.getLogger(__name__)
@@ -21,6 +21,9 @@ _PERCENTILES = (0.5, 0.9, 0.95, 0.99, 1.0)
 _PAGE = """<h1>{{ s.output }}</h1>
 <table>{% for name, value in facts %}<tr><td>{{ name }}</td><td>{{ value }}</td></tr>
 {% endfor %}</table>
+{% if replicas %}<h2>Replicas</h2>
+<table>{% for name, value in replicas %}<tr><td>{{ name }}</td><td>{{ value }}</td></tr>
+{% endfor %}</table>{% endif %}
 <h2>Throughput</h2>
 {{ plots.rates }}
 {{ plots.rows }}
@@ -60,6 +63,7 @@ def report_page(summary: Mapping[str, Any], trace: Trace) -> str:
             *((name.replace("_", " "), _fact(summary[name])) for name in names),
             *optimizer_lines(summary["optimizer"]),
         ],
+        replicas=pool_lines(summary["pool"]),
         latencies=[(share, trace.latency(share)) for share in _PERCENTILES],
         slowest=trace.slowest,
         errors=summary["error_types"],

@@ -12,16 +12,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from lepton_jax import compile_cache
+from lepton_jax.distributed.replicas import process_stats
 from lepton_jax.jobs.driver import Tally
 from lepton_jax.jobs.files.places import JobError, reason, write_small
 from lepton_jax.jobs.grading import interval
 from lepton_jax.models.build import Model
 from lepton_jax.optimizer.found import GAINS
-from lepton_jax.telemetry import StepStats, device_peaks, peak_memory_bytes, roofline
+from lepton_jax.telemetry import StepStats, device_peaks, roofline
 from lepton_jax.tensors import QTensor
 
 log = logging.getLogger(__name__)
@@ -80,7 +79,7 @@ def _is_int8(leaf: Any) -> bool:
 
 def summarize(
     tally: Tally,
-    stats: Mapping[str, float],
+    stats: Mapping[str, Any],
     *,
     cost: ModelCost,
     output: str,
@@ -92,16 +91,15 @@ def summarize(
 
     Args:
       tally: of the job.
-      stats: `Engine.stats()` at its end.
+      stats: `Engine.stats()` at its end, with `process_stats()` where that was another process.
       cost: of the model.
       output: the file that was written.
       cascade: of a job of two models, `CascadeMode.account()`.
       optimizer: what its profile was and what feedback did, `tuning.account()`.
       speculation: `engine.speculation` of the config.
     """
-    engine, cache = StepStats.of(stats), compile_cache.counts()
-    device = jax.local_devices()[0]
-    memory = device.memory_stats() or {}
+    engine = StepStats.of(stats)
+    process = stats if "device" in stats else process_stats()
     return {
         "output": output,
         "rows": tally.rows,
@@ -121,8 +119,8 @@ def summarize(
         "compile_seconds": round(engine.compile_seconds, 3),
         "programs": engine.programs,
         "late_compiles": engine.late_compiles,
-        "compile_cache_hits": cache.hits,
-        "compile_cache_misses": cache.misses,
+        "compile_cache_hits": process["compile_cache_hits"],
+        "compile_cache_misses": process["compile_cache_misses"],
         "prefix_hit_tokens": engine.prefix_hit_tokens,
         "preemptions": engine.preemptions,
         "speculation": speculation,
@@ -130,10 +128,10 @@ def summarize(
         "accepted_tokens": engine.accepted_tokens,
         "tokens_per_step": _rounded(engine.tokens_per_step, 3),
         "padding_waste": round(engine.padding_waste, 4),
-        "peak_memory_bytes": peak_memory_bytes(),
-        "device": device.device_kind,
-        "device_peak_memory_bytes": memory.get("peak_bytes_in_use"),
-        "roofline": _roofline(engine, device.device_kind, cost),
+        "peak_memory_bytes": process["peak_memory_bytes"],
+        "device": process["device"],
+        "device_peak_memory_bytes": process.get("device_peak_memory_bytes"),
+        "roofline": _roofline(engine, process["device"], cost),
         "pool": stats.get("pool"),
         "cascade": cascade,
         "optimizer": optimizer,
@@ -185,7 +183,7 @@ def summary_text(summary: Mapping[str, Any]) -> str:
         ("padding waste", f"{s['padding_waste']:.0%}"),
         ("peak memory", peak),
         ("roofline", roofline_text(s["roofline"], s["device"])),
-        *_pool_lines(s["pool"]),
+        *pool_lines(s["pool"]),
         ("output", s["output"]),
     ]
     return "\n".join(f"{name:<16}{value}" for name, value in lines)
@@ -258,7 +256,7 @@ def optimizer_lines(optimizer: Mapping[str, Any] | None) -> list[tuple[str, str]
     return lines
 
 
-def _pool_lines(pool: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+def pool_lines(pool: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     """What each replica did, and how near they came to T/m."""
     if pool is None:
         return []
