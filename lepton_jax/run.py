@@ -31,6 +31,8 @@ def main(config: RunConfig) -> int:
     with cli.user_errors(ValueError):
         hosts = join(config)
     with hosts:
+        with cli.user_errors(ValueError, OSError):
+            hosts.require_same_models(config)
         return _run(config, hosts)
 
 
@@ -57,7 +59,6 @@ def _run(config: RunConfig, hosts: "Hosts") -> int:
             print(said, flush=True)
         if not hosts.first:
             config = with_fields(config, {"optimizer.log": ""})  # decisions are the same on all
-        hosts.require_same_models(config)
         mode = mode_for(config)
         job = Job(config, mode, hosts=hosts)
     with job, LeptonEngine(sync=hosts if hosts.count > 1 else None) as lepton:

@@ -15,6 +15,7 @@ import jax
 import pytest
 from compress_makers import config_file, model_folder
 
+from lepton_jax import run
 from lepton_jax.checkpoints.load import load
 from lepton_jax.checkpoints.orbax_store import save
 from lepton_jax.config import (
@@ -26,6 +27,7 @@ from lepton_jax.config import (
     PoolSection,
     RunConfig,
 )
+from lepton_jax.distributed import hosts
 from lepton_jax.distributed.hosts import (
     ALONE,
     Hosts,
@@ -107,6 +109,20 @@ def test_files_of_another_model_are_named_before_they_are_loaded(tmp_path):
         with pytest.raises(ValueError, match="engine.draft_model=.* holds another model"):
             second.require_same_models(RunConfig(model=ModelSection(same), engine=drafts[1]))
     ALONE.require_same_models(RunConfig(model=ModelSection("gone")))
+
+
+def test_a_run_compares_models_before_it_loads_one(monkeypatch, capsys):
+    class Told(Hosts):
+        def require_same_models(self, config):
+            raise ValueError("another model")
+
+        def __exit__(self, *_):
+            """This process goes on."""
+
+    monkeypatch.setattr(hosts, "join", lambda config: Told(0, 2))
+    with pytest.raises(SystemExit):
+        run.main(RunConfig())
+    assert "error: another model" in capsys.readouterr().err
 
 
 def test_a_plan_is_what_the_device_is_told():
