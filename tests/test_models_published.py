@@ -40,6 +40,8 @@ BILLIONS = {
     "gemma-3-27b": 27.01,
     "phi-3-medium": 13.96,
     "phi-4": 14.66,
+    "phi-4-mini": 3.84,
+    "smollm3-3b": 3.08,
 }
 SAME = {
     "llama-3.1-8b": "llama-3.1-8b-instruct",

@@ -1,7 +1,9 @@
-"""Measuring scripts run to their end on a tiny model (their figures are for people to look at), and
-environments are made by a python that only notes what it is asked for.
+"""Measuring scripts run to their end on a tiny model (their figures are for people to look at),
+README's table of plans is its script's, and environments are made by a python that only notes what
+it is asked for.
 """
 
+import itertools
 import json
 import os
 import runpy
@@ -13,6 +15,9 @@ from pathlib import Path
 import pytest
 from compress_makers import model_folder
 
+from lepton_jax.planning.programs import Program
+from lepton_jax.planning.traffic import Traffic
+
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 
@@ -23,6 +28,21 @@ def test_speculation_is_measured_for_each_contender(tmp_path, capsys):
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [record["kind"] for record in records] == ["off", "lookup", "draft"]
     assert [record["same_texts"] for record in records] == ["1/1"] * 3
+
+
+def test_readmes_table_of_plans_is_what_its_script_prints():
+    script = runpy.run_path(str(SCRIPTS / "plan_table.py"))
+    lines = (SCRIPTS.parent / "README.md").read_text().splitlines()
+    below = lines[lines.index(script["HEAD"]) + 2 :]
+    rows = list(itertools.takewhile(lambda line: line.startswith("|"), below))
+    known = tuple(f"| {' | '.join(script['names_of'](case))} |" for case in script["CASES"])
+    assert rows and [row for row in rows if not row.startswith(known)] == []
+    case, other = script["CASES"][:2]
+    assert script["line"](case, script["plan_of"](case), None) == rows[0]
+    plan = script["plan_of"](other)
+    moved = Traffic(read=8 * plan.decode_cost.weight_bytes)
+    program = Program("decode", 8, plan.memory, moved, seconds=1.0, text="")
+    assert script["line"](other, plan, program).count("|") == script["HEAD"].count("|")
 
 
 def in_environment(venv, call, **variables):

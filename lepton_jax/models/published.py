@@ -140,6 +140,27 @@ def _phi(*sizes: int, positions: int, **extra: Any) -> dict[str, Any]:
     return _entry("phi3", "Phi3ForCausalLM", sizes, **(own | extra))
 
 
+_PHI4_MINI_LONG = (
+    1, 1.118320672, 1.250641126, 1.398617824, 1.564103225, 1.74916897, 1.956131817, 2.187582649,
+    2.446418898, 2.735880826, 3.059592084, 3.421605075, 3.826451687, 4.279200023, 4.785517845,
+    5.351743533, 5.984965424, 6.693110555, 7.485043894, 8.370679318, 9.36110372, 10.4687158,
+    11.70738129, 13.09260651, 14.64173252, 16.37415215, 18.31155283, 20.47818807, 22.90118105,
+    25.61086418, 28.64115884, 32.03, 32.1, 32.13, 32.23, 32.6, 32.61, 32.64, 32.66, 32.7, 32.71,
+    32.93, 32.97, 33.28, 33.49, 33.5, 44.16, 47.77,
+)  # fmt: skip
+_PHI4_MINI = {
+    "original_max_position_embeddings": 4096,
+    "partial_rotary_factor": 0.75,
+    "rope_scaling": {
+        "type": "longrope",
+        "short_factor": [1.0] * 48,
+        "long_factor": list(_PHI4_MINI_LONG),
+    },
+    "sliding_window": 262144,
+    **_TIED,
+}
+
+
 # Sizes are V, L, D, F, N, K.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "llama-2-7b": _llama(32000, 32, 4096, 11008, 32, 32, positions=4096),
@@ -157,6 +178,10 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "smollm2-135m": _llama(49152, 30, 576, 1536, 9, 3, positions=8192, theta=1e5, **_TIED),
     "smollm2-360m": _llama(49152, 32, 960, 2560, 15, 5, positions=8192, theta=1e5, **_TIED),
     "smollm2-1.7b": _llama(49152, 24, 2048, 8192, 32, 32, positions=8192, theta=1.3e5, **_TIED),
+    "smollm3-3b": _entry(
+        "smollm3", "SmolLM3ForCausalLM", (128256, 36, 2048, 11008, 16, 4), hidden_act="silu",
+        max_position_embeddings=65536, rms_norm_eps=1e-6, rope_theta=5e6, **_TIED,
+    ),
     "mistral-7b": _mistral(32768, 32, 4096, 14336, 32, 8),
     "mistral-nemo-12b": _mistral(131072, 40, 5120, 14336, 32, 8, positions=131072, **_WIDE),
     "mistral-small-24b": _mistral(131072, 40, 5120, 32768, 32, 8, theta=1e8, **_WIDE),
@@ -207,5 +232,6 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     ),
     "phi-3-mini": _phi(32064, 32, 3072, 8192, 32, 32, positions=4096, sliding_window=2047),
     "phi-3-medium": _phi(32064, 40, 5120, 17920, 40, 10, positions=4096, sliding_window=2047),
+    "phi-4-mini": _phi(200064, 32, 3072, 8192, 24, 8, positions=131072, **_PHI4_MINI),
     "phi-4": _phi(100352, 40, 5120, 17920, 40, 10, positions=16384, rope_theta=2.5e5),
 }  # fmt: skip
