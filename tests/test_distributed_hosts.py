@@ -350,6 +350,36 @@ def test_launchers_say_what_they_do():
     assert subprocess.run(pod[:1], capture_output=True).returncode == 2
 
 
+SAYS = """
+import json, os, pathlib, sys
+index = sys.argv[-1].removeprefix("--config.hosts.index=")
+said = json.dumps([os.environ["JAX_NUM_CPU_DEVICES"], *sys.argv[1:-1]])
+pathlib.Path(f"said-{index}").write_text(said)
+sys.exit(3 * int(index))
+"""
+
+
+def test_the_local_launcher_starts_all_hosts_alike_and_ends_with_the_worst(tmp_path):
+    (tmp_path / "says.py").write_text(SAYS)
+    launcher = [sys.executable, str(ROOT / "scripts" / "launch_local.py"), "--driver=says"]
+    done = subprocess.run(
+        [*launcher, "--hosts=2", "--devices=4", "--", "--config=c.py"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 3, done.stderr
+    said, same = (json.loads((tmp_path / f"said-{n}").read_text()) for n in (0, 1))
+    devices, flag, coordinator, count = said
+    assert said == same and (devices, flag, count) == (
+        "4",
+        "--config=c.py",
+        "--config.hosts.count=2",
+    )
+    assert re.fullmatch(r"--config\.hosts\.coordinator=127\.0\.0\.1:\d+", coordinator)
+
+
 WAITING = """
 import sys, time
 from lepton_jax.config import HostsSection, MeshSection, RunConfig

@@ -180,6 +180,7 @@ def test_a_report_and_scalars_where_they_are_asked_for(files):
     assert not drive(files, "--config=config.py", "--config.job.tensorboard=in.jsonl/x").stdout
 
 
+@pytest.mark.slow
 def test_two_replicas_of_a_model_and_what_each_did(tmp_path):
     """The engine as it is, on a tiny model."""
     (tmp_path / "in.jsonl").write_text("".join(f'{{"prompt": "row {n}"}}\n' for n in range(4)))

@@ -1,7 +1,8 @@
 """SmolLM2 on several devices: transformers' tokens in float32, its three kv heads padded to four;
-compressed, what one device gives to a long text.
+compressed, what one device gives to a long text, and as replicas.
 """
 
+import functools
 import json
 from pathlib import Path
 
@@ -16,10 +17,11 @@ ROWS = json.loads((Path(__file__).parent / "fixtures/parity/smollm2.json").read_
 SECTION = EngineSection(rows=4, kv_dtype="float32", max_len=512, prefill_chunk=256)
 
 
-def shared_by(count, path, preset=""):
+def shared_by(count, path, preset="", *, replicas=1):
     """The engine of a model that `count` devices share, as a driver makes it."""
     model = ModelSection(path=str(path), dtype="float32")
-    config = RunConfig(model=model, mesh=MeshSection(model=count), engine=SECTION)
+    mesh = MeshSection(data=replicas, model=count)
+    config = RunConfig(model=model, mesh=mesh, engine=SECTION)
     return LeptonEngine().load_model(config=config, compression=preset)
 
 
@@ -43,3 +45,22 @@ def test_loss_of_one_device_on_a_text(smollm2_path):
             losses.append(-row["logprob"] / len(ids))
     print(f"loss {losses[0]:.4f} on one device, {losses[1]:.4f} on two")
     assert losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
+@pytest.fixture(scope="module")
+def answers(smollm2_path):
+    """Gives the tokens of eight rows in int8 on a mesh of data x model; each mesh runs once."""
+
+    @functools.cache
+    def on(replicas, count):
+        params = SamplingParams(max_tokens=6, ignore_eos=True)
+        with shared_by(count, smollm2_path, "int8", replicas=replicas) as lepton:
+            found = lepton.generate([row["prompt"][-48:] for row in ROWS[:8]], params)
+        return [answer.token_ids for answer in found]
+
+    return on
+
+
+@pytest.mark.parametrize("mesh", [(2, 2), (8, 1)])
+def test_replicas_give_the_tokens_of_one_device(answers, mesh):
+    assert answers(*mesh) == answers(1, 1)

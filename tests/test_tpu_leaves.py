@@ -12,7 +12,9 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import Mesh
 from published_configs import PUBLISHED
 from tpu_topology import (
     argument_bytes,
@@ -33,7 +35,9 @@ from lepton_jax.engine.row_params import SampleSpec
 from lepton_jax.kernels import attention_tpu
 from lepton_jax.models.build import abstract_model
 from lepton_jax.models.registry import config_from_hf
+from lepton_jax.planning.topology import topology_devices
 from lepton_jax.tensors import CompressedTensor
+from lepton_jax.tensors.matmul import matmul
 
 pytestmark = pytest.mark.slow
 
@@ -142,6 +146,22 @@ def test_decode_compiles_without_decompressed_weights_in_hbm(kind, chip):
         assert dense_copies(text, kind) == []
         assert scales_held(text, kind) == []
     assert len(kernel_calls(text, "tiled_dot")) == (4 if kind.startswith("tiles") else 0)
+
+
+@pytest.mark.parametrize("chip", ["v5p:1x1x1", "tpu7x:1x1x1"])
+def test_products_compile_for_the_other_chips(chip):
+    """One of each in a program: starting the compiler takes as long as they do."""
+    spec = llama().specs["layers.0.down"]
+    kinds = ("tiles-128", "tiles-64-bfloat16", "int8", "int4")
+    one_device = np.array(topology_devices(chip)[:1]).reshape(1, 1)  # of a TPU7x chip's two
+    program = compile_on(
+        Mesh(one_device, ("data", "model")),
+        lambda x, leaves: {kind: matmul(x, leaf) for kind, leaf in leaves.items()},
+        jax.ShapeDtypeStruct((ROWS, spec.shape[-1]), jnp.bfloat16),
+        {kind: SCHEMES[kind].plan(spec).abstract() for kind in kinds},
+    )
+    assert len(kernel_calls(compiled_text(program), "tiled_dot")) == 2
+    assert temp_bytes(program) < MOST_TEMPORARIES
 
 
 def test_a_decompressed_weight_would_be_seen():
