@@ -177,7 +177,8 @@ def test_a_report_and_scalars_where_they_are_asked_for(files):
     assert done.returncode == 1, done.stderr
     assert "<svg" in (files / "out.jsonl.report.html").read_text()
     assert any((files / "events").iterdir())
-    assert not drive(files, "--config=config.py", "--config.job.tensorboard=in.jsonl/x").stdout
+    refused = drive(files, "--config=config.py", "--config.job.tensorboard=in.jsonl/x")
+    assert refused.returncode == 2 and refused.stdout == "int8: 25% of the bytes\n"
 
 
 @pytest.mark.slow
