@@ -27,7 +27,6 @@ from lepton_jax.compression import receipt as receipts
 from lepton_jax.compression.load import load_compressed
 from lepton_jax.compression.recipe import Recipe
 from lepton_jax.config import (
-    CascadeSection,
     CompressionSection,
     EngineSection,
     PoolSection,
@@ -41,7 +40,12 @@ from lepton_jax.distributed.ray_replicas import RayActors, platform_of
 from lepton_jax.engine.cascade import CascadeEngine
 from lepton_jax.engine.loop import Engine
 from lepton_jax.engine.protocol import Sync, TokenEngine
-from lepton_jax.jobs.cascade import CascadeMode, check_cascade
+from lepton_jax.jobs.cascade import (
+    CascadeMode,
+    check_cascade,
+    dense_config,
+    half_of_the_cache,
+)
 from lepton_jax.jobs.classify import ClassifyMode
 from lepton_jax.jobs.compress import CompressJob
 from lepton_jax.jobs.embed import EmbedMode
@@ -50,6 +54,7 @@ from lepton_jax.jobs.modes import Mode
 from lepton_jax.jobs.perplexity import PerplexityMode
 from lepton_jax.jobs.promise import Promise
 from lepton_jax.jobs.rank import RankMode
+from lepton_jax.jobs.row_bar import RowBar
 from lepton_jax.jobs.rows import Prompts
 from lepton_jax.jobs.score import ScoreMode, score_fields
 from lepton_jax.jobs.scoring import ChoosingMode, score_all
@@ -177,7 +182,7 @@ class LeptonEngine:
         self.tokenizer = tokenizers.load(section.tokenizer or self.loaded.tokenizer_source)
         self.tokenizer.set_chat_variables(section.chat_variables)
         if config.cascade.agreement:
-            dense = _dense_config(config)
+            dense = dense_config(config)
             self._dense = LeptonEngine(self._sync).load_model(config=dense, progress=progress)
             if config.cascade.model:
                 self._check_tokenizer(self._dense.tokenizer, "cascade.model", dense.model.path)
@@ -236,7 +241,7 @@ class LeptonEngine:
         """An engine for each replica, without its cache; `asked` are arguments of `Engine`."""
         section = settled(self._config, costs)
         if self._dense:
-            section = _half_of_the_cache(section)
+            section = half_of_the_cache(section)
         return local_engines(
             self.loaded,
             section,
@@ -290,7 +295,12 @@ class LeptonEngine:
         self.engine = self.feedback = self._open = None
 
     def generate(
-        self, prompts: Prompts, params: Params | None = None, *, tools: Sequence[Mapping] = ()
+        self,
+        prompts: Prompts,
+        params: Params | None = None,
+        *,
+        tools: Sequence[Mapping] = (),
+        progress: bool = False,
     ) -> list[Completion]:
         """Answers in the order of the prompts.
 
@@ -298,15 +308,19 @@ class LeptonEngine:
           prompts: texts, lists of messages, or lists of token ids; or a single one of these.
           params: for all of them, or one for each; by default those of the config.
           tools: JSON schemas of functions that all prompts, then messages, offer the model.
+          progress: show a bar of rows meanwhile, with their ETA and tokens/s.
 
         Raises ValueError (RowError) on a prompt that can't be served.
         """
         answers: dict[str, Completion] = {}
         with closing(self._session()) as session:
             keys = self._add(session, prompts, params, tools)
-            for delta in session.deltas():
-                if delta.completion is not None:
-                    answers[delta.key] = delta.completion
+            with RowBar(len(keys), shown=progress) as bar:
+                for delta in session.deltas():
+                    bar.add_beat(delta.new_tokens)
+                    if delta.completion is not None:
+                        answers[delta.key] = delta.completion
+                        bar.add_row()
         return [answers[key] for key in keys]
 
     def stream(
@@ -321,15 +335,22 @@ class LeptonEngine:
             for delta in session.deltas():
                 yield index[delta.key], delta
 
-    def score(self, items: str | Mapping | Sequence[str | tuple[str, str] | Mapping]) -> list[dict]:
+    def score(
+        self,
+        items: str | Mapping | Sequence[str | tuple[str, str] | Mapping],
+        *,
+        progress: bool = False,
+    ) -> list[dict]:
         """How likely the model finds given texts: output rows of the mode score (`jobs/score.py`).
 
         Args:
           items: texts, (context, continuation), or mappings such as {"context", "choices"}; or a
             single text or mapping.
+          progress: as in `generate`.
         """
         mode = self._chooses("score", self._config.scoring)
-        return self._score_all(mode, [mode.parse(score_fields(item)) for item in _listed(items)])
+        works = [mode.parse(score_fields(item)) for item in _listed(items)]
+        return self._score_all(mode, works, progress=progress)
 
     def predict(
         self,
@@ -341,6 +362,7 @@ class LeptonEngine:
         system: str | None = None,
         calibrate: bool | None = None,
         normalize: str | None = None,
+        progress: bool = False,
     ) -> np.ndarray:
         """Probabilities of labels, float64 `[B, labels]`; each row adds up to 1.
 
@@ -348,6 +370,7 @@ class LeptonEngine:
           texts: to classify, or a single one.
           labels: to choose from; by default, as with all that follows, those of the config.
           template, chat, system, calibrate, normalize: as in `config.ScoringSection`.
+          progress: as in `generate`.
         """
         section = self._scoring(
             "classify",
@@ -359,12 +382,18 @@ class LeptonEngine:
             normalize=normalize,
         )
         mode = self._chooses("classify", section)
-        rows = self._score_all(mode, [mode.parse({"text": text}) for text in _listed(texts)])
+        works = [mode.parse({"text": text}) for text in _listed(texts)]
+        rows = self._score_all(mode, works, progress=progress)
         found = np.array([list(row["probabilities"].values()) for row in rows])
         return found.reshape(len(rows), len(section.labels))
 
     def embed(
-        self, texts: str | Sequence[str], *, pooling: str | None = None, layer: int | None = None
+        self,
+        texts: str | Sequence[str],
+        *,
+        pooling: str | None = None,
+        layer: int | None = None,
+        progress: bool = False,
     ) -> np.ndarray:
         """Vectors of length 1, float32 `[B, D]`: hidden states.
 
@@ -373,10 +402,12 @@ class LeptonEngine:
           pooling: "last" token or "mean" of all; by default the config's.
           layer: after how many layers, 0 the embeddings; -1 after the final norm; by default the
             config's.
+          progress: as in `generate`.
         """
         section = self._scoring("embed", pooling=pooling, layer=layer)
         mode = EmbedMode(section.pooling, section.layer)
-        rows = self._score_all(mode, [mode.parse({"text": text}) for text in _listed(texts)])
+        works = [mode.parse({"text": text}) for text in _listed(texts)]
+        rows = self._score_all(mode, works, progress=progress)
         found = np.array([row["embedding"] for row in rows], np.float32)
         return found.reshape(len(rows), self.loaded.config.hidden_size)
 
@@ -470,9 +501,9 @@ class LeptonEngine:
         self.promise = mode.promise
         return mode
 
-    def _score_all(self, mode: Mode, works: Sequence) -> list[dict]:
-        keys = [f"row-{next(self._numbers)}" for _ in works]
-        return score_all(mode, dict(zip(keys, works, strict=True)), *self._started())
+    def _score_all(self, mode: Mode, works: Sequence, *, progress: bool = False) -> list[dict]:
+        keyed = {f"row-{next(self._numbers)}": work for work in works}
+        return score_all(mode, keyed, *self._started(), progress=progress)
 
     def _started(self) -> tuple[TokenEngine, tokenizers.Tokenizer]:
         self._need_idle()
@@ -508,27 +539,6 @@ class LeptonEngine:
 def _load(config: RunConfig) -> LeptonEngine:
     """What an actor does first."""
     return LeptonEngine().load_model(config=config)
-
-
-def _half_of_the_cache(section: EngineSection) -> EngineSection:
-    """Of an engine whose device holds another."""
-    return dataclasses.replace(section, cache_share=section.cache_share / 2)
-
-
-def _dense_config(config: RunConfig) -> RunConfig:
-    """Of the model that a cascade falls back on: it is not compressed, it only scores, and chats
-    are made by the other's template.
-    """
-    alone = dict(speculation="off", draft_model="", draft_preset="none")
-    path = config.cascade.model or config.model.path
-    return dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, path=path, chat_variables={}),
-        compression=CompressionSection(),
-        cascade=CascadeSection(),
-        engine=dataclasses.replace(_half_of_the_cache(config.engine), **alone),
-        optimizer=dataclasses.replace(config.optimizer, log=""),
-    )
 
 
 def _listed(items: Any) -> list:

@@ -368,7 +368,7 @@ def recipe_sections(
 class SamplingParams:
     """How the tokens of one row are chosen and when it ends."""
 
-    max_tokens: int = _doc(128, "most tokens to generate")
+    max_tokens: int = _doc(128, "most tokens to generate, also of batch requests that don't say")
     min_tokens: int = _doc(0, "no end before this many tokens")
     temperature: float = _doc(0.0, "0: greedy; otherwise logits are divided by it")
     top_k: int = _doc(0, "sample from the k likeliest tokens; 0: off")

@@ -21,7 +21,9 @@ class JobSection:
     mode: str = _doc("generate", f"what to do with the rows: {', '.join(MODES)}")
     input: str = _doc("", "file of rows, URL, or glob of shards; may end in .gz or .zst")
     output: str = _doc(
-        "", "file or URL to write, in the form of its ending; <output>.summary.json goes beside it"
+        "",
+        "file or URL to write, in the form of its ending; <output>.summary.json goes beside it; "
+        "the file of a URL is made below TMPDIR first",
     )
     format: str = _doc("", "of the input: jsonl, csv, parquet, openai_batch; empty: by its ending")
     limit: int = _doc(0, "take this many rows of the input, the first; 0: all")

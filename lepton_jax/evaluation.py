@@ -3,6 +3,7 @@
     python -m lepton_jax.evaluation --model lepton_jax --model_args path=demo:smollm2 \
         --tasks my_task --include_path folder_with_the_task
 
+`model_args` may also have fields of a config's sections, as in `path=...,mesh.model=4`.
 This is lm_eval's own command line with our model known to it. The entry point `lm_eval.models`
 names it too, but the `lm_eval` command of lm-eval 0.4.13 doesn't look for entry points. Requests
 are sent all at once: the engine makes its own batches, and contexts that begin alike are computed
@@ -29,6 +30,7 @@ from lepton_jax.jobs.generate import GenerateSession, PromptWork
 from lepton_jax.jobs.pairs import Pair, Questions, prefix_ids
 from lepton_jax.jobs.scoring import Asked, ScoringMode, answer_all, score_all
 from lepton_jax.jobs.session import Session
+from lepton_jax.optimizer.space import with_fields
 from lepton_jax.text.tokenizer import Tokenizer
 
 try:
@@ -45,6 +47,7 @@ except ImportError as error:
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _MOST_NEW = 256  # tokens of an answer where a task doesn't say; lm_eval's own default
 _OF_OTHERS = ("batch_size", "device")
+_SECTIONS = ("model", "mesh", "pool", "engine", "compression")  # that scoring and answers depend on
 _SAMPLED = ("temperature", "top_k", "top_p", "min_p", "seed")
 
 
@@ -70,18 +73,19 @@ class LeptonLM(TemplateLM):
           compression: preset "none", "int8", ...
           rows: requests that are decoded at once.
           max_length: most tokens of context and answer; 0: `engine.max_len`'s rule.
-          of_others: batch_size and device, which lm_eval's command always gives, also where nobody
-            asked; the engine makes its own batches, and jax knows the device (JAX_PLATFORMS chooses
-            another).
+          of_others: "SECTION.FIELD" of a config, such as "mesh.model", which goes before those
+            above; and batch_size and device, which lm_eval's command always gives, also where
+            nobody asked: the engine makes its own batches, and jax knows the device (JAX_PLATFORMS
+            chooses another).
         """
         super().__init__()
-        refuse_unknown(of_others, _OF_OTHERS, where="model_args")
         config = RunConfig(
             model=ModelSection(path=path, dtype=dtype),
             engine=EngineSection(rows=rows, max_len=max_length),
-            compression=CompressionSection(preset=compression),
+            compression=CompressionSection(preset=_text(compression)),
         )
-        self.lepton = LeptonEngine().load_model(path, config=config).start()
+        config = _with_settings(config, of_others)
+        self.lepton = LeptonEngine().load_model(config=config).start()
         self.tokenizer = self.lepton.tokenizer
         self._numbers = itertools.count()
 
@@ -142,13 +146,14 @@ class LeptonLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Answers, each up to its first stop text. `disable_tqdm`: there is no bar anyway.
+        """Answers, each up to its first stop text.
 
         Raises ValueError (RowError) where a request can't be served or the model fails.
         """
         works = {f"eval-{next(self._numbers)}": self._work(*request.args) for request in requests}
         session = GenerateSession(Session(self.lepton.engine, self.tokenizer))
-        rows = answer_all(session, works, observe=lambda row: None)
+        shown = not disable_tqdm
+        rows = answer_all(session, works, observe=lambda row: None, progress=shown)
         answers = [row["text"] for row in rows]
         for request, text in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, text)
@@ -174,7 +179,8 @@ class LeptonLM(TemplateLM):
         pairs = [self._pair(context, rest) for _, context, rest in requests]
         for _, group in itertools.groupby(pairs, lambda pair: pair.context):
             groups[f"eval-{next(self._numbers)}"] = list(group)
-        rows = score_all(_PairsMode(), groups, self.lepton.engine, self.tokenizer)
+        asked = self.lepton.engine, self.tokenizer
+        rows = score_all(_PairsMode(), groups, *asked, progress=not disable_tqdm)
         found = [(one.logprob, one.greedy) for row in rows for one in row["likelihoods"]]
         for (texts, _, _), answer in zip(requests, found, strict=True):
             if texts != ("", ""):
@@ -218,6 +224,25 @@ class _PairsMode(ScoringMode):
             return {"likelihoods": asked.likelihoods(results)}
 
         return Asked(asked.questions, answer)
+
+
+def _with_settings(config: RunConfig, given: Mapping[str, Any]) -> RunConfig:
+    """A config with the fields that are given as "section.field". Raises ValueError on an unknown
+    name or an impossible value.
+    """
+    settings = {name: value for name, value in given.items() if "." in name}
+    refuse_unknown(given.keys() - settings, (*_OF_OTHERS, "SECTION.FIELD"), where="model_args")
+    for name in settings:
+        section, _, field = name.partition(".")
+        refuse_unknown([section], _SECTIONS, where="model_args: section")
+        known = [one.name for one in dataclasses.fields(getattr(config, section))]
+        refuse_unknown([field], known, where=f"model_args: {section}")
+    return with_fields(config, {name: _text(value) for name, value in settings.items()})
+
+
+def _text(value: Any) -> Any:
+    """lm_eval reads the word none as None, which is no setting's value."""
+    return "none" if value is None else value
 
 
 def _sampling(options: Mapping[str, Any]) -> SamplingParams:

@@ -5,6 +5,7 @@ refused, forgotten and given back.
 import dataclasses
 import gc
 import json
+import re
 import shutil
 import weakref
 
@@ -212,6 +213,20 @@ def test_one_text_is_one_row_and_no_texts_are_none(tiny):
     ):
         with pytest.raises(ValueError, match=r"want (a list of )?(two or more|a text)"):
             ask()
+
+
+def test_progress_is_a_bar_of_rows(tiny, capsys):
+    texts, pairs = ["soup", "kettle"], [("soup", " bowl"), ("kettle", " lid")]
+    for ask, what in (
+        (tiny.generate, texts),
+        (tiny.score, pairs),
+        (tiny.predict, texts),
+        (tiny.embed, texts),
+    ):
+        assert len(ask(what)) == 2
+        assert capsys.readouterr().err == ""
+        assert len(ask(what, progress=True)) == 2
+        assert re.search(r"2/2 .*row.*\d tokens/s, 0 errors\]", capsys.readouterr().err)
 
 
 def test_what_is_given_counts_even_where_it_is_nothing(tiny):

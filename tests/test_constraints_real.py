@@ -1,4 +1,6 @@
-"""SmolLM2 under constraints: its byte-level tokenizer, real words, every answer of its form."""
+"""Real models under constraints: every answer of its form, with SmolLM2's byte-level tokenizer and
+with Gemma's, whose pieces carry their spaces.
+"""
 
 import json
 import re
@@ -24,12 +26,14 @@ CARD = {
 }
 
 
+SECTION = EngineSection(rows=4, page_size=16, prefill_chunk=128, max_len=192)
+CONFIG = RunConfig(model=ModelSection(dtype="float32"), engine=SECTION)
+
+
 @pytest.fixture(scope="module")
 def engine(smollm2_path):
-    section = EngineSection(rows=4, page_size=16, prefill_chunk=128, max_len=192)
-    config = RunConfig(model=ModelSection(dtype="float32"), engine=section)
     with LeptonEngine() as lepton:
-        yield lepton.load_model(smollm2_path, config=config)
+        yield lepton.load_model(smollm2_path, config=CONFIG)
 
 
 def ask(engine, text, **fields):
@@ -57,3 +61,12 @@ def test_choices(engine):
 def test_regular_expressions(engine):
     pattern = r"[12][0-9]{3}-[0-9]{2}-[0-9]{2}"
     assert re.fullmatch(pattern, ask(engine, "When was the moon landing?", regex=pattern).text)
+
+
+def test_json_by_gemma(gemma3_path):
+    with LeptonEngine() as gemma:
+        gemma.load_model(gemma3_path, config=CONFIG)
+        params = SamplingParams(json_schema=CARD, max_tokens=120)
+        (answer,) = gemma.generate(["Marie bakes bread. She is 41. In JSON:\n"], params)
+    assert answer.finish_reason == "stop"
+    jsonschema.validate(json.loads(answer.text), CARD)

@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -53,6 +54,21 @@ def test_other_arguments_are_refused():
         LeptonLM("nowhere", batch_size=1, device="cuda:0", max_batch_size=3)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("engin.rows", 4, "section: unknown field 'engin'; did you mean 'engine'?"),
+        ("engine.row", 4, "engine: unknown field 'row'; did you mean 'rows'?"),
+        ("job.input", "x", "section: unknown field 'job'"),
+        ("engine.page_size", "many", "page_size='many' is not allowed: want a whole number"),
+        ("engine.rows", None, "rows='none' is not allowed"),
+    ],
+)
+def test_settings_that_are_none_are_refused(name, value, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        LeptonLM("nowhere", **{name: value})
+
+
 class FakeLepton:
     """Loads nothing and asks a `FakeEngine`."""
 
@@ -61,7 +77,8 @@ class FakeLepton:
     def __init__(self, engine):
         self.engine = engine
 
-    def load_model(self, path, config):
+    def load_model(self, config):
+        self.config = config
         return self
 
     def start(self):
@@ -70,6 +87,16 @@ class FakeLepton:
 
 def asked(*requests):
     return [SimpleNamespace(args=(text, {"max_gen_toks": 4} | more)) for text, more in requests]
+
+
+def test_any_field_of_the_engine_and_the_model_can_be_set(monkeypatch):
+    monkeypatch.setattr(evaluation, "LeptonEngine", lambda: FakeLepton(FakeEngine()))
+    given = "path=m,compression=none,rows=4,mesh.model=2,engine.kv_dtype=int8,model.tokenizer=other"
+    lm = LeptonLM.create_from_arg_string(f"{given},engine.prefix_cache=false", {"batch_size": 1})
+    config = lm.lepton.config
+    assert (config.model.path, config.model.tokenizer, config.mesh.model) == ("m", "other", 2)
+    assert (config.engine.rows, config.engine.kv_dtype) == (4, "int8")
+    assert (config.engine.prefix_cache, config.compression.preset) == (False, "none")
 
 
 def test_a_refused_request_leaves_nothing_queued(monkeypatch):
@@ -81,6 +108,15 @@ def test_a_refused_request_leaves_nothing_queued(monkeypatch):
             lm.generate_until(asked(("ab", {}), wrong))
         assert not engine.has_work
     assert lm.generate_until(asked(("ef", {}), ("gh", {}))) == ["ef", "gh"]
+
+
+def test_a_bar_is_shown_unless_lm_eval_wants_none(monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "LeptonEngine", lambda: FakeLepton(FakeEngine()))
+    lm = LeptonLM("model")
+    lm.generate_until(asked(("ef", {}), ("gh", {})), disable_tqdm=True)
+    assert capsys.readouterr().err == ""
+    lm.generate_until(asked(("ef", {}), ("gh", {})))
+    assert "2/2" in capsys.readouterr().err
 
 
 def test_an_answer_of_logits_that_are_not_finite_is_an_error(monkeypatch):
@@ -133,6 +169,21 @@ def test_the_numbers_are_those_of_the_hugging_face_backend(lm, monkeypatch):
             assert found["results"][task][name] == pytest.approx(value, rel=1e-3), (task, name)
     print(f"largest difference: of a log-probability {worst:.1e}, of a text's sum {worst_text:.1e}")
     assert worst <= LOGPROB_ERROR and worst_text <= 3 * LOGPROB_ERROR
+
+
+@pytest.mark.slow
+def test_the_command_that_is_documented(tmp_path, smollm2_path):
+    settings = f"path={smollm2_path},dtype=float32,max_length=64,engine.page_size=16"
+    command = [sys.executable, "-m", "lepton_jax.evaluation", "--model", "lepton_jax"]
+    command += ["--model_args", settings, "--tasks", "lepton_choices", "--include_path", FOLDER]
+    ran = subprocess.run(
+        [*command, "--output_path", tmp_path], cwd=ROOT, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    (file,) = tmp_path.rglob("results*.json")
+    found = json.loads(file.read_text())["results"]["lepton_choices"]
+    wanted = json.loads((FOLDER / "smollm2.json").read_text())["results"]["lepton_choices"]
+    assert {name: found[name] for name in wanted} == pytest.approx(wanted, rel=1e-3)
 
 
 @pytest.mark.slow

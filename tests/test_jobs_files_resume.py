@@ -274,6 +274,28 @@ def test_a_full_disk_keeps_the_rows_and_the_job_goes_on(tmp_path, source, name, 
     assert output.read_bytes() == whole.read_bytes()
 
 
+@pytest.mark.parametrize("name", ["memory://resume/out.jsonl", "out.csv"])
+def test_the_file_for_which_the_last_step_has_no_room_is_named(tmp_path, source, name, monkeypatch):
+    config = job_config(source, where(tmp_path, name))
+    remote = "://" in name
+
+    def full(rows, file, **form):
+        file.write(b"some")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(output_module.writers, "write_rows", full)
+        patch.setattr(output_module.tempfile, "tempdir", str(tmp_path / "temporary"))
+        (tmp_path / "temporary").mkdir()
+        folder = tmp_path / ("temporary" if remote else "jobs")
+        act = "make room there, or set TMPDIR" if remote else "make room and run"
+        with pytest.raises(JobError, match=f"^{folder}/out.*tmp can't be .*No space .*kept: {act}"):
+            run_job(config)
+        assert not list(tmp_path.rglob("*.tmp"))
+    _, tally = run_job(config)
+    assert tally.resumed == len(ROWS)
+
+
 # Jobs as processes of their own, forked from one that has imported everything, killed at random.
 KILLER = """
 import json, os, random, signal, sys, time, traceback
@@ -281,19 +303,28 @@ sys.path.insert(0, {tests!r})
 from lepton_jax.jobs import driver
 driver._BLOCK = 3
 from jobs_fakes import FakeEngine, job_config, run_job
+from test_jobs_files_modes import Scorer, score_file
 
 class SlowEngine(FakeEngine):
     def step(self):
         time.sleep(0.001)
         return super().step()
 
-def start(source, output, order):
+class SlowScorer(Scorer):
+    def step(self):
+        time.sleep(0.001)
+        return super().step()
+
+def start(output, order, mode):
     pid = os.fork()
     if pid:
         return pid
     try:
-        engine = SlowEngine(rows=4, answer=lambda prompt: prompt[::-1] * 2)
-        run_job(job_config(source, output, rows=4, order=order), engine)
+        if mode == "generate":
+            engine = SlowEngine(rows=4, answer=lambda prompt: prompt[::-1] * 2)
+            run_job(job_config(folder + "/in.jsonl", output, rows=4, order=order), engine)
+        else:
+            score_file(folder + "/texts.jsonl", output, mode, SlowScorer())
         os._exit(0)
     except BaseException:
         traceback.print_exc()
@@ -306,13 +337,13 @@ def ended(pid):
 folder, kills_each, *cases = sys.argv[1:]
 draw, kills = random.Random(5), 0
 for case in cases:
-    name, order = case.split(":")
-    source, output = folder + "/in.jsonl", folder + "/killed-" + name
+    name, *how = case.split(":")
+    output = folder + "/killed-" + name
     began = time.monotonic()
-    assert os.waitpid(start(source, folder + "/whole-" + name, order), 0)[1] == 0
+    assert os.waitpid(start(folder + "/whole-" + name, *how), 0)[1] == 0
     took, mine = time.monotonic() - began, 0
     while mine < int(kills_each):
-        pid = start(source, output, order)
+        pid = start(output, *how)
         time.sleep(draw.uniform(0, took))
         if status := ended(pid):
             assert status == (0,), status
@@ -321,7 +352,7 @@ for case in cases:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             mine += 1
-    assert os.waitpid(start(source, output, order), 0)[1] == 0
+    assert os.waitpid(start(output, *how), 0)[1] == 0
     kills += mine
 print(kills)
 """
@@ -332,11 +363,13 @@ def test_fifty_kills_at_random_moments_change_nothing(tmp_path):
     rows = [{"id": i, "prompt": "abcdefgh"[: 1 + i % 8] * 5} for i in range(80)]
     lines = "".join(json.dumps(row) + "\n" for row in rows) + "{\n"
     (tmp_path / "in.jsonl").write_text(lines)
+    (tmp_path / "texts.jsonl").write_text(lines.replace('"prompt"', '"text"'))
     script = tmp_path / "killer.py"
     script.write_text(KILLER.format(tests=str(ROOT / "tests")))
-    cases = [f"{name}:input" for name in NAMES] + ["finished.jsonl:finished"]
+    cases = [f"{name}:input:generate" for name in NAMES] + ["finished.jsonl:finished:generate"]
+    cases += ["classify.csv:input:classify", "embed.parquet:input:embed"]
     done = subprocess.run(
-        [sys.executable, script, tmp_path, "9", *cases],
+        [sys.executable, script, tmp_path, "7", *cases],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -345,7 +378,7 @@ def test_fifty_kills_at_random_moments_change_nothing(tmp_path):
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 50
     for case in cases:
-        name, _, order = case.partition(":")
+        name, order, _ = case.split(":")
         found, wanted = ((tmp_path / f"{kind}-{name}").read_bytes() for kind in ("killed", "whole"))
         if order == "finished":
             found, wanted = (sorted(data.splitlines()) for data in (found, wanted))
@@ -383,6 +416,21 @@ def test_what_was_inexact_once_does_not_become_exact(tmp_path, source):
         run_job(job_config(*paths, rows=1, exact=False), MortalEngine(12))
     with pytest.raises(JobError, match="job.exact was False, is True"):
         run_job(job_config(*paths, rows=1))
+
+
+def test_a_batch_request_is_done_when_all_its_inputs_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(driver, "_BLOCK", 1)
+    body = {"prompt": ["ab", "cd" * 9, "e"], "temperature": 1.0, "n": 2}
+    request = {"method": "POST", "url": "/v1/completions", "body": body}
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps({"custom_id": n} | request) + "\n" for n in range(12)))
+    whole, _ = run_job(job_config(path, tmp_path / "whole.jsonl"))
+    for beats in (7, 16, 29):  # within a request
+        with pytest.raises(Killed):
+            run_job(job_config(path, tmp_path / "out.jsonl"), MortalEngine(beats))
+    output, tally = run_job(job_config(path, tmp_path / "out.jsonl"))
+    assert 0 < tally.resumed < 12
+    assert output.read_bytes() == whole.read_bytes()
 
 
 def test_another_objective_computes_other_rows_together(tmp_path, source):

@@ -9,10 +9,11 @@ from jobs_fakes import ByteTokenizer, FakeEngine, Killed, MortalEngine, job_conf
 from jobs_fakes import run_job as run
 
 from lepton_jax.config import ModelSection, OptimizerSection, RunConfig
-from lepton_jax.jobs import driver
-from lepton_jax.jobs.driver import Job, Tally
+from lepton_jax.jobs import row_bar
+from lepton_jax.jobs.driver import Job
 from lepton_jax.jobs.files.places import JobError
 from lepton_jax.jobs.generate import GenerateMode
+from lepton_jax.jobs.row_bar import RowBar
 
 
 def config_for(tmp_path, *, rows=2, output="out/rows.jsonl", restart=False, **sampling):
@@ -55,12 +56,12 @@ def test_the_bar_moves_before_a_row_is_written(tmp_path, monkeypatch):
     """A long first row holds up the others' turn."""
     shown = []
 
-    class Drawn(driver.tqdm):
+    class Drawn(row_bar.tqdm):
         def update(self, n=1):
             shown.append((self.n, self.postfix))
             return super().update(n)
 
-    monkeypatch.setattr(driver, "tqdm", Drawn)
+    monkeypatch.setattr(row_bar, "tqdm", Drawn)
     rows = [{"id": "long", "prompt": "x" * 60}, {"id": "short", "prompt": "y"}]
     write_rows(tmp_path, rows)
     run(config_for(tmp_path))
@@ -70,7 +71,7 @@ def test_the_bar_moves_before_a_row_is_written(tmp_path, monkeypatch):
 
 
 def test_tokens_alone_draw_the_bar(capsys):
-    with driver._Bar(9, Tally()) as bar:
+    with RowBar(9) as bar:
         bar._bar.mininterval = 0.0
         capsys.readouterr()
         bar.add_beat(40, 2)

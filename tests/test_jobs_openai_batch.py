@@ -1,6 +1,8 @@
 """Batch requests in, answers out: OpenAI's own types read them, errors have the API's form."""
 
+import base64
 import json
+import struct
 
 import numpy as np
 import pytest
@@ -105,8 +107,8 @@ def test_embeddings_are_openais(tmp_path):
     lines, tally = answers(
         tmp_path,
         {"custom_id": "a", "method": "POST", "url": url, "body": {"model": "m", "input": "ab"}},
-        {"custom_id": "b", "method": "POST", "url": url, "body": {"input": ["x", "y"]}},
         request("c"),
+        {"custom_id": "d", "method": "POST", "url": url, "body": {"input": ["x", 3]}},
         engine=PoolingEngine(),
         mode="embed",
     )
@@ -115,9 +117,83 @@ def test_embeddings_are_openais(tmp_path):
     assert body.data[0].embedding == pytest.approx([2 / length, ord("b") / length], abs=1e-6)
     assert (body.model, body.usage.prompt_tokens) == ("m", 2)
     said = [line["response"]["body"]["error"]["message"] for line in lines[1:]]
-    assert "give one text a request" in said[0]
-    assert "--config.job.mode=generate serves it" in said[1]
+    assert "--config.job.mode=generate serves it" in said[0]
+    assert "input=['x', 3]: want a text, a list of token ids" in said[1]
     assert (tally.errors, tally.preview[0]) == (2, ("a", "2 numbers"))
+
+
+def embeddings(tmp_path, given, **body):
+    """(index, embedding) of each datum of one request, and its usage."""
+    asked = {"custom_id": "a", "method": "POST", "url": "/v1/embeddings"}
+    (line,), tally = answers(
+        tmp_path,
+        asked | {"body": {"input": given, **body}},
+        engine=PoolingEngine(),
+        mode="embed",
+    )
+    assert tally.preview == [("a", "2 numbers")]
+    found = line["response"]["body"]
+    return [(one["index"], one["embedding"]) for one in found["data"]], found["usage"]
+
+
+def unit(count, last):
+    return pytest.approx([count / np.hypot(count, last), last / np.hypot(count, last)], abs=1e-6)
+
+
+def test_several_inputs_have_an_embedding_each_in_their_order(tmp_path):
+    data, usage = embeddings(tmp_path, ["x", "yz"])
+    assert data == [(0, unit(1, ord("x"))), (1, unit(2, ord("z")))]
+    assert usage == {"prompt_tokens": 3, "total_tokens": 3}
+
+
+def test_token_ids_are_embedded_as_they_are(tmp_path):
+    data, usage = embeddings(tmp_path, [7, 8, 9])
+    assert (data, usage["prompt_tokens"]) == ([(0, unit(3, 9))], 3)
+    data, usage = embeddings(tmp_path, [[7, 8], [9]])
+    assert (data, usage["prompt_tokens"]) == ([(0, unit(2, 8)), (1, unit(1, 9))], 3)
+
+
+def test_base64_is_of_little_endian_float32(tmp_path):
+    plain, _ = embeddings(tmp_path, ["x", "yz"], encoding_format="float")
+    coded, _ = embeddings(tmp_path, ["x", "yz"], encoding_format="base64")
+    for (_, numbers), (_, text) in zip(plain, coded, strict=True):
+        assert struct.unpack("<2f", base64.b64decode(text)) == pytest.approx(numbers, abs=1e-7)
+
+
+def test_several_prompts_of_a_completion_are_choices_numbered_through(tmp_path):
+    (line,), tally = answers(
+        tmp_path, request("a", TEXT, prompt=["ab", "c"], n=2, max_tokens=2, seed=1)
+    )
+    body = Completion.model_validate(line["response"]["body"], strict=True)
+    choices = [(choice.index, choice.text) for choice in body.choices]
+    assert choices == [(0, "ab"), (1, "ab"), (2, "c"), (3, "c")]
+    assert (body.usage.prompt_tokens, body.usage.completion_tokens) == (3, 8)
+    assert (tally.rows, tally.generated_tokens) == (1, 8)
+
+
+def test_a_request_with_a_wrong_input_leaves_none_of_its_others_queued(tmp_path):
+    engine = FakeEngine()
+    engine.fails = {"c/1/0"}
+    lines, _ = answers(
+        tmp_path,
+        request("a", TEXT, prompt=["ab", "x" * 200, "cd"]),
+        request("b", TEXT, prompt=["long " * 10, "c"]),
+        request("c", TEXT, prompt=["longer " * 10, "c", "long " * 10]),
+        engine=engine,
+    )
+    refused, fine, failed = [line["response"] for line in lines]
+    assert refused["status_code"] == 400
+    assert "body: prompt[1]: the prompt has 200 tokens" in refused["body"]["error"]["message"]
+    assert [choice["text"] for choice in fine["body"]["choices"]] == ["long " * 10, "c"]
+    assert failed["status_code"] == 500
+    assert engine.aborted == ["a/0/0", "c/0/0", "c/2/0"]
+
+
+def test_what_cuts_answers_that_have_no_limit_of_their_own_is_said_once(tmp_path, caplog):
+    answers(tmp_path, request("a", max_tokens=3), request("b", max_completion_tokens=3))
+    assert "max_tokens" not in caplog.text
+    answers(tmp_path, request("a"), request("b"), name="other.jsonl")
+    assert caplog.text.count("at most sampling.max_tokens=128 tokens: raise it") == 1
 
 
 def test_tools_go_to_the_chat_template(tmp_path):
@@ -151,7 +227,8 @@ def test_content_in_parts_is_one_text(tmp_path):
         ({"body": {"messages": []}}, "messages is empty"),
         ({"body": {"messages": [{"role": "bad"}]}}, "messages[0].role is 'bad'"),
         ({"body": {"messages": [{"role": "user", "content": [{"image_url": 1}]}]}}, "no text"),
-        ({"url": TEXT, "body": {"prompt": ["a", "b"]}}, "prompt has several texts"),
+        ({"url": TEXT, "body": {"prompt": ["a", ""]}}, "prompt=['a', '']: want a text, a list of"),
+        ({"body": {"messages": HI, "encoding_format": "float"}}, "unknown field 'encoding_format'"),
         ({"url": TEXT, "body": {"prompt": "x" * 200}}, "over max_len"),
     ],
 )
@@ -171,7 +248,8 @@ def test_response_format_prescribes_the_answer():
     def prescribed(asked):
         values = request("a", response_format=asked)
         values.pop("custom_id")
-        return mode.parse(values).inner.sampling.json_schema
+        (work,) = mode.parse(values).inner
+        return work.sampling.json_schema
 
     assert prescribed({"type": "text"}) == {}
     assert prescribed({"type": "json_object"}) == {"type": "object"}
@@ -191,7 +269,7 @@ def test_response_format_prescribes_the_answer():
 
 def test_a_line_that_is_no_request_and_a_model_that_fails(tmp_path):
     engine = FakeEngine()
-    engine.fails = {"c/0"}
+    engine.fails = {"c/0/0"}
     lines, tally = answers(tmp_path, request("a"), "{", request("a"), request("c"), engine=engine)
     assert [line["error"] and line["error"]["code"] for line in lines] == [
         None,

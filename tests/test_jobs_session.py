@@ -107,6 +107,7 @@ def test_messages_and_ids_as_prompts():
 def test_a_text_goes_on_with_its_space_and_a_message_begins_without_the_tokenizers():
     class Sentencepiece(ByteTokenizer):
         leading_space = True  # of encoding: its ids begin with a space that the text has not
+        source, vocab_size, bos_id = "bytes", 257, None
 
     engine = FakeEngine(lambda _: b" c d")
     session = Session(engine, Sentencepiece())
@@ -115,6 +116,8 @@ def test_a_text_goes_on_with_its_space_and_a_message_begins_without_the_tokenize
     session.add("chat", [{"role": "user", "content": "a b"}], SamplingParams())
     texts = {delta.key: delta.completion.text for delta in session.deltas() if delta.completion}
     assert texts == {"text": " c d", "ids": " c d", "chat": "c d"}
+    session.add("form", [{"role": "user", "content": "a"}], SamplingParams(choices=(" c d", "e")))
+    assert [*session.deltas()][-1].completion.text == " c d"  # one of the choices as it stands
 
 
 def test_refusals_queue_nothing():

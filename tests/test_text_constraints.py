@@ -1,10 +1,21 @@
-"""Schemas with words that are no keywords, and constraints of a whole run, are refused by name."""
+"""Schemas with words that are no keywords, and constraints of a whole run, are refused by name;
+guides over sentencepiece's vocabularies, whose pieces carry their spaces.
+"""
 
+import json
+import random
+import re
+from pathlib import Path
+
+import jsonschema
+import numpy as np
 import pytest
 from jobs_fakes import ByteTokenizer
+from test_text_gguf import sentencepiece
 
 from lepton_jax.config import SamplingParams
 from lepton_jax.jobs.generate import GenerateMode
+from lepton_jax.text import Detokenizer, load
 from lepton_jax.text.constraints import ConstraintError, Grammar
 from lepton_jax.text.schema_keywords import unknown_keyword
 
@@ -55,3 +66,44 @@ def test_the_mask_has_the_ids_that_may_come():
     assert allowed() == sorted(map(ord, '/\\"')) and not guide.done
     guide.accept(ord('"'), force=False)
     assert guide.done and not guide.error
+
+
+PREFIXED = load(Path(__file__).parent / "fixtures" / "text" / "tiny.model")  # as Llama 2's
+UNPREFIXED = load(sentencepiece(add_space_prefix=False, eos_token_id=2))  # as Gemma's
+CARD = {
+    "type": "object",
+    "properties": {
+        "full name": {"type": "string", "minLength": 1, "maxLength": 8},
+        "role": {"enum": ["head nurse", " baker", "日本語"]},
+        "age": {"type": "integer", "minimum": -5, "maximum": 99},
+    },
+    "required": ["full name", "role", "age"],
+    "additionalProperties": False,
+}
+CHOICES = (" the user", "the user", "the users", " 12")
+PATTERN = r" ?[a-c]{2} \d{1,3}(, sir)?"
+
+
+def drawn(tokenizer, rng, **form):
+    """The text of an answer whose ids are drawn from the allowed ones."""
+    guide, ids = Grammar.of(SamplingParams(**form)).guide(tokenizer), []
+    while not guide.done:
+        bits = np.unpackbits(guide.mask().view(np.uint8), bitorder="little")
+        token_id = rng.choice(np.flatnonzero(bits).tolist())
+        if token_id in tokenizer.eos_ids:
+            break
+        ids += [token_id, *guide.accept(token_id, force=rng.random() < 0.5)]
+        assert not guide.error and len(ids) < 200
+    text = Detokenizer(tokenizer, continues=True)
+    return text.add(ids)[0] + text.finish()
+
+
+@pytest.mark.parametrize("tokenizer", [PREFIXED, UNPREFIXED], ids=["prefixed", "unprefixed"])
+def test_answers_in_pieces_that_carry_their_spaces_have_their_form(tokenizer):
+    assert tokenizer.leading_space == (tokenizer is PREFIXED)
+    rng, chosen = random.Random(3), set()
+    for _ in range(25):
+        jsonschema.validate(json.loads(drawn(tokenizer, rng, json_schema=CARD)), CARD)
+        assert re.fullmatch(PATTERN, drawn(tokenizer, rng, regex=PATTERN))
+        chosen.add(drawn(tokenizer, rng, choices=CHOICES))
+    assert len(chosen) > 1 and chosen <= set(CHOICES)

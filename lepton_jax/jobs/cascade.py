@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lepton_jax.config import CascadeSection, RunConfig
+from lepton_jax.config import CascadeSection, CompressionSection, EngineSection, RunConfig
 from lepton_jax.engine.cascade import CascadeEngine
 from lepton_jax.engine.scored import ScoreSpec
 from lepton_jax.jobs.modes import Progress
@@ -38,6 +38,27 @@ def check_cascade(config: RunConfig) -> None:
             "cascade.agreement works in one process: leave out pool.ray and hosts.coordinator "
             "(mesh.data and mesh.model may be given)"
         )
+
+
+def half_of_the_cache(section: EngineSection) -> EngineSection:
+    """Of an engine whose device holds another."""
+    return dataclasses.replace(section, cache_share=section.cache_share / 2)
+
+
+def dense_config(config: RunConfig) -> RunConfig:
+    """Of the model that a cascade falls back on: it is not compressed, it only scores, and chats
+    are made by the other's template.
+    """
+    alone = dict(speculation="off", draft_model="", draft_preset="none")
+    path = config.cascade.model or config.model.path
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, path=path, chat_variables={}),
+        compression=CompressionSection(),
+        cascade=CascadeSection(),
+        engine=dataclasses.replace(half_of_the_cache(config.engine), **alone),
+        optimizer=dataclasses.replace(config.optimizer, log=""),
+    )
 
 
 class CascadeMode:

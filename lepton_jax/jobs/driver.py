@@ -26,8 +26,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from lepton_jax.config import RunConfig
 from lepton_jax.distributed.hosts import ALONE, Hosts
 from lepton_jax.jobs.alerts import Alerts
@@ -38,6 +36,7 @@ from lepton_jax.jobs.framing import Framing, PlainFraming
 from lepton_jax.jobs.modes import Mode, ModeSession
 from lepton_jax.jobs.openai_batch import BatchFraming, BatchMode
 from lepton_jax.jobs.output import Output, Unwritten
+from lepton_jax.jobs.row_bar import RowBar
 from lepton_jax.jobs.rows import BadRow, Row, RowError, read_rows
 from lepton_jax.jobs.session import Engine
 from lepton_jax.jobs.trace import Trace
@@ -272,7 +271,7 @@ class Job:
             self.output.open(self.tally.resumed)
             if self._alerts and not self.tally.resumed:
                 self._alerts.clear()
-            with _Bar(self._total, self.tally) as bar:
+            with RowBar(self._total, done=self.tally.rows, errors=self.tally.errors) as bar:
                 for row, result in beats.results(self._open_rows(), bar):
                     self._mode.observe(result)
                     if self._is_done(row):
@@ -388,7 +387,7 @@ class _Beats:
         self._block_at_hand = -1
 
     def results(
-        self, rows: Iterable[Row | BadRow | Pending], bar: "_Bar"
+        self, rows: Iterable[Row | BadRow | Pending], bar: RowBar
     ) -> Iterator[tuple[Row | BadRow, dict]]:
         """(row, output row without its id) of all rows."""
         session, queue = self._session, _Queue(rows)
@@ -466,40 +465,3 @@ class _Queue:
 
     def pop(self) -> None:
         self.head = next(self._rows, None)
-
-
-class _Bar:
-    """A bar of written rows with their ETA, tokens per second, how many rows are errors, and how
-    many are answered ahead: they wait until an earlier one is written.
-    """
-
-    def __init__(self, total: int | None, tally: Tally):
-        total = None if total is None else max(total, tally.rows)
-        # Drawn also where no row was written since, which a smoothed rate would take for speed.
-        how = dict(miniters=0, mininterval=0.5, smoothing=0)
-        how |= dict(initial=tally.rows, unit="row", dynamic_ncols=True)
-        self._bar = tqdm(total=total, **how)
-        self._started = time.perf_counter()
-        self._tokens, self._errors, self._ahead = 0, tally.errors, 0
-
-    def __enter__(self) -> "_Bar":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def add_beat(self, tokens: int, ahead: int) -> None:
-        self._tokens += tokens
-        self._ahead = ahead
-        self._show(0)
-
-    def add_row(self, errors: int) -> None:
-        self._errors = errors
-        self._show(1)
-
-    def _show(self, new_rows: int) -> None:
-        rate = self._tokens / max(time.perf_counter() - self._started, 1e-9)
-        ahead = f", {self._ahead} answered ahead" if self._ahead else ""
-        text = f"{rate:.0f} tokens/s, {self._errors} errors{ahead}"
-        self._bar.set_postfix_str(text, refresh=False)
-        self._bar.update(new_rows)

@@ -14,12 +14,13 @@ import numpy as np
 
 from lepton_jax.engine.scored import Scored, Scoring
 from lepton_jax.jobs.rows import RowError
-from lepton_jax.jobs.scoring import Asked, Question, ScoringMode, encode_text, need_text
+from lepton_jax.jobs.scoring import Asked, Question, ScoringMode, need_text
+from lepton_jax.jobs.session import encode
 from lepton_jax.text.tokenizer import Tokenizer
 
 
 class EmbedMode(ScoringMode):
-    """Rows as above."""
+    """Rows as above. A work is a text, or token ids, which batch requests may have instead."""
 
     fields = ("text",)
 
@@ -29,7 +30,7 @@ class EmbedMode(ScoringMode):
     def parse(self, values: Mapping[str, Any]) -> str:
         return need_text(values, "text")
 
-    def ask(self, work: str, tokenizer: Tokenizer) -> Asked:
+    def ask(self, work: str | list[int], tokenizer: Tokenizer) -> Asked:
         question = embed_question(tokenizer, work, self._pooling, layer=self._layer)
         return Asked(
             (question,),
@@ -40,9 +41,13 @@ class EmbedMode(ScoringMode):
         )
 
 
-def embed_question(tokenizer: Tokenizer, text: str, pooling: str, *, layer: int) -> Question:
-    """Asks for a text's hidden state. Raises RowError (invalid_row) where it has no tokens."""
-    ids = encode_text(tokenizer, text)
+def embed_question(
+    tokenizer: Tokenizer, text: str | list[int], pooling: str, *, layer: int
+) -> Question:
+    """Asks for the hidden state of a text or of ids. Raises RowError (invalid_row) where there are
+    no tokens.
+    """
+    ids = encode(tokenizer, text)
     if not ids:
         raise RowError("invalid_row", "the text has no tokens: want a longer one")
     return Question(tuple(ids), Scoring(pool=pooling, layer=layer))

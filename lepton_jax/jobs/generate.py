@@ -102,6 +102,9 @@ class GenerateSession:
             for delta in self._session.step()
         ]
 
+    def drop(self, key: str) -> None:
+        self._session.drop(key)
+
     def close(self) -> None:
         self._session.close()
 

@@ -4,7 +4,8 @@ Rows go to `<output>.partial`, as JSON lines whatever the output's format; `<out
 says of which input, model and settings they are, and when the first run began. The same command
 goes on after the last whole row; one that differs in any of these is refused, with what differs.
 The last step gives the file its form and its name, so an output that exists is complete. Below a
-URL the partial is a folder of pieces. `<output>.lock` keeps a second process away. Read next:
+URL the partial is a folder of pieces, and the whole file is written to this machine's folder for
+temporary files before it is sent. `<output>.lock` keeps a second process away. Read next:
 `files/journal.py`, `driver.py`.
 """
 
@@ -141,22 +142,30 @@ class Output:
         return not (other_form or self._remote or self._finished_order)
 
     def _write_final(self) -> None:
+        fresh, act = Path(self.path + ".tmp"), "make room"
         if self._remote:
             name = f"{os.path.basename(self.path)}.{os.getpid()}.tmp"
             fresh = Path(tempfile.gettempdir()) / name
-        else:
-            fresh = Path(self.path + ".tmp")
+            act = "make room there, or set TMPDIR to a folder on a larger disk,"
         try:
-            with fresh.open("wb") as file:
-                writers.write_rows(self._rows, file, form=self.form, codec=self._codec)
-                file.flush()
-                os.fsync(file.fileno())
+            try:
+                with fresh.open("wb") as file:
+                    writers.write_rows(self._rows, file, form=self.form, codec=self._codec)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise cannot_write(str(fresh), error, act=act) from error
             places.put(fresh, self.path)
         finally:
             fresh.unlink(missing_ok=True)
 
     def _rows(self) -> Iterator[dict[str, Any]]:
-        return (row for _, row in self.done_rows())
+        """Output rows as they were written. Raises JobError where a bucket doesn't give them."""
+        try:
+            for _, row in self.done_rows():
+                yield row
+        except OSError as error:
+            raise JobError(f"{self._partial} can't be read: {reason(error)}") from error
 
     def _parsed(self, number: int, line: bytes) -> tuple[int, dict[str, Any]]:
         place = number

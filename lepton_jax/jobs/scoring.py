@@ -18,6 +18,7 @@ from lepton_jax.engine.protocol import TokenEngine as Engine
 from lepton_jax.engine.request import StepOutput
 from lepton_jax.engine.scored import Scored, ScoreSpec, Scoring
 from lepton_jax.jobs.modes import IndependentRows, ModeSession, Progress
+from lepton_jax.jobs.row_bar import RowBar
 from lepton_jax.jobs.rows import RowError, shown
 from lepton_jax.text.tokenizer import Tokenizer
 
@@ -115,11 +116,16 @@ class ScoringSession:
         taken = [self._take(output) for output in self._engine.step()]
         return [progress for progress in taken if progress is not None]
 
+    def drop(self, key: str) -> None:
+        """Forgets a row, unless it is answered."""
+        row = self._rows.pop(key, None)
+        if row is not None:
+            self._abort([f"{key}/{number}" for number in range(len(row.results))])
+
     def close(self) -> None:
         """Drops what is not answered yet."""
-        for key, row in self._rows.items():
-            self._abort([f"{key}/{number}" for number in range(len(row.results))])
-        self._rows.clear()
+        for key in list(self._rows):
+            self.drop(key)
 
     def _take(self, output: StepOutput) -> Progress | None:
         key, _, number = output.request_id.rpartition("/")
@@ -127,8 +133,7 @@ class ScoringSession:
         if row is None:  # another question of the row has failed
             return None
         if output.scored is None:
-            del self._rows[key]
-            self._abort([f"{key}/{n}" for n in range(len(row.results))])
+            self.drop(key)
             message = "the model gave numbers that are not finite: try another dtype or preset"
             return Progress(key, 0, {"error": {"type": "not_finite", "message": message}})
         row.results[int(number)] = output.scored
@@ -155,33 +160,45 @@ class _OpenRow:
 
 
 def score_all(
-    mode: Any, works: Mapping[str, Any], engine: Engine, tokenizer: Tokenizer
+    mode: Any,
+    works: Mapping[str, Any],
+    engine: Engine,
+    tokenizer: Tokenizer,
+    *,
+    progress: bool = False,
 ) -> list[dict]:
     """Exact answers to all works (by keys of their own), in their order. Raises RowError.
 
-    `mode`: a `ScoringMode`, or what opens a session as it does.
+    `mode`: a `ScoringMode`, or what opens a session as it does; `progress` as in `answer_all`.
     """
     session = mode.open(engine, tokenizer, exact=True)
-    return answer_all(session, works, observe=mode.observe)
+    return answer_all(session, works, observe=mode.observe, progress=progress)
 
 
 def answer_all(
-    session: ModeSession, works: Mapping[str, Any], *, observe: Callable[[dict], None]
+    session: ModeSession,
+    works: Mapping[str, Any],
+    *,
+    observe: Callable[[dict], None],
+    progress: bool = False,
 ) -> list[dict]:
     """A session's answers to all works, in their order; `observe` is told each as it comes, and the
-    session is closed. Raises RowError.
+    session is closed. `progress` shows a bar meanwhile. Raises RowError.
     """
     answers: dict[str, dict] = {}
     try:
         for key, work in works.items():
             session.add(key, work)
-        while session.has_work:
-            for progress in session.step():
-                if progress.row is not None:
-                    answers[progress.key] = progress.row
-                    if "error" in progress.row:
-                        raise RowError(*progress.row["error"].values())
-                    observe(progress.row)
+        with RowBar(len(works), shown=progress) as bar:
+            while session.has_work:
+                for done in session.step():
+                    bar.add_beat(done.tokens)
+                    if done.row is not None:
+                        answers[done.key] = done.row
+                        if "error" in done.row:
+                            raise RowError(*done.row["error"].values())
+                        observe(done.row)
+                        bar.add_row()
     finally:
         session.close()
     return [answers[key] for key in works]

@@ -181,7 +181,8 @@ class Session:
                 self._engine.abort(request_id)
             raise RowError("refused", str(error)) from error
         chat = not isinstance(prompt, str) and isinstance(prompt[0], Mapping)
-        growing = [_GrowingChoice(self._tokenizer, params, continues=not chat) for _ in added]
+        continues = bool(params.guided) or not chat  # a prescribed form says each space itself
+        growing = [_GrowingChoice(self._tokenizer, params, continues=continues) for _ in added]
         self._prompts[key] = _OpenPrompt(growing, len(ids))
         self._unfinished += len(growing)
 
@@ -196,13 +197,18 @@ class Session:
         while self.has_work:
             yield from self.step()
 
-    def close(self) -> None:
-        """Drops what is not answered yet."""
-        for key, prompt in self._prompts.items():
+    def drop(self, key: str) -> None:
+        """Forgets a prompt, unless it is answered."""
+        prompt = self._prompts.pop(key, None)
+        if prompt is not None:
+            self._unfinished -= prompt.unfinished
             for i in range(len(prompt.choices)):
                 self._engine.abort(f"{key}/{i}")
-        self._prompts.clear()
-        self._unfinished = 0
+
+    def close(self) -> None:
+        """Drops what is not answered yet."""
+        for key in list(self._prompts):
+            self.drop(key)
 
     def _take(self, output: StepOutput) -> Delta:
         key, _, number = output.request_id.rpartition("/")

@@ -150,9 +150,9 @@ class BucketJournal:
         return [int(name.stem) for name in names if name.stem.isdecimal()]
 
 
-def cannot_write(path: str, error: OSError) -> JobError:
-    """What to say of a full disk and the like."""
+def cannot_write(path: str, error: OSError, *, act: str = "make room") -> JobError:
+    """What to say of a full disk and the like; `act`: what to do before the job is run again."""
     return JobError(
         f"{path} can't be written: {reason(error)}; the rows so far are kept: "
-        "make room and run the same command again"
+        f"{act} and run the same command again"
     )
