@@ -70,11 +70,11 @@ def _run(config: RunConfig, hosts: "Hosts") -> int:
                 print(lepton.receipt["digest"], flush=True)
             job.resume(lepton.fingerprint)
             lepton.start(workload=job.workload(lepton.tokenizer), profile=profile)
-        with cli.user_errors(JobError, ReplicasLost):
             knobs = lepton.feedback.knobs if lepton.feedback else dict
             trace = trace_for(config.job, lepton.engine.stats, knobs=knobs) if hosts.first else None
-            with cli.interrupts(job.end_following if config.job.follow else None):
-                tally = job.run(lepton.engine, lepton.tokenizer, trace=trace)
+        interrupts = cli.interrupts(job.end_following if config.job.follow else None)
+        with cli.user_errors(JobError, ReplicasLost), interrupts:
+            tally = job.run(lepton.engine, lepton.tokenizer, trace=trace)
         # Two models' work is counted against the peaks of the dense one.
         cascade = mode.account() if config.cascade.agreement else None
         loaded, devices = lepton.loaded, config.mesh.model * config.replicas

@@ -1,13 +1,16 @@
 """What a run costs: counts and seconds of the engine, peak memory, and what devices can do at best.
 
 `BeatStats` is what the engine tells its listeners of each beat (`engine/beats.py`), `StepStats` a
-longer stretch of engine time: the difference of two readings of `Engine.stats()`. Here are only
-numbers; who prints them is above (`jobs/summary.py`). Nothing in this module imports jax.
+longer stretch of engine time: the difference of two readings of `Engine.stats()`. `ScalarLog` takes
+numbers to TensorBoard; who prints them is above (`jobs/summary.py`). Nothing in this module imports
+jax.
 """
 
 import dataclasses
+import importlib
 import resource
 import sys
+import types
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -212,3 +215,44 @@ def peak_memory_bytes() -> int:
                 return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+class ScalarLog:
+    """Numbers by name as something goes on, for `tensorboard --logdir FOLDER`: event files in a
+    folder, local or whatever tensorboardX writes to.
+
+    The step of a job is the number of rows that this run has answered, that of a recovery its
+    updates.
+    """
+
+    def __init__(self, folder: str, *, group: str = "job", field: str = "job.tensorboard"):
+        """Raises ValueError where the package is missing or the folder can't be written.
+
+        `group` comes before the names of values; `field` is what the config calls the folder.
+        """
+        self._group = group
+        try:
+            self._writer = scalar_writers(field).SummaryWriter(folder, flush_secs=10)
+        except OSError as error:
+            raise ValueError(
+                f"{field}={folder!r} can't be written: {error.strerror or error}"
+            ) from error
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(f"{self._group}/{name}", value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def scalar_writers(field: str) -> types.ModuleType:
+    """tensorboardX. Raises ValueError naming the field that needs it, and the command that installs
+    it.
+    """
+    try:
+        return importlib.import_module("tensorboardX")
+    except ImportError as error:
+        raise ValueError(
+            f"{field} needs tensorboardX: pip install tensorboardX, or leave {field} empty"
+        ) from error

@@ -166,7 +166,11 @@ def test_a_compression_that_failed_leaves_nothing_to_go_on_with(tmp_path):
     RecoveryFolder(tmp_path / "out", {"recipe": "right"})
 
 
-def test_mistakes_are_named_before_anything_is_read(model, tmp_path):
+def test_mistakes_are_named_before_anything_is_read(model, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)  # as if it weren't installed
+    drawn = dataclasses.replace(CONFIG.recovery, tensorboard=str(tmp_path / "curves"))
+    with pytest.raises(ValueError, match=r"recovery.tensorboard needs tensorboardX: pip install"):
+        compress(model, tmp_path / "out", config=dataclasses.replace(CONFIG, recovery=drawn))
     few = dataclasses.replace(CONFIG.recovery, windows=10**6)
     with pytest.raises(ValueError, match=r"1000000 windows of 32 tokens need 32000000 tokens"):
         compress(model, tmp_path / "out", config=dataclasses.replace(CONFIG, recovery=few))

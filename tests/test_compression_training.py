@@ -168,7 +168,7 @@ def test_a_kept_training_goes_on_for_the_same_models_and_settings_alone(
         return recover.recover(loaded, teacher, changed, folder=tmp_path)[1]
 
     assert run()["resumed_at"] is None
-    assert run(tensorboard="curves")["resumed_at"] == 2
+    assert run(tensorboard=str(tmp_path / "curves"))["resumed_at"] == 2
     for other in (
         {"leaves": before | {"final_norm": 2 * before["final_norm"]}},
         {"teacher": dataclasses.replace(teacher, windows=teacher.windows[::-1])},

@@ -9,12 +9,11 @@ from tensorboardX.proto.event_pb2 import Event
 
 from lepton_jax.jobs import trace as trace_module
 from lepton_jax.jobs.driver import Job
-from lepton_jax.jobs.files.places import JobError
 from lepton_jax.jobs.generate import GenerateMode
 from lepton_jax.jobs.report_page import report_page, write_report
-from lepton_jax.jobs.scalars import ScalarLog
 from lepton_jax.jobs.summary import ModelCost, summarize
 from lepton_jax.jobs.trace import Trace, trace_for
+from lepton_jax.telemetry import ScalarLog
 
 
 class Clock:
@@ -155,5 +154,5 @@ def test_what_no_job_asks_for_costs_nothing(tmp_path, monkeypatch):
     config = job_config(tmp_path / "in.jsonl", tmp_path / "out.jsonl")
     assert trace_for(config.job, dict) is None
     (tmp_path / "file").write_text("")
-    with pytest.raises(JobError, match="can't be written"):
+    with pytest.raises(ValueError, match="job.tensorboard=.*can't be written: Not a directory"):
         ScalarLog(str(tmp_path / "file" / "events"))

@@ -1,5 +1,7 @@
 """LeptonOptimizer.recover: from Python, with paths or loaded models, and what it refuses."""
 
+import sys
+
 import numpy as np
 import pytest
 from compress_makers import RECEIPT, model_folder
@@ -27,7 +29,12 @@ def test_paths_in_a_nearer_model_out(models, tmp_path):
     student, dense = models
     optimizer, seen = LeptonOptimizer(learning_rate=1e-2), []
     found = optimizer.recover(
-        student, dense, folder=tmp_path / "kept", listen=lambda *at: seen.append(at), **FIELDS
+        student,
+        dense,
+        folder=tmp_path / "kept",
+        listen=lambda *at: seen.append(at),
+        tensorboard=str(tmp_path / "curves"),
+        **FIELDS,
     )
     before = load(student)
     assert found.bytes == before.bytes and found.fingerprint != before.fingerprint
@@ -35,16 +42,24 @@ def test_paths_in_a_nearer_model_out(models, tmp_path):
     assert min(kl) < kl[0] and len(seen) == 8
     assert optimizer.training["learning_rate"] == 1e-2 and optimizer.training["train"] == "all"
     assert optimizer.training["text"]["length"] == 32
+    (events,) = (tmp_path / "curves").iterdir()
+    assert all(f"recovery/{name}".encode() in events.read_bytes() for name in ("kl", "held_out_kl"))
     save(tmp_path / "out", found)
     again = load(tmp_path / "out")
     assert again.fingerprint == found.fingerprint
     index = list(found.model.specs).index("layers.0.down")
     np.testing.assert_array_equal(again.leaves[index].values, found.leaves[index].values)
+    with LeptonEngine() as engine:
+        engine.load_model(tmp_path / "out")
+        assert engine.fingerprint == found.fingerprint and engine.receipt is None
 
 
-def test_what_it_refuses(models):
+def test_what_it_refuses(models, monkeypatch):
     student, dense = models
     optimizer = LeptonOptimizer()
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)  # as if it weren't installed
+    with pytest.raises(ValueError, match=r"recovery.tensorboard needs tensorboardX: pip install"):
+        optimizer.recover("not read", dense, tensorboard="curves")
     with pytest.raises(ValueError, match="recover: unknown field 'step'; did you mean 'steps'"):
         optimizer.recover(student, dense, step=3)
     with pytest.raises(ValueError, match=r"None is no model: want a path, or an engine"):

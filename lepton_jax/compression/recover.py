@@ -2,15 +2,18 @@
 
     loaded, told = recover(student, teacher, RecoverySection(train="all"), folder=Path("state"))
 
-The training is `training.py`; here it is kept on disk, so that it goes on after it was killed, and
-told of. The dense model is a `quality.Reference` on windows of text: `quality.reference`. As a part
-of compression: `lepton_jax/jobs/recovery.py`; in Python: `LeptonOptimizer.recover`.
+The training is `training.py`; here it is kept on disk, so that it goes on after it was killed,
+drawn in TensorBoard, and told of. The dense model is a `quality.Reference` on windows of text:
+`quality.reference`. As a part of compression: `lepton_jax/jobs/recovery.py`; in Python:
+`LeptonOptimizer.recover`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from lepton_jax.compression.quality import Reference
 from lepton_jax.compression.receipt import weights_sha256
 from lepton_jax.compression.training import Counters, Listen, State, Training
 from lepton_jax.config import RecoverySection
+from lepton_jax.telemetry import ScalarLog
 
 _SAVE_SECONDS = 60.0  # at most so much work is lost, and a step
 
@@ -43,8 +47,8 @@ def recover(
       folder: where the training is kept; the same that is there goes on. None: nowhere.
       listen: called as `Training.run` says.
 
-    Raises ValueError where nothing can be trained, the folder holds another training, or the loss
-    is not finite.
+    Raises ValueError where nothing can be trained, a folder can't be written or holds another
+    training, or the loss is not finite.
     """
     leaves = dict(zip(student.model.specs, student.leaves, strict=True))
     training = Training(student.model, leaves, teacher, section)
@@ -53,7 +57,8 @@ def recover(
         saver = _Saver(folder, training=_digest(student, teacher, section))
         keep, state = saver.keep, saver.restored(state)
     began = state.counters.step
-    trained, counters = training.run(state, keep=keep, listen=listen)
+    with _drawn(section, listen) as heard:
+        trained, counters = training.run(state, keep=keep, listen=heard)
     kept = tuple(trained[path] for path in student.model.specs)
     told = dataclasses.asdict(section) | {
         "steps_done": counters.step,
@@ -64,6 +69,23 @@ def recover(
         "evaluations": [list(row) for row in counters.evaluations],
     }
     return dataclasses.replace(student, leaves=kept), told
+
+
+@contextlib.contextmanager
+def _drawn(section: RecoverySection, listen: Listen | None) -> Iterator[Listen | None]:
+    """A listener that also draws TensorBoard's curves, where the section asks for them."""
+    if not section.tensorboard:
+        yield listen
+        return
+    log = ScalarLog(section.tensorboard, group="recovery", field="recovery.tensorboard")
+
+    def both(step: int, found: Mapping[str, float]) -> None:
+        log.add(step, found)
+        if listen is not None:
+            listen(step, found)
+
+    with contextlib.closing(log):
+        yield both
 
 
 class _Saver:

@@ -31,6 +31,7 @@ from lepton_jax.compression.trainable import trained_values
 from lepton_jax.config import CalibrationSection, ReceiptSection, RunConfig
 from lepton_jax.jobs import measures
 from lepton_jax.models.build import Model
+from lepton_jax.telemetry import scalar_writers
 from lepton_jax.tensors import CompressedTensor
 from lepton_jax.text import tokenizer as tokenizers
 
@@ -57,8 +58,11 @@ def require_alone(config: RunConfig) -> None:
 
 def require_fit(config: RunConfig, recipe: Recipe, model: Model) -> None:
     """Raises ValueError where a recipe, or the recovery after it, doesn't suit the dense model:
-    rules that nothing uses, schemes that don't fit a weight, options that change nothing.
+    rules that nothing uses, schemes that don't fit a weight, options that change nothing, curves
+    that no package draws.
     """
+    if config.recovery.tensorboard:
+        scalar_writers("recovery.tensorboard")
     planned = planned_model(recipe.structure, model)
     leaves, specs = compress_specs(recipe.rules, planned.specs), planned.specs
     recipe.require_use(scheme_of_each(recipe.rules, planned.specs))

@@ -1,4 +1,4 @@
-"""Recovery as part of a compression: what it keeps on disk, its curves, and what it tells.
+"""Recovery as part of a compression: what it keeps on disk, and what it shows meanwhile.
 
     OUTPUT.recovery/student/      the compressed model before training, beside it made.json, and
                                   plan.json: how, so that only the same command goes on with it
@@ -10,7 +10,6 @@ written. The training itself is `compression/recover.py`.
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,7 +21,6 @@ from lepton_jax.checkpoints.orbax_store import save
 from lepton_jax.compression.quality import Reference
 from lepton_jax.compression.recover import recover
 from lepton_jax.config import RecoverySection
-from lepton_jax.jobs.scalars import ScalarLog
 
 _PLAN, _STUDENT, _MADE = "plan.json", "student", "made.json"
 Progress = Callable[[int, int, str], None]
@@ -81,23 +79,16 @@ def train(
     folder: Path,
     progress: Progress,
 ) -> tuple[Loaded, dict[str, Any]]:
-    """The recovered model and what to tell of it: `compression.recover`, shown and drawn.
+    """The recovered model and what to tell of it: `compression.recover`, shown.
 
     `progress` is called with (step, steps, what) after each step.
     """
-    with contextlib.ExitStack() as stack:
-        sink = None
-        if section.tensorboard:
-            sink = ScalarLog(section.tensorboard, group="recovery", field="recovery.tensorboard")
-            stack.callback(sink.close)
-        held_out = ""
+    held_out = ""
 
-        def listen(step: int, found: Mapping[str, float]) -> None:
-            nonlocal held_out
-            if sink is not None:
-                sink.add(step, found)
-            if "held_out_kl" in found:
-                held_out = f", {found['held_out_kl']:.4f} held out"
-            progress(step, section.steps, f"KL {found['kl']:.4f}{held_out}")
+    def listen(step: int, found: Mapping[str, float]) -> None:
+        nonlocal held_out
+        if "held_out_kl" in found:
+            held_out = f", {found['held_out_kl']:.4f} held out"
+        progress(step, section.steps, f"KL {found['kl']:.4f}{held_out}")
 
-        return recover(student, teacher, section, folder=folder, listen=listen)
+    return recover(student, teacher, section, folder=folder, listen=listen)

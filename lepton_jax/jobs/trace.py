@@ -2,7 +2,7 @@
 
 Rates over stretches of time are differences of `telemetry.StepStats`; lengths and latencies are
 counted in buckets. A row's latency is the time from its hand-over to the engine, where it may
-queue, to its answer. Read next: `report_page.py` (the page), `scalars.py` (TensorBoard).
+queue, to its answer. Read next: `report_page.py` (the page).
 """
 
 import bisect
@@ -16,8 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from lepton_jax.config import JobSection
-from lepton_jax.jobs.scalars import ScalarLog
-from lepton_jax.telemetry import StepStats
+from lepton_jax.telemetry import ScalarLog, StepStats
 
 _MOST_STRETCHES = 400  # then two become one, and later ones are twice as long
 _SLOWEST = 10
@@ -150,7 +149,7 @@ def trace_for(
     *,
     knobs: Callable[[], Mapping[str, float]] = dict,
 ) -> Trace | None:
-    """A trace where the job asks for what needs one. Raises JobError as `ScalarLog` does.
+    """A trace where the job asks for what needs one. Raises ValueError as `ScalarLog` does.
 
     `stats` and `knobs` are read as the job goes on: `Engine.stats()`, and knobs by name.
     """

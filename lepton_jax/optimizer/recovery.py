@@ -20,6 +20,7 @@ from lepton_jax.compression.recover import recover
 from lepton_jax.compression.training import Listen
 from lepton_jax.config import CalibrationSection, RecoverySection
 from lepton_jax.sharding import Placement
+from lepton_jax.telemetry import scalar_writers
 from lepton_jax.text import tokenizer as tokenizers
 
 
@@ -47,6 +48,8 @@ def recover_model(
     nothing can be trained.
     """
     calibration = calibration or CalibrationSection()
+    if section.tensorboard:
+        scalar_writers("recovery.tensorboard")
     student, teacher = _loaded(student), _loaded(teacher)
     drawn = draw_windows(
         Path(calibration.text).expanduser() if calibration.text else CALIBRATION_TEXT,
