@@ -218,6 +218,33 @@ def test_smoothing_helps_static_activations(tiny):
 
 
 @pytest.mark.parametrize(
+    ("smooth", "scheme"),
+    [("awq", "weights=int4 group=16"), ("smoothquant", "weights=int8 activations=dynamic")],
+)
+def test_smoothing_helps_experts(tiny, smooth, scheme):
+    """A few inputs of the experts' products are 30 times the others, in an equal model."""
+    model, leaves, tokens = tiny("qwen3_moe")
+    leaves = dict(leaves)
+    for index in range(model.config.num_layers):
+        outliers = jnp.ones(model.config.hidden_size).at[jnp.array([3, 8])].set(30.0)
+        for name in ("router", "experts_gate_up"):
+            leaves[f"layers.{index}.{name}"] /= outliers
+        leaves[f"layers.{index}.ffn_norm"] *= outliers
+        outliers = jnp.ones(model.config.ffn_size).at[jnp.array([2, 9])].set(30.0)
+        up = leaves[f"layers.{index}.experts_gate_up"].at[:, 1]
+        leaves[f"layers.{index}.experts_gate_up"] = up.multiply(outliers[:, None])
+        leaves[f"layers.{index}.experts_down"] /= outliers
+    exact = hidden_states(model, leaves, tokens[0])
+    rule, distances = rf"layers\.\d+\.experts_.* -> {scheme}", {}
+    for method in ("none", smooth):
+        found, errors = compressed(model, leaves, tokens, rule, smooth=method)
+        assert len(errors) == 2 * model.config.num_layers
+        assert all(("exponent" in error) == (method != "none") for error in errors.values())
+        distances[method] = float(jnp.linalg.norm(hidden_states(model, found, tokens[0]) - exact))
+    assert distances[smooth] < 0.7 * distances["none"]
+
+
+@pytest.mark.parametrize(
     ("case", "rules", "message"),
     [
         ("llama", ["nothing -> weights=int8"], "match no parameter"),

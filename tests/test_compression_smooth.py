@@ -16,7 +16,9 @@ from lepton_jax.compression.smooth import (
     smoothquant_scales,
 )
 
-DENSE = ["gemma2", "gemma3", "llama", "llama_bias", "mistral", "phi3", "qwen2", "qwen3", "smollm3"]
+CASES = """
+    gemma2 gemma3 llama llama_bias mistral mixtral phi3 qwen2 qwen3 qwen3_moe smollm3
+""".split()
 
 
 def layer_of(leaves, index):
@@ -28,7 +30,7 @@ def layer_of(leaves, index):
     }
 
 
-@pytest.mark.parametrize("case", DENSE)
+@pytest.mark.parametrize("case", CASES)
 def test_any_scales_leave_every_family_as_it_was(case):
     tiny = tiny_models.load(case)
     config, rng = tiny.config, np.random.default_rng(0)
@@ -36,8 +38,11 @@ def test_any_scales_leave_every_family_as_it_was(case):
     for index in range(config.num_layers):
         for pair in PAIRS:
             layer = layer_of(leaves, index)
-            inputs = layer[pair.target].shape[-1]
-            scales = np.exp(rng.standard_normal(inputs)).astype(np.float32)
+            if pair.target not in layer:
+                continue
+            experts, inputs = layer[pair.target].shape[0], layer[pair.target].shape[-1]
+            shape = (experts, inputs) if pair.target == "experts_down" else (inputs,)
+            scales = np.exp(rng.standard_normal(shape)).astype(np.float32)
             if pair.target == "out":
                 heads = scales.reshape(config.num_kv_heads, config.group, config.head_dim)
                 scales = np.broadcast_to(heads[:, :1], heads.shape).reshape(-1)
@@ -64,9 +69,10 @@ def test_smoothquant_makes_activations_and_weights_equally_hard():
     seen = {
         pair.target: {"largest": jnp.asarray(np.exp(rng.standard_normal(n)), jnp.float32)}
         for pair in PAIRS
+        if pair.target in layer
         for n in [layer[pair.target].shape[-1]]
     }
-    schemes = {pair.target: Scheme(activations="dynamic") for pair in PAIRS}
+    schemes = {target: Scheme(activations="dynamic") for target in seen}
     schemes["down"] = Scheme()  # weight-only: nothing to gain
     found, exponents = smoothed(
         layer, seen, schemes, config=tiny.config, method="smoothquant", alpha=0.5
@@ -106,6 +112,18 @@ def test_awq_finds_the_best_of_its_exponents():
     np.testing.assert_allclose(
         scales, expected / np.sqrt(expected.min() * expected.max()), rtol=1e-4
     )
+
+
+def test_awq_of_experts_minds_each_input_alone():
+    """With the diagonal of the Hessian, and of a weight in parts: as if it were one flat weight."""
+    weight, x = outlier_layer()
+    scheme, squares = Scheme("int4", group=32), (x**2).mean(0)
+    sizes = jnp.asarray(np.abs(x).mean(0))
+    parts = jnp.asarray(weight).reshape(4, 12, 64)
+    found = awq_scales(parts, sizes, jnp.asarray(squares), scheme)
+    expected = awq_scales(jnp.asarray(weight), sizes, jnp.diag(jnp.asarray(squares)), scheme)
+    assert float(found[1]) == float(expected[1]) > 0
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
 
 
 def test_inputs_that_never_came_stay():

@@ -29,7 +29,7 @@ from lepton_jax.compression.leaf import compress_weight
 from lepton_jax.compression.quality import head_path
 from lepton_jax.compression.rules import Rule, assign, weights_of
 from lepton_jax.compression.scheme import Scheme
-from lepton_jax.compression.smooth import NEEDS, pairs_for, smoothed
+from lepton_jax.compression.smooth import needs_of, pairs_for, smoothed
 from lepton_jax.models.build import Model
 from lepton_jax.tensors import CompressedTensor
 
@@ -168,8 +168,9 @@ class _Run:
         schemes = {name: s for name in layer if (s := self.schemes.get(prefix + name))}
         exponents: dict[str, float] = {}
         if options.smooth != "none":
-            targets = [pair.target for pair in pairs_for(options.smooth, schemes)]
-            needs = tuple((name, NEEDS[options.smooth]) for name in targets if name in layer)
+            needs = tuple(
+                needs_of(options.smooth, pair) for pair in pairs_for(options.smooth, schemes)
+            )
             layer, exponents = smoothed(
                 layer,
                 programs.statistics(layer, x, needs),

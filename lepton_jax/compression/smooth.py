@@ -2,10 +2,11 @@
 
 What multiplies an input of a product may be divided out where that input is made: in the norm
 before, in the rows of v, or in the up half of the ffn. The layer computes the same, at no cost, and
-no bias, norm of q and k, or norm after a block stands between the two. Experts are left as they
-are: their router reads the same norm. The scales are
-SmoothQuant's (arXiv 2211.10438, from the largest activations) or AWQ's (arXiv 2306.00978, found by
-a search). Which statistics of activations they need is `NEEDS`; who gathers them: `calibrate.py`.
+no bias, norm of q and k, or norm after a block stands between the two. Experts share the scales of
+their norm, which their router undoes too, and each has its own between its two products. The scales
+are SmoothQuant's (arXiv 2211.10438, from the largest activations) or AWQ's (arXiv 2306.00978, found
+by a search). Which statistics of activations they need is `needs_of`; who gathers them:
+`calibrate.py`.
 """
 
 from __future__ import annotations
@@ -23,15 +24,22 @@ from lepton_jax.compression.statistics import Statistics, mean_hessian
 from lepton_jax.models.config import ModelConfig
 
 SMOOTHING = ("none", "smoothquant", "awq")
-NEEDS = {"smoothquant": ("largest",), "awq": ("sizes", "hessian")}
 _EXPONENTS = tuple(step / 20 for step in range(20))
 
 
 class Pair(NamedTuple):
-    """Parameters of one layer: inputs of `target` are made by `source`."""
+    """Parameters of one layer: inputs of `target` are made by `source`; `reader` has the same ones,
+    and sees those of all experts together.
+    """
 
     source: str
     target: str
+    reader: str = ""
+
+    @property
+    def seen(self) -> str:
+        """The parameter whose inputs are looked at."""
+        return self.reader or self.target
 
 
 PAIRS = (
@@ -39,6 +47,8 @@ PAIRS = (
     Pair("qkv", "out"),
     Pair("ffn_norm", "gate_up"),
     Pair("gate_up", "down"),
+    Pair("ffn_norm", "experts_gate_up", "router"),
+    Pair("experts_gate_up", "experts_down"),
 )
 
 
@@ -56,11 +66,23 @@ def pairs_for(method: str, schemes: Mapping[str, Scheme]) -> list[Pair]:
     return [pair for pair in PAIRS if gains(schemes.get(pair.target))]
 
 
+def needs_of(method: str, pair: Pair) -> tuple[str, tuple[str, ...]]:
+    """The parameter to look at for a pair's scales, and the statistics of its inputs.
+
+    Of single experts the squares do instead of the Hessian: that of each would be too large, and of
+    few tokens.
+    """
+    if method == "smoothquant":
+        return pair.seen, ("largest",)
+    return pair.seen, ("sizes", "squares" if pair.seen.startswith("experts_") else "hessian")
+
+
 def smoothquant_scales(columns: jax.Array, largest: jax.Array, alpha: float) -> jax.Array:
     """What multiplies the inputs of a weight: float32 `[I]`.
 
     Args:
-      columns: largest magnitude of the weights of each input, `[I]`.
+      columns: largest magnitude of the weights of each input, `[I]`, or `[E, I]` as the next and
+        what is returned.
       largest: of the activations of each input, `[I]`.
       alpha: moves difficulty from the activations (1) to the weights (0).
     """
@@ -70,7 +92,7 @@ def smoothquant_scales(columns: jax.Array, largest: jax.Array, alpha: float) -> 
 
 @functools.partial(jax.jit, static_argnames=("scheme",))
 def awq_scales(
-    weight: jax.Array, sizes: jax.Array, hessian: jax.Array, scheme: Scheme
+    weight: jax.Array, sizes: jax.Array, energy: jax.Array, scheme: Scheme
 ) -> tuple[jax.Array, jax.Array]:
     """What multiplies the inputs of a weight `[*out, I]`, float32 `[I]`, and the exponent found.
 
@@ -80,10 +102,11 @@ def awq_scales(
     Args:
       weight: any float dtype.
       sizes: mean magnitude of each input, `[I]`.
-      hessian: mean of x x^T, `[I, I]`.
+      energy: mean of x x^T, `[I, I]`, or its diagonal `[I]`.
       scheme: with which the scaled weight is rounded.
     """
-    flat = weight.astype(jnp.float32).reshape(-1, weight.shape[-1])
+    # One expert after the other, so that there are copies of one only.
+    parts = weight.reshape(weight.shape[0] if weight.ndim > 2 else 1, -1, weight.shape[-1])
     live = sizes > 0
 
     def scales_of(exponent):
@@ -94,8 +117,15 @@ def awq_scales(
 
     def loss(exponent):
         scales = scales_of(exponent)
-        change = quantize(flat * scales, scheme).dense(jnp.float32) / scales - flat
-        return jnp.sum(jnp.matmul(change, hessian, precision="highest") * change)
+
+        def of_part(part):
+            part = part.astype(jnp.float32)
+            change = quantize(part * scales, scheme).dense(jnp.float32) / scales - part
+            if energy.ndim == 1:
+                return jnp.sum(change**2 * energy)
+            return jnp.sum(jnp.matmul(change, energy, precision="highest") * change)
+
+        return jnp.sum(jax.lax.map(of_part, parts))
 
     exponents = jnp.asarray(_EXPONENTS, jnp.float32)
     best = exponents[jnp.argmin(jax.lax.map(loss, exponents))]
@@ -111,11 +141,12 @@ def smoothed(
     method: str,
     alpha: float,
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """A layer that computes the same, and by target the exponent that its scales have.
+    """A layer that computes the same, and by target the exponent that its scales have, of experts
+    the mean.
 
     Args:
       layer: its dense parameters by name.
-      statistics: of the inputs of each target, as NEEDS asks.
+      statistics: by parameter, as `needs_of` asks.
       schemes: of its parameters by name, where they have one.
       config: of the model.
       method: "smoothquant" or "awq".
@@ -124,46 +155,53 @@ def smoothed(
     found = dict(layer)
     exponents = {}
     for pair in pairs_for(method, schemes):
-        weight, seen = found[pair.target], statistics[pair.target]
+        weight, seen = found[pair.target], statistics[pair.seen]
         if method == "smoothquant":
-            columns = jnp.max(jnp.abs(weight), axis=range(weight.ndim - 1)).astype(jnp.float32)
+            lead = seen["largest"].ndim - 1  # 1 where each expert has scales of its own
+            columns = jnp.max(jnp.abs(weight), axis=range(lead, weight.ndim - 1))
             columns, largest = (
-                _shared(numbers, pair, config, jnp.max) for numbers in (columns, seen["largest"])
+                _shared(numbers.astype(jnp.float32), pair, config, jnp.max)
+                for numbers in (columns, seen["largest"])
             )
             scales, exponent = smoothquant_scales(columns, largest, alpha), alpha
         else:
-            sizes = seen["sizes"] / jnp.maximum(seen["count"], 1.0)
+            sizes = seen["sizes"] / jnp.maximum(seen["count"], 1.0)[..., None]
             sizes = _shared(sizes, pair, config, jnp.mean)
-            scheme = schemes[pair.target]
-            scales, exponent = awq_scales(weight, sizes, mean_hessian(seen), _plain(scheme))
+            scheme = _plain(schemes[pair.target])
+            if "hessian" in seen:
+                scales, exponent = awq_scales(weight, sizes, mean_hessian(seen), scheme)
+            else:
+                each = weight, sizes, seen["squares"]
+                scales, exponent = jax.lax.map(lambda one, s=scheme: awq_scales(*one, s), each)
         found |= folded(found, pair, scales, config)
-        exponents[pair.target] = float(exponent)
+        exponents[pair.target] = float(jnp.mean(exponent))
     return found, exponents
 
 
 def folded(
     layer: Mapping[str, Any], pair: Pair, scales: jax.Array, config: ModelConfig
 ) -> dict[str, Any]:
-    """The parameters that change when inputs of `pair.target` are multiplied by `scales [I]`.
+    """The parameters that change when inputs of `pair.target` are multiplied by `scales [I]`, or
+    those of each expert by its own `[E, I]`.
 
     The scales of `out` must be the same for all query heads of a kv head.
     """
-    target = (layer[pair.target] * scales).astype(layer[pair.target].dtype)
+    wide = scales[:, None] if scales.ndim > 1 else scales
+    readers = [pair.target, pair.reader] if pair.reader else [pair.target]
+    changed = {name: (layer[name] * wide).astype(layer[name].dtype) for name in readers}
     if pair.source.endswith("norm"):
-        return {pair.target: target, pair.source: layer[pair.source] / scales}
+        return changed | {pair.source: layer[pair.source] / scales}
     if pair.source == "qkv":
         group = config.group
-        part = (slice(None), group + 1)  # v of [K, J, ...]
+        part = group + 1  # v of [K, J, H, D]
         inverse = 1.0 / scales.reshape(config.num_kv_heads, group, config.head_dim)[:, 0]
     else:
-        part, inverse = (1,), 1.0 / scales  # up of [2, F, ...]
+        part, inverse = 1, 1.0 / scales  # up of [2, F, D] or [E, 2, F, D]
     source, bias = layer[pair.source], f"{pair.source}_bias"
-    changed = {
-        pair.target: target,
-        pair.source: source.at[part].multiply(inverse[..., None].astype(source.dtype)),
-    }
+    columns = inverse[..., None].astype(source.dtype)
+    changed[pair.source] = source.at[..., part, :, :].multiply(columns)
     if bias in layer:
-        changed[bias] = layer[bias].at[part].multiply(inverse.astype(layer[bias].dtype))
+        changed[bias] = layer[bias].at[..., part, :].multiply(inverse.astype(layer[bias].dtype))
     return changed
 
 

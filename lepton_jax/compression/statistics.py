@@ -22,7 +22,7 @@ def zeros(kinds: Iterable[str], inputs: int, experts: int = 0) -> Statistics:
 
     count: tokens `[]`. hessian: sum of x x^T `[I, I]`. squares: sum of x^2 `[I]`. sizes: sum of |x|
     `[I]`. largest: maximum of |x| `[I]`. histogram: of all |x|, float32 `[bins]`, logarithmic. With
-    experts the first two kinds, each with a leading `[E]`.
+    experts all but the last, each with a leading `[E]`.
     """
     lead = (experts,) if experts else ()
     shapes = dict.fromkeys(KINDS, (*lead, inputs))
