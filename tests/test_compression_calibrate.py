@@ -38,7 +38,7 @@ def hidden_states(model, leaves, ids):
 
 def compressed(model, leaves, tokens, *texts, **options):
     rules = [parse_rule(text) for text in texts]
-    return compress_layers(model, leaves, tokens, rules, options=Options(**options))
+    return compress_layers(model, dict(leaves), tokens, rules, options=Options(**options))
 
 
 @pytest.mark.parametrize("case", ["gemma3", "llama_longrope", "qwen3_moe", "smollm3"])
@@ -172,7 +172,7 @@ def test_families_and_methods(tiny, case, scheme, kind):
     steps = []
     rules = [parse_rule(f"{PRODUCTS} -> {scheme}")]
     found, errors = compress_layers(
-        model, leaves, tokens, rules, progress=lambda *step: steps.append(step)
+        model, dict(leaves), tokens, rules, progress=lambda *step: steps.append(step)
     )
     assert [step[0] for step in steps] == list(range(1, model.config.num_layers + 2))
     for path, error in errors.items():

@@ -71,7 +71,7 @@ def divergence(exact, scheme, **options):
     """Mean KL(float32 || compressed), nats a token."""
     rules, options = [parse_rule(f"{LAYERS} -> {scheme}")], Options(**options)
     leaves, _ = compress_layers(
-        exact.model, exact.leaves, exact.calibration, rules, options=options
+        exact.model, dict(exact.leaves), exact.calibration, rules, options=options
     )
     hidden = hidden_states(exact.model, exact.programs, leaves, exact.prose)
     table = exact.leaves["embed"]

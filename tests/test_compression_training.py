@@ -34,7 +34,7 @@ def teacher():
 
 
 def student(*rules):
-    return compress_layers(MODEL, LEAVES, TOKENS, [parse_rule(rule) for rule in rules])[0]
+    return compress_layers(MODEL, dict(LEAVES), TOKENS, [parse_rule(rule) for rule in rules])[0]
 
 
 SPARSE = "weights=keep prune=magnitude "

@@ -5,8 +5,9 @@
 Each layer sees what the compressed layers before it make of the tokens: its weights' inputs are
 gathered (`statistics.py`), scales are folded where asked (`smooth.py`), the weights are compressed
 (`gptq.py`, `sparsegpt.py`, `wanda.py`, ranges of static activations), and the compressed layer's
-outputs go to the next. Besides the leaves there are one layer's weights and statistics and the
-hidden states of all tokens in memory. The layer's programs are `layer_programs.py`.
+outputs go to the next. Besides the leaves, which become the compressed ones layer by layer, there
+are one layer's weights and statistics and the hidden states of all tokens in memory. The layer's
+programs are `layer_programs.py`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lepton_jax import host_memory
 from lepton_jax.compression.calibrated_leaf import (
     Options,
     compress_calibrated,
@@ -42,7 +44,7 @@ Errors = dict[str, dict[str, Any]]
 
 def compress_layers(
     model: Model,
-    leaves: Mapping[str, Any],
+    leaves: dict[str, Any],
     tokens: np.ndarray,
     rules: Sequence[Rule[Scheme]],
     *,
@@ -53,15 +55,17 @@ def compress_layers(
 
     Args:
       model: of the leaves.
-      leaves: by path of `model.specs`; what the rules name must be dense arrays.
+      leaves: by path of `model.specs`; what the rules name must be dense arrays. Each compressed
+        leaf takes the place of the dense one, so that the memory of that is free where nobody else
+        holds it.
       tokens: int32 `[windows, T]`; each window starts afresh.
       rules: first match wins, among the weights of products.
       options: of the methods.
       progress: called with (done, all, what) after each layer; the tables count as one more.
 
     Returns:
-      The leaves, with norms and biases that smoothing changed, and by path of each compressed
-      weight: "weight", the change's norm relative to the weight's; "product", that of its product
+      The same leaves, with norms, biases and routers that smoothing changed, and by path of each
+      compressed weight: "weight", the change's norm relative to the weight's; "product", that of its product
       with the calibration inputs, where they were gathered; "exponent" of smoothing, where done.
 
     Raises ValueError naming the rule where a method doesn't suit a weight, and naming the weight
@@ -69,31 +73,31 @@ def compress_layers(
     """
     run = _Run(model, rules, options or Options())
     run.check(leaves, tokens)
-    found: dict[str, Any] = dict(leaves)
     programs = LayerPrograms(model)
     total = model.config.num_layers + 1
     head = head_path(model)
     if "embed" in run.schemes and not run.kinds("embed"):
-        found["embed"] = run.compress("embed", found["embed"], None)
-    x = embedded(model, found["embed"], jnp.asarray(tokens, jnp.int32))
-    factors = found.get("rope_factors")
+        leaves["embed"] = run.compress("embed", leaves["embed"], None)
+    x = embedded(model, leaves["embed"], jnp.asarray(tokens, jnp.int32))
+    factors = leaves.get("rope_factors")
     for index in range(total - 1):
         prefix = f"layers.{index}."
         layer = run.layer(
-            layer_of(found, index), x, programs=programs.of(index, factors), prefix=prefix
+            layer_of(leaves, index), x, programs=programs.of(index, factors), prefix=prefix
         )
         if run.looks_after(index):
             x = programs.of(index, factors).outputs(layer, x)
-        found |= {prefix + name: leaf for name, leaf in layer.items()}
+        leaves |= {prefix + name: leaf for name, leaf in layer.items()}
+        host_memory.release()  # else what went stays with the process
         if progress is not None:
             progress(index + 1, total, f"layers.{index}")
     if head in run.schemes and head not in run.errors:
         kinds = run.kinds(head)
-        seen = final_inputs(model, x, found["final_norm"], kinds) if kinds else None
-        found[head] = run.compress(head, found[head], seen)
+        seen = final_inputs(model, x, leaves["final_norm"], kinds) if kinds else None
+        leaves[head] = run.compress(head, leaves[head], seen)
     if progress is not None:
         progress(total, total, head)
-    return found, {path: run.errors[path] for path in model.specs if path in run.errors}
+    return leaves, {path: run.errors[path] for path in model.specs if path in run.errors}
 
 
 def require_methods(model: Model, rules: Sequence[Rule[Scheme]], options: Options) -> None:

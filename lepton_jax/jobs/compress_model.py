@@ -150,6 +150,7 @@ def _calibrate(config: RunConfig, recipe: Recipe, *, progress: Progress) -> Resu
     source = receipt.weights_sha256(loaded.model.specs, loaded.leaves)
     drawn = text_windows(config.calibration, load_tokenizer(config), CALIBRATION_TEXT)
     model, leaves = loaded.model, dict(zip(loaded.model.specs, loaded.leaves, strict=True))
+    loaded = dataclasses.replace(loaded, leaves=())  # so that each dense one goes when replaced
     structured, errors, found = None, {}, {}
     if recipe.structure:
         model, leaves, structured = prune_structure(
