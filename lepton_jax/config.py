@@ -236,7 +236,9 @@ class CompressionSection:
 @dataclasses.dataclass(frozen=True)
 class CalibrationSection:
     text: str = _doc(
-        "", 'text, or .jsonl with "text" in each row, to calibrate on; empty: the one that ships'
+        "",
+        'text to calibrate on, or .jsonl with "text" or "messages" in each row; empty: the one that '
+        "ships",
     )
     windows: int = _doc(64, "windows that are drawn from it")
     window_tokens: int = _doc(512, "tokens in a window, which starts afresh")
@@ -297,7 +299,8 @@ class ReceiptSection:
         True, "measure against the uncompressed model; false where that doesn't fit in memory"
     )
     text: str = _doc(
-        "", 'held-out text, or .jsonl with "text" in each row; empty: the one that ships'
+        "",
+        'held-out text, or .jsonl with "text" or "messages" in each row; empty: the one that ships',
     )
     windows: int = _doc(16, "windows of held-out text")
     window_tokens: int = _doc(512, "tokens in a window, which starts afresh")

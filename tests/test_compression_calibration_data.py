@@ -6,17 +6,28 @@ import numpy as np
 import pytest
 
 from lepton_jax.compression.calibration_data import CALIBRATION_TEXT, HELD_OUT_TEXT, draw_windows
+from lepton_jax.text import chat_template
 
 BOS = 1000
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    "{% if tools %}<{{ tools[0].name }}>{% endif %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 
 
-def encode(text, add_special=True):
-    """A character an id, and bos in front."""
-    return [BOS] * add_special + [ord(c) for c in text]
+class Characters:
+    """A character an id, and perhaps bos in front."""
 
+    def __init__(self, bos=False):
+        self.bos = bos
 
-def plain(text, add_special=True):
-    return encode(text, False)
+    def encode(self, text, add_special=True):
+        return [BOS] * (self.bos and add_special) + [ord(c) for c in text]
+
+    def render_chat(self, messages, tools=None, **variables):
+        values = {"bos_token": chr(BOS), "tools": tools} | variables
+        return chat_template.render(TEMPLATE, messages, **values)
 
 
 def jsonl(path, texts):
@@ -28,7 +39,7 @@ def test_windows_are_consecutive_text_and_the_receipt_finds_them(tmp_path):
     text = "".join(chr(0x4E00 + i) for i in range(20_000))
     path = tmp_path / "text.txt"
     path.write_text("\n".join(text[i : i + 100] for i in range(0, 20_000, 100)))
-    drawn = draw_windows(path, plain, windows=7, length=64, seed=3)
+    drawn = draw_windows(path, Characters(), windows=7, length=64, seed=3)
     whole = path.read_text()
     lines = whole.splitlines(keepends=True)
     for window, (line, offset) in zip(drawn.tokens, drawn.receipt["starts"], strict=True):
@@ -41,21 +52,31 @@ def test_windows_are_consecutive_text_and_the_receipt_finds_them(tmp_path):
 
 def test_all_windows_of_a_text_are_all_its_text(tmp_path):
     path = jsonl(tmp_path / "rows.jsonl", ["abcdefg", "", "hij", "klmnopqrstu"])
-    drawn = draw_windows(path, plain, windows=5, length=5)
+    drawn = draw_windows(path, Characters(), windows=5, length=5)
     assert "".join(map(chr, drawn.tokens.reshape(-1))) == "abcdefg\n\nhij\nklmnopqrstu\n"
     assert drawn.receipt["starts"] == [[1, 0], [1, 5], [3, 1], [4, 2], [4, 7]]
 
 
+def test_conversations_are_rendered_by_the_chat_template(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    chat = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}]
+    rows = [{"messages": chat, "tools": [{"name": "t"}]}, {"text": "d"}, {"messages": chat[:1]}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawn = draw_windows(path, Characters(bos=True), windows=1, length=34)
+    assert drawn.tokens[0, 0] == BOS  # the only one
+    assert "".join(map(chr, drawn.tokens[0, 1:])) == "[user]ab[assistant]c<t>d\n[user]ab"
+
+
 def test_bos_stands_in_front_of_every_window(tmp_path):
     path = jsonl(tmp_path / "rows.jsonl", ["x" * 50])
-    drawn = draw_windows(path, encode, windows=5, length=10)
+    drawn = draw_windows(path, Characters(bos=True), windows=5, length=10)
     assert np.all(drawn.tokens[:, 0] == BOS) and not np.any(drawn.tokens[:, 1:] == BOS)
 
 
 def test_the_seed_decides_and_each_window_is_as_likely(tmp_path):
     path = jsonl(tmp_path / "rows.jsonl", ["".join(map(chr, range(256, 456)))])
-    draws = [draw_windows(path, plain, windows=4, length=10, seed=s) for s in range(300)]
-    again = draw_windows(path, plain, windows=4, length=10, seed=7)
+    draws = [draw_windows(path, Characters(), windows=4, length=10, seed=s) for s in range(300)]
+    again = draw_windows(path, Characters(), windows=4, length=10, seed=7)
     np.testing.assert_array_equal(again.tokens, draws[7].tokens)
     counts = np.bincount([(d - 256) // 10 for w in draws for d in w.tokens[:, 0]], minlength=20)
     assert counts.min() > 30 and counts.max() < 95  # 60 each, 7.3 standard deviation
@@ -66,7 +87,9 @@ def test_the_seed_decides_and_each_window_is_as_likely(tmp_path):
     [
         ("a.txt", "abc" * 10, "need 50 tokens, and the text has 30 "),
         ("a.jsonl", '{"text": "abc"}\n', "need 50 tokens, and the text has 4 "),
-        ("a.jsonl", '{"text": "a"}\n{"prompt": "abc"}\n', 'row 2 has no string "text"'),
+        ("a.jsonl", '{"text": "a"}\n{"prompt": "abc"}\n', 'row 2 has no string "text" and no "mes'),
+        ("a.jsonl", '["abc"]\n', 'row 1 has no string "text" and no "messages"'),
+        ("a.jsonl", '{"messages": [{"role": "cat"}]}\n', r"row 1: messages\[0\].role is 'cat'"),
         ("a.jsonl", '{"text": "a"}\n\n{"text": \n', "row 3 is not JSON"),
         ("a.txt", "ab\n\udcff\n", "line 2 is not UTF-8"),
     ],
@@ -74,7 +97,7 @@ def test_the_seed_decides_and_each_window_is_as_likely(tmp_path):
 def test_texts_that_are_refused(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match=message) as error:
-        draw_windows(tmp_path / name, plain, windows=5, length=10)
+        draw_windows(tmp_path / name, Characters(), windows=5, length=10)
     assert str(tmp_path / name) in str(error.value)
 
 

@@ -51,9 +51,10 @@ def hidden_states(model, programs, leaves, tokens):
 @pytest.fixture(scope="module")
 def exact(smollm2_path) -> Exact:
     loaded = load(smollm2_path, dtype="float32")
-    encode = load_tokenizer(loaded.tokenizer_source).encode
-    prose = np.asarray(encode(PROSE.read_text())[: 6 * WINDOW], np.int32).reshape(6, WINDOW)
-    drawn = draw_windows(CALIBRATION_TEXT, encode, windows=8, length=WINDOW, seed=0)
+    tokenizer = load_tokenizer(loaded.tokenizer_source)
+    ids = tokenizer.encode(PROSE.read_text())[: 6 * WINDOW]
+    prose = np.asarray(ids, np.int32).reshape(6, WINDOW)
+    drawn = draw_windows(CALIBRATION_TEXT, tokenizer, windows=8, length=WINDOW, seed=0)
     leaves = dict(zip(loaded.model.specs, loaded.leaves, strict=True))
     programs = LayerPrograms(loaded.model)
     hidden = hidden_states(loaded.model, programs, leaves, prose)

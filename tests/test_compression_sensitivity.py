@@ -76,9 +76,9 @@ def test_of_a_real_model(smollm2_path):
     """Predictions are near the truth, and what is made of them beats one scheme for all."""
     loaded = load(smollm2_path, dtype="float32")
     model, leaves = loaded.model, dict(zip(loaded.model.specs, loaded.leaves, strict=True))
-    encode = load_tokenizer(loaded.tokenizer_source).encode
+    tokenizer = load_tokenizer(loaded.tokenizer_source)
     seen, held_out = (
-        draw_windows(text, encode, windows=8, length=64).tokens
+        draw_windows(text, tokenizer, windows=8, length=64).tokens
         for text in (CALIBRATION_TEXT, HELD_OUT_TEXT)
     )
     schemes = (Scheme(), Scheme("int4", group=32), Scheme("int4", group=128))

@@ -1,11 +1,11 @@
 """Windows of tokens from a text file, for calibration and for measuring quality.
 
-    drawn = draw_windows(CALIBRATION_TEXT, encode, windows=64, length=512, seed=0)
+    drawn = draw_windows(CALIBRATION_TEXT, tokenizer, windows=64, length=512, seed=0)
     drawn.tokens   # int32 [windows, length]
     drawn.receipt  # which file, and where in it each window begins
 
-A file is JSONL with a field "text" in each row, or plain text; it may be of any size, because it is
-read once, row by row, and only the drawn windows are held. Two texts in the public domain ship in
+A file is JSONL with a field "text" or "messages" in each row, or plain text; it may be of any size,
+because it is read once, row by row, and only the drawn windows are held. Two texts in the public domain ship in
 `data/` (its SOURCES.md says which): one to calibrate on, and another to measure on.
 """
 
@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from lepton_jax.text import ChatTemplateError, Tokenizer
 
 CALIBRATION_TEXT = Path(__file__).parent / "data" / "calibration.txt"
 HELD_OUT_TEXT = Path(__file__).parent / "data" / "heldout.txt"
@@ -47,7 +49,7 @@ class _Piece(NamedTuple):
 
 def draw_windows(
     path: str | Path,
-    encode: Callable[..., Sequence[int]],
+    tokenizer: Tokenizer,
     *,
     windows: int,
     length: int,
@@ -56,9 +58,10 @@ def draw_windows(
     """`windows` windows of `length` tokens that don't overlap, each as likely as any other.
 
     Args:
-      path: `.jsonl` (a row is an object with a string "text"), anything else is plain text, UTF-8.
-      encode: of a `lepton_jax.text.Tokenizer`. What it puts in front of a text (bos) stands at
-        the beginning of every window, as it would in a prompt.
+      path: `.jsonl` (a row is an object with a string "text", or with "messages" and perhaps
+        "tools", which the chat template renders), anything else is plain text, UTF-8.
+      tokenizer: what it puts in front of a text (bos) stands at the beginning of every window, as
+        it would in a prompt.
       windows: how many.
       length: tokens of each, with what stands in front.
       seed: of the draw.
@@ -68,12 +71,12 @@ def draw_windows(
     """
     if windows < 1 or length < 2:
         raise ValueError(f"windows={windows} of length={length}: want at least 1 of 2 tokens")
-    path = Path(path)
+    path, encode = Path(path), tokenizer.encode
     front = _front(encode)
     generator, digest = np.random.default_rng(seed), hashlib.sha256()
     drawn: dict[int, tuple[int, list, list[int]]] = {}
     count = total = 0
-    for start, ids in _spans(_pieces(path, digest), encode, length - len(front)):
+    for start, ids in _spans(_pieces(path, digest, tokenizer), encode, length - len(front)):
         total += len(ids)
         if len(ids) < length - len(front):
             continue
@@ -131,7 +134,7 @@ def _spans(
         yield start, ids
 
 
-def _pieces(path: Path, digest) -> Iterator[_Piece]:
+def _pieces(path: Path, digest, tokenizer: Tokenizer) -> Iterator[_Piece]:
     """Rows of JSONL, or lines of plain text some thousand characters at a time."""
     start, lines, size = 1, [], 0
     with path.open("rb") as file:
@@ -140,7 +143,7 @@ def _pieces(path: Path, digest) -> Iterator[_Piece]:
             line = _decoded(raw, path, number)
             if path.suffix == ".jsonl":
                 if line.strip():
-                    yield _Piece(number, _text_of(line, path, number))
+                    yield _Piece(number, _text_of(line, f"{path}: row {number}", tokenizer))
                 continue
             start = number if not lines else start
             lines.append(line)
@@ -159,13 +162,23 @@ def _decoded(raw: bytes, path: Path, number: int) -> str:
         raise ValueError(f"{path}: line {number} is not UTF-8 ({error.reason})") from None
 
 
-def _text_of(line: str, path: Path, number: int) -> str:
+def _text_of(line: str, where: str, tokenizer: Tokenizer) -> str:
+    """A row's; of a conversation as the chat template writes it, but without a bos of its own."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: row {number} is not JSON: {error}") from None
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        raise ValueError(f"{where} is not JSON: {error}") from None
+    row = row if isinstance(row, dict) else {}
+    if isinstance(row.get("text"), str):
+        return row["text"] + "\n"
+    if "messages" not in row:
         raise ValueError(
-            f'{path}: row {number} has no string "text": want {{"text": "..."}} in each row'
+            f'{where} has no string "text" and no "messages": want {{"text": "..."}}, or '
+            '{"messages": [{"role": "user", "content": "..."}, ...]} for the chat template'
         )
-    return row["text"] + "\n"
+    try:
+        return tokenizer.render_chat(
+            row["messages"], row.get("tools"), add_generation_prompt=False, bos_token=""
+        )
+    except ChatTemplateError as error:
+        raise ValueError(f"{where}: {error}") from error

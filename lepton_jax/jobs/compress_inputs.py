@@ -112,7 +112,7 @@ def text_windows(
     """The windows of a section's text, or of the shipped one where it names none."""
     drawn = draw_windows(
         Path(section.text).expanduser() if section.text else shipped,
-        tokenizer.encode,
+        tokenizer,
         windows=section.windows,
         length=section.window_tokens,
         seed=section.seed,

@@ -56,8 +56,7 @@ class Accuracy:
     def _reference(self, dense: Loaded) -> quality.Reference:
         """The uncompressed model over held-out text."""
         length = min(_LENGTH, dense.config.max_position)
-        encode = self._tokenizer.encode
-        drawn = draw_windows(HELD_OUT_TEXT, encode, windows=_WINDOWS, length=length)
+        drawn = draw_windows(HELD_OUT_TEXT, self._tokenizer, windows=_WINDOWS, length=length)
         return quality.reference(dense.model, dense.leaves, drawn.tokens)
 
 

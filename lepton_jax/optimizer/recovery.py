@@ -53,7 +53,7 @@ def recover_model(
     student, teacher = _loaded(student), _loaded(teacher)
     drawn = draw_windows(
         Path(calibration.text).expanduser() if calibration.text else CALIBRATION_TEXT,
-        tokenizers.load(teacher.tokenizer_source).encode,
+        tokenizers.load(teacher.tokenizer_source),
         windows=section.windows,
         length=calibration.window_tokens,
         seed=calibration.seed,
