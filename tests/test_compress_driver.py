@@ -361,6 +361,12 @@ def test_mistakes_are_named_before_anything_is_written(model, tmp_path):
             config(compression=CompressionSection(smooth="smoothquant")),
             "compression.smooth='smoothquant' changes nothing here",
         ),
+        (
+            dict(preset="int8"),
+            config(compression=CompressionSection(candidates=("weights=int8",))),
+            r"candidates=\('weights=int8',\) changes nothing here, it is for auto_bytes and",
+        ),
+        (dict(preset="w8a8"), config(calibration=calibration), r"text='.*short.txt' changes not"),
         (dict(preset="int8"), config(recovery=RecoverySection(train="lora")), "no weight of a lay"),
         (dict(preset="int8"), config(mesh=MeshSection(model=2)), "mesh.model=2: compress works on"),
         (dict(preset="int8"), config(engine=EngineSection(speculation="draft")), "take off or loo"),
@@ -388,6 +394,20 @@ def test_mistakes_are_named_before_anything_is_written(model, tmp_path):
         with pytest.raises(ValueError, match=says):
             compress(model, tmp_path / "out", config=settings, **recipe)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"preset": "int8", "alpha": 0.7}, "alpha=0.7 changes nothing here, it is for smooth="),
+        ({"preset": "int8", "act_order": True}, "act_order=True changes nothing here"),
+        ({"damp": 0.1}, "damp=0.1 changes nothing here"),
+        ({"preset": "int8", "candidates": ("weights=int8",)}, "candidates=.* changes nothing here"),
+    ],
+)
+def test_loading_refuses_options_that_change_nothing(model, fields, says):
+    with pytest.raises(ValueError, match=rf"compression\.{says}"):
+        LeptonEngine().load_model(model, config=RunConfig(compression=CompressionSection(**fields)))
 
 
 def test_outputs_that_exist_are_left_alone(model, whole, tmp_path):

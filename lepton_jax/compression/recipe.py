@@ -83,6 +83,11 @@ class Recipe:
             raise ValueError(
                 f"compression.{automatic} finds the rules itself: drop compression.preset and rules"
             )
+        if not automatic and section.candidates != CompressionSection().candidates:
+            raise ValueError(
+                f"compression.candidates={section.candidates} changes nothing here, it is for "
+                "auto_bytes and auto_kl: give one of them, or leave it out"
+            )
         return dataclasses.replace(
             recipe, options=options, structure=structure, automatic=automatic
         )

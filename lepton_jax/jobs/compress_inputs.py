@@ -28,7 +28,7 @@ from lepton_jax.compression.presets import compress_specs, scheme_of_each
 from lepton_jax.compression.recipe import Recipe
 from lepton_jax.compression.structure import planned_model
 from lepton_jax.compression.trainable import trained_values
-from lepton_jax.config import CalibrationSection, ReceiptSection, RunConfig
+from lepton_jax.config import CalibrationSection, ReceiptSection, RunConfig, recipe_sections
 from lepton_jax.jobs import measures
 from lepton_jax.models.build import Model
 from lepton_jax.telemetry import scalar_writers
@@ -75,10 +75,17 @@ def require_fit(config: RunConfig, recipe: Recipe, model: Model) -> None:
 
 
 def require_texts(config: RunConfig, model: Model, *, calibrated: bool) -> None:
-    """Raises ValueError where texts are too short, windows longer than the model's context, or
-    quality would be measured on text that compression saw.
+    """Raises ValueError where texts are too short or nothing reads them, windows longer than the
+    model's context, or quality would be measured on text that compression saw.
     """
     asked, recovers = config.receipt, config.recovery.train != "none"
+    swept = [recipe_sections(*recipe)[1].train for recipe in config.sweep.recipes.items()]
+    if config.calibration.text and not calibrated and {*swept, config.recovery.train} == {"none"}:
+        raise ValueError(
+            f"calibration.text={config.calibration.text!r} changes nothing here, it is for "
+            "calibrated recipes (rounding=gptq, prune=wanda or sparsegpt, activations=static, "
+            "smooth, structured pruning, auto_bytes or auto_kl) and recovery: leave it out"
+        )
     tokens = measures.longest_texts(asked) if asked.compare else {}
     if calibrated or recovers:
         tokens["calibration.window_tokens"] = config.calibration.window_tokens
