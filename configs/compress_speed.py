@@ -20,6 +20,8 @@ def get_config(arg=None):
         "w8a8": {"preset": "w8a8"},
         "int8-g32": {"rules": (".* -> weights=int8 group=32",)},
         "tiles-50": _layers(f"{pruned} pattern=64x32"),
+        "2of4": _layers("weights=keep prune=magnitude pattern=2:4 storage=sparse"),
+        "bitmask-50": _layers(pruned),
         "ffn-50": {"keep_ffn": 0.5},
         "drop-10": {"drop_layers": 10},
     }

@@ -237,8 +237,8 @@ class CompressionSection:
 class CalibrationSection:
     text: str = _doc(
         "",
-        'text to calibrate on, or .jsonl with "text" or "messages" in each row; empty: the one that '
-        "ships",
+        'text to calibrate on, or .jsonl with "text" or "messages" in each row; empty: the one '
+        "that ships",
     )
     windows: int = _doc(64, "windows that are drawn from it")
     window_tokens: int = _doc(512, "tokens in a window, which starts afresh")

@@ -1,5 +1,6 @@
 """Measured sensitivities against the KL that compressing one weight alone really makes."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,11 +12,14 @@ from engine_reference import tiny
 
 from lepton_jax.checkpoints.load import load
 from lepton_jax.compression.allocate import allocate
+from lepton_jax.compression.automatic import choose
 from lepton_jax.compression.calibration_data import CALIBRATION_TEXT, HELD_OUT_TEXT, draw_windows
 from lepton_jax.compression.leaf import compress_weight
+from lepton_jax.compression.recipe import Recipe, scheme_text
 from lepton_jax.compression.rules import weights_of
 from lepton_jax.compression.scheme import Scheme
 from lepton_jax.compression.sensitivity import measure_sensitivity
+from lepton_jax.config import CompressionSection
 from lepton_jax.text import load as load_tokenizer
 
 SCHEMES = (Scheme(), Scheme("int4", group=8))
@@ -69,6 +73,21 @@ def test_a_scheme_that_does_not_fit_names_the_weight():
     scheme = Scheme(weights="keep", prune="magnitude", pattern="192x32", sparsity=0.5)
     with pytest.raises(ValueError, match=r"^embed: .*192x32"):
         measure_sensitivity(model, leaves, tokens, (scheme,))
+
+
+def test_a_budget_in_kl_is_met_with_the_fewest_bytes():
+    model, leaves = tiny("llama", layers=2)
+    leaves = dict(zip(model.specs, leaves, strict=True))
+    tokens = np.random.default_rng(0).integers(3, model.config.vocab_size, (4, 16), np.int32)
+    known, sizes = measure_sensitivity(model, leaves, tokens, SCHEMES), []
+    least, most = known.kl.min(1).sum(), known.kl.max(1).sum()
+    for budget in (least, (least * most) ** 0.5, most):
+        section = CompressionSection(auto_kl=budget, candidates=tuple(map(scheme_text, SCHEMES)))
+        automatic = dataclasses.replace(Recipe.from_config(section).automatic, known=known)
+        found = choose(model, leaves, tokens, automatic, dense=model)
+        assert found.kl <= budget * (1 + 1e-9)
+        sizes.append(found.bytes)
+    assert sizes[0] > sizes[1] > sizes[2]
 
 
 @pytest.mark.slow

@@ -45,6 +45,23 @@ def test_readmes_table_of_plans_is_what_its_script_prints():
     assert script["line"](other, plan, program).count("|") == script["HEAD"].count("|")
 
 
+def test_leaves_are_measured_beside_the_dense_one(capsys):
+    script = runpy.run_path(str(SCRIPTS / "bench_leaves.py"))
+    script["main"](["--shapes=128x256", "--rows=1,2", "--rounds=2", "--mib=0.2"])
+    head, _, *rows = capsys.readouterr().out.splitlines()
+    assert head == "| outputs x inputs | weight | bytes | ms, rows=1 | ms, rows=2 |"
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [cell[1] for cell in cells] == list(script["LEAVES"])
+    assert {cell[0] for cell in cells} == {"128x256"}
+    share = {name: float(bytes_) for _, name, bytes_, *_ in cells}
+    assert share["float32"] == 1 and share["int8"] == pytest.approx(0.25 + 1 / 256, abs=1e-3)
+    assert share["2:4"] == pytest.approx(0.5 + 1 / 32, abs=1e-3)  # and 2 bits of 32 for each kept
+    assert all(cell.endswith(" (1.00)") for cell in cells[0][3:])
+    with pytest.raises(SystemExit, match="2"):
+        script["main"](["--shapes=128x250", "--leaf=2:4=weights=keep prune=magnitude pattern=2:4"])
+    assert "128x250: pattern 2:4 does not divide 250 inputs" in capsys.readouterr().err
+
+
 def in_environment(venv, call, **variables):
     """Runs a function of environment.sh on a virtual environment; what its python was asked for."""
     python, asked = venv / "bin" / "python", venv / "asked"

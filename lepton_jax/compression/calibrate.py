@@ -65,8 +65,9 @@ def compress_layers(
 
     Returns:
       The same leaves, with norms, biases and routers that smoothing changed, and by path of each
-      compressed weight: "weight", the change's norm relative to the weight's; "product", that of its product
-      with the calibration inputs, where they were gathered; "exponent" of smoothing, where done.
+      compressed weight: "weight", the change's norm relative to the weight's; "product", that of
+      its product with the calibration inputs, where they were gathered; "exponent" of smoothing,
+      where done.
 
     Raises ValueError naming the rule where a method doesn't suit a weight, and naming the weight
     where it is no dense array or the result is not finite.

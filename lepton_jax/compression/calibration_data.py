@@ -5,8 +5,8 @@
     drawn.receipt  # which file, and where in it each window begins
 
 A file is JSONL with a field "text" or "messages" in each row, or plain text; it may be of any size,
-because it is read once, row by row, and only the drawn windows are held. Two texts in the public domain ship in
-`data/` (its SOURCES.md says which): one to calibrate on, and another to measure on.
+because it is read once, row by row, and only the drawn windows are held. Two texts in the public
+domain ship in `data/` (its SOURCES.md says which): one to calibrate on, and another to measure on.
 """
 
 import dataclasses
