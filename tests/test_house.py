@@ -39,6 +39,7 @@ ROOMS = [
     "html",
     "telemetry",
     "config compat compile_cache host_memory whole_file",
+    "config_compression",
     "config_jobs",
     "config_fields",
 ]
