@@ -44,8 +44,9 @@ _CONSTRAINTS = ("choices", "regex", "json_schema")  # of which an answer has one
 class ModelSection:
     path: str = _doc(
         "",
-        "Hugging Face directory, .gguf file, our Orbax directory, hf:org/name, or demo:smollm2; to "
-        "plan also a config.json or published:NAME, such as published:llama-3.1-8b",
+        "Hugging Face directory, .gguf file, our Orbax directory, hf:org/name, "
+        "hf:org/name/file.gguf, or demo:smollm2; to plan also a config.json or published:NAME, "
+        "such as published:llama-3.1-8b",
     )
     dtype: str = _doc(
         "auto",

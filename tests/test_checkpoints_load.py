@@ -277,7 +277,7 @@ def test_fingerprint(tmp_path):
 def test_paths_of_no_known_kind(tmp_path):
     for name in ("x.bin", "w.safetensors"):
         (tmp_path / name).write_bytes(b"x")
-    forms = "a Hugging Face directory .*a .gguf file.*hf:org/name, demo:smollm2, demo:gemma3-270m"
+    forms = "a Hugging Face directory .*a .gguf file.*hf:org/name, .*demo:smollm2, demo:gemma3-270m"
     for path, fault in (
         (tmp_path / "nowhere", rf"nowhere' doesn't exist; accepted are {forms}"),
         ("", rf"'' doesn't exist; accepted are {forms}"),
@@ -309,7 +309,16 @@ def test_hub(tmp_path, monkeypatch):
                 raise RuntimeError("404")
             return str(folder)
 
+        @staticmethod
+        def hf_hub_download(name, file):
+            assert (name, file) == ("org/tiny-GGUF", "q8/m.gguf")
+            return str(make.gguf_file(tmp_path / "m.gguf"))
+
     monkeypatch.setitem(sys.modules, "huggingface_hub", Hub)
+    assert load("hf:org/tiny-GGUF/q8/m.gguf").tokenizer_source == tmp_path / "m.gguf"
+    for path in ("hf:tiny", "hf:org/", "hf:org/tiny/config.json", "hf:tiny.gguf"):
+        with pytest.raises(CheckpointError, match="must be hf:org/name or hf:org/name/file.gguf"):
+            load(path)
     assert load("hf:org/tiny").tokenizer_source == folder
     assert asked["name"] == "org/tiny" and "*.safetensors" in asked["allow_patterns"]
     with pytest.raises(CheckpointError, match=r"'hf:org/gone' can't be fetched: RuntimeError: 404"):

@@ -46,7 +46,7 @@ def load(
 
     Args:
       path: a Hugging Face directory, a `.gguf` file, a directory saved by `orbax_store.save`,
-        `hf:org/name`, or `demo:NAME` for a key of `demo.DEMO_MODELS`.
+        `hf:org/name`, `hf:org/name/file.gguf`, or `demo:NAME` for a key of `demo.DEMO_MODELS`.
       dtype: of the weights: "float32", "bfloat16", "float16" (not on a TPU) or "auto": float32 on
         a CPU, else the checkpoint's own, which is bfloat16 for quantized GGUF; a saved directory's
         own on a CPU too. Norm scales and RoPE factors are always float32, and of compressed

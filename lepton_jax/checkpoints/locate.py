@@ -17,7 +17,7 @@ from lepton_jax.checkpoints.errors import CheckpointError
 MANIFEST_NAME = "manifest.json"
 ACCEPTED = (
     "a Hugging Face directory (config.json and .safetensors), a .gguf file, a directory that "
-    "lepton_jax saved (manifest.json), hf:org/name, "
+    "lepton_jax saved (manifest.json), hf:org/name, hf:org/name/file.gguf, "
     + ", ".join(f"demo:{name}" for name in DEMO_MODELS)
 )
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
@@ -33,6 +33,8 @@ def locate(path: str | os.PathLike) -> tuple[str, Path]:
     if text.startswith("demo:"):
         return "gguf", demo_model(text.removeprefix("demo:"))
     if text.startswith("hf:"):
+        if text.endswith(".gguf"):
+            return "gguf", _from_hub(text, lambda hub, name, file: hub.hf_hub_download(name, file))
         return "hf", _from_hub(text, _snapshot)
     if text.startswith("published:"):
         raise CheckpointError(
@@ -87,20 +89,21 @@ def _directory_kind(place: Path) -> str:
 
 def hub_config(path: str) -> Path:
     """The config.json of an `hf:org/name`, fetched without the weights. Raises CheckpointError."""
-    return _from_hub(path, lambda hub, name: hub.hf_hub_download(name, "config.json"))
+    return _from_hub(path, lambda hub, name, _: hub.hf_hub_download(name, "config.json"))
 
 
-def _snapshot(hub: Any, name: str) -> str:
+def _snapshot(hub: Any, name: str, _: str) -> str:
     # Some repositories repeat the weights in another layout under consolidated*.
     patterns = dict(allow_patterns=_HUB_FILES, ignore_patterns=["consolidated*"])
     return hub.snapshot_download(name, **patterns)
 
 
-def _from_hub(path: str, fetch: Callable[[Any, str], str]) -> Path:
-    """What `fetch` makes of huggingface_hub and the name of an `hf:org/name`."""
-    name = path.removeprefix("hf:")
-    if name.count("/") != 1 or not all(name.split("/")):
-        raise CheckpointError(f"model path {path!r} must be hf:org/name")
+def _from_hub(path: str, fetch: Callable[[Any, str, str], str]) -> Path:
+    """What `fetch` makes of huggingface_hub, the org/name of a path and the file that it names."""
+    parts = path.removeprefix("hf:").split("/")
+    if not all(parts) or not (len(parts) == 2 or (len(parts) > 2 and path.endswith(".gguf"))):
+        raise CheckpointError(f"model path {path!r} must be hf:org/name or hf:org/name/file.gguf")
+    name, file = "/".join(parts[:2]), "/".join(parts[2:])
     try:
         import huggingface_hub
     except ImportError as error:
@@ -109,7 +112,7 @@ def _from_hub(path: str, fetch: Callable[[Any, str], str]) -> Path:
             "a directory that you fetched yourself"
         ) from error
     try:
-        return Path(fetch(huggingface_hub, name))
+        return Path(fetch(huggingface_hub, name, file))
     except Exception as error:  # the hub's client raises errors of several HTTP libraries
         said = " ".join(str(error).split())[:300].rstrip(".")  # of several lines
         raise CheckpointError(

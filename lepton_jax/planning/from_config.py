@@ -173,9 +173,9 @@ def _hf_values(path: str) -> dict[str, Any] | None:
     """The values of a config.json; None where the model is something else."""
     if path.startswith("published:"):
         return hf_values(path.removeprefix("published:"))
-    if path.startswith("hf:"):
+    if path.startswith("hf:") and not path.endswith(".gguf"):
         return read_json(hub_config(path))
-    if path.startswith("demo:") or not path:
+    if path.startswith(("demo:", "hf:")) or not path:
         return None
     place = local_path(path)
     if place.suffix == ".json":
