@@ -466,6 +466,10 @@ class LeptonEngine:
         source = checkpoints.tokenizer_source(path)
         self.tokenizer = tokenizers.load(config.model.tokenizer or source)
         self.tokenizer.set_chat_variables(config.model.chat_variables)
+        if not platform:  # they share machines: as if all were on one
+            share = config.engine.cache_share / self._config.pool.ray
+            engine = dataclasses.replace(config.engine, cache_share=share)
+            config = dataclasses.replace(config, engine=engine)
         self._actors = RayActors(self._config.pool, functools.partial(_load, config))
         self.loaded = checkpoints.Loaded(
             config=model.config,

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lepton_jax.api import LeptonEngine
+from lepton_jax.checkpoints.loaded import digest
 from lepton_jax.config import (
     CompressionSection,
     EngineSection,
@@ -104,8 +105,10 @@ class LeptonLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """Names lm_eval's cache of requests."""
-        return f"lepton_jax_{self.lepton.fingerprint}"
+        """Names lm_eval's cache of requests, by all that prompts come of."""
+        model = self.lepton.config.model
+        prompts = digest([model.tokenizer, dict(model.chat_variables)])
+        return f"lepton_jax_{self.lepton.fingerprint}_{prompts}"
 
     def chat_template(self, chat_template: bool | str = False) -> str:
         """The template as a text. There is one, so its name can't be chosen."""

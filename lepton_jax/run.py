@@ -82,7 +82,7 @@ def _run(config: RunConfig, hosts: "Hosts") -> int:
         cost = report.ModelCost.of(loaded.model, loaded.bytes, devices=devices, **stored)
         stats = lepton.engine.stats()
         decisions = lepton.feedback.decisions if lepton.feedback else []
-        turned = lepton.feedback.count if lepton.feedback else 0
+        turned = lepton.feedback.count if lepton.feedback else None if config.pool.ray else 0
     if not hosts.first:
         return 0
     told = tuning.account(profile, cli.given_fields(), config=config, decisions=turned)

@@ -61,7 +61,7 @@ def test_a_sweep_goes_on_where_it_stopped(model, tmp_path, monkeypatch):
     assert list(found) == ["int8", "int4"]
     assert found["int8"]["quality"]["kl"]["value"] < found["int4"]["quality"]["kl"]["value"]
     table = json.loads((tmp_path / "sweep" / "table.json").read_text())
-    assert [row["recipe"] for row in table] == ["dense", "int8", "int4"]
+    assert [row["recipe"] for row in table] == ["dense", "w8a8", "int8", "int4"]
     assert job.table().splitlines()[3].startswith("| int8")
     assert "decode time" not in job.table()  # nothing was timed
     assert "Pareto" in (tmp_path / "sweep" / "pareto.html").read_text()
@@ -89,10 +89,12 @@ def test_a_recipe_that_fails_is_told_and_the_others_go_on(model, tmp_path, monke
     def fails(config, recipe, dense, *, progress):
         if recipe.title == "int8":
             raise ValueError("embed|head:\nnot finite")
+        if recipe.title == "w8a8":
+            raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
         return real(config, recipe, dense, progress=progress)
 
     monkeypatch.setattr("lepton_jax.jobs.sweep.compress", fails)
-    sweep = SweepSection(recipes={"w8a8": {"preset": "w8a8"}} | RECIPES, only="int8,int4")
+    sweep = SweepSection(recipes={"w8a8": {"preset": "w8a8"}} | RECIPES, only="w8a8,int8,int4")
     settings = RunConfig(
         model=ModelSection(path=str(model)),
         receipt=QUICK,
@@ -104,9 +106,15 @@ def test_a_recipe_that_fails_is_told_and_the_others_go_on(model, tmp_path, monke
     text = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[0].strip("| ") for line in text[2:-1]] == ["dense", "int8", "int4"]
     assert text[0].rstrip("| ").endswith("| failed")
-    assert text[3].endswith(r"| embed\|head: not finite |")
+    assert "RESOURCE_EXHAUSTED" in text[3]
+    assert text[4].endswith(r"| embed\|head: not finite |")
     table = json.loads((tmp_path / "sweep" / "table.json").read_text())
-    assert [row["failed"] for row in table] == ["", "embed|head: not finite", ""]
+    assert [row["failed"] for row in table] == [
+        "",
+        "RESOURCE_EXHAUSTED: out of memory",
+        "embed|head: not finite",
+        "",
+    ]
     assert sorted(p.name for p in (tmp_path / "sweep").iterdir() if p.is_dir()) == ["int4"]
     monkeypatch.setattr("lepton_jax.jobs.sweep.compress", real)
     again = dataclasses.replace(settings, sweep=dataclasses.replace(sweep, only=("int8",)))

@@ -1,5 +1,6 @@
 """Windows of tokens from text: what is drawn, what the receipt says, which texts are refused."""
 
+import datetime
 import json
 
 import numpy as np
@@ -55,6 +56,22 @@ def test_all_windows_of_a_text_are_all_its_text(tmp_path):
     drawn = draw_windows(path, Characters(), windows=5, length=5)
     assert "".join(map(chr, drawn.tokens.reshape(-1))) == "abcdefg\n\nhij\nklmnopqrstu\n"
     assert drawn.receipt["starts"] == [[1, 0], [1, 5], [3, 1], [4, 2], [4, 7]]
+
+
+def test_windows_of_conversations_are_the_same_on_each_day(tmp_path):
+    asked = []
+
+    class Dated(Characters):
+        now = None
+
+        def render_chat(self, messages, tools=None, **variables):
+            asked.append(self.now)
+            return super().render_chat(messages, tools, **variables)
+
+    file, tokenizer = tmp_path / "chats.jsonl", Dated()
+    file.write_text(json.dumps({"messages": [{"role": "user", "content": "ab" * 20}]}) + "\n")
+    draw_windows(file, tokenizer, windows=1, length=8)
+    assert set(asked) == {datetime.datetime(2026, 1, 1)} and tokenizer.now is None
 
 
 def test_conversations_are_rendered_by_the_chat_template(tmp_path):

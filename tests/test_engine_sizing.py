@@ -38,8 +38,8 @@ def test_a_host_gives_the_cache_a_quarter_of_its_memory(monkeypatch):
     monkeypatch.setattr(sizing.jax, "local_device_count", lambda platform: 2)
     host = types.SimpleNamespace(platform="cpu", memory_stats=lambda: None)
     assert cache_budget(host, 10 * GIB) == (8 * GIB, GIB)
-    assert cache_budget(host, 52 * GIB) == (int(0.9 * 64 * GIB) - 52 * GIB, GIB)
-    assert cache_budget(host, 60 * GIB) == (GIB, GIB)
+    assert cache_budget(host, 26 * GIB) == (int(0.9 * 64 * GIB) // 2 - 26 * GIB, GIB)
+    assert cache_budget(host, 30 * GIB) == (GIB, GIB)
     stats = {"bytes_limit": 100 * GIB, "bytes_in_use": 30 * GIB}
     device = types.SimpleNamespace(platform="gpu", memory_stats=lambda: stats)
     assert cache_budget(device, 10 * GIB) == (60 * GIB, 60 * GIB)

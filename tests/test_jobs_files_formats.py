@@ -198,9 +198,12 @@ def test_a_template_makes_prompts_of_a_table(tmp_path, ending):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     else:
         path.write_text(csv_of(rows, list(rows[0])))
-    job = {"template": "{shop}: {sold} ({choices})", "columns": "id=shop,shop"}
-    config = job_config(path, tmp_path / "out.jsonl", **job)
-    output, _ = run_job(config, mode=mode_for(config))
+    template, outputs = "{shop}: {sold} ({choices})", []
+    for columns in ("id=shop", "id=shop,shop"):
+        config = job_config(path, tmp_path / "out.jsonl", template=template, columns=columns)
+        output, _ = run_job(config, mode=mode_for(config))
+        outputs.append(output.read_text())
+    assert outputs[0] == outputs[1]
     first, second = json_rows(output.read_text())
     assert (first["id"], first["text"]) == ("North", "North: 95 (up or dow")
     assert second["id"] == "South" and "has no 'sold'" in second["error"]["message"]

@@ -224,7 +224,7 @@ def test_a_job_of_the_first_rows_can_go_on_to_all(tmp_path, source, order):
         go_on(7, MortalEngine(12))
     with pytest.raises(JobError, match="job.limit was 7, is 0"):
         go_on(0, exact=True)
-    with pytest.raises(JobError, match="doesn't fit the input at row"):
+    with pytest.raises(JobError, match="job.limit=.*has row .*: raise it, or start over"):
         go_on(1)
     with pytest.raises(Killed):
         go_on(20, MortalEngine(12))

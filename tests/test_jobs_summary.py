@@ -70,7 +70,7 @@ def test_what_speculation_gave():
     assert "100 of 400 proposed tokens accepted (25%), 1.50 tokens a step" in text
     assert "speculation" not in summary_text(summarize(Tally(), STATS, cost=COST, output="out"))
     asked = dict(cost=COST, output="out", speculation="lookup")
-    assert "lookup stayed off, it didn't pay" in summary_text(summarize(Tally(), STATS, **asked))
+    assert "lookup proposed nothing" in summary_text(summarize(Tally(), STATS, **asked))
     assert "speculation" not in summary_text(summarize(Tally(), {}, **asked))  # nothing decoded
 
 

@@ -56,7 +56,6 @@ def chosen(seconds: list[float], memory: list[int], **options) -> list[float]:
         ([2.0, 1.0, 1.29, 1.31], [1, 1, 1, 1], [1.0, 1.29]),
         ([1.0, 1.0, 1.0, 1.0], [1, 1, 1, 1], [1.0, 1.0, 1.0]),
         ([1.0, 1.05, 1.1], [6, 5, 4], [1.0, 1.1]),  # the second has no room beside the first
-        ([1.0, 1.05, 1.1], [11, 5, 5], [1.05, 1.1]),
         ([1.0], [1], [1.0]),
         ([], [], []),
     ],
@@ -76,10 +75,11 @@ def search(tmp_path_factory):
         optimizer=OptimizerSection(trials=2, repeats=1),
     )
 
-    def make(**options) -> Search:
+    def make(asked=config.optimizer, **options) -> Search:
         accuracy = Accuracy(tokenizer, Path("none"), "none")
         shared = dict(accuracy=accuracy, given=GIVEN, margin=math.inf)
-        return Search(config, REQUESTS, tokenizer, **(shared | options))
+        goal = dataclasses.replace(config, optimizer=asked)
+        return Search(goal, REQUESTS, tokenizer, **(shared | options))
 
     return make
 
@@ -134,6 +134,16 @@ def test_they_may_turn_the_order_round(search, all_are_close, monkeypatch):
     best = search().run().best
     assert dict(best.candidate.fields)["engine.rows"] == before[-1] != before[0]
     assert best.score == best.trial.seconds == 1.0
+
+
+def test_what_took_no_turns_does_not_win_by_its_old_time(search, all_are_close, monkeypatch):
+    def take(finalists, *_, **__):
+        return [dataclasses.replace(one.trial, seconds=1e6) for one in finalists]
+
+    monkeypatch.setattr(turns, "_MOST", 2)
+    monkeypatch.setattr(searching, "take_turns", take)
+    found = search(OptimizerSection(trials=3, repeats=1)).run()
+    assert len(found.tried) == 3 and found.best.score == 1e6
 
 
 def test_what_is_far_from_the_best_takes_none(search, monkeypatch):

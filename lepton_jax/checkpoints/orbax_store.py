@@ -120,6 +120,14 @@ def _write(folder: Path, loaded: Loaded) -> None:
     (folder / MANIFEST_NAME).write_text(json.dumps(manifest.to_json(), indent=1) + "\n")
 
 
+def disk_bytes(folder: Path) -> int:
+    """Of what `save` wrote to a directory; other files in it don't count."""
+    saved = [folder / MANIFEST_NAME]
+    for name in (_LEAVES, _TOKENIZER):
+        saved += [file for file in (folder / name).rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in saved)
+
+
 def new_directory(path: str | os.PathLike) -> Path:
     """The absolute path of a directory to be written. Raises CheckpointError where it exists or is
     on no disk of this machine.

@@ -9,7 +9,9 @@ because it is read once, row by row, and only the drawn windows are held. Two te
 domain ship in `data/` (its SOURCES.md says which): one to calibrate on, and another to measure on.
 """
 
+import copy
 import dataclasses
+import datetime
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +24,7 @@ from lepton_jax.text import ChatTemplateError, Tokenizer
 
 CALIBRATION_TEXT = Path(__file__).parent / "data" / "calibration.txt"
 HELD_OUT_TEXT = Path(__file__).parent / "data" / "heldout.txt"
+_NOW = datetime.datetime(2026, 1, 1)  # for chat templates: windows are the same on each day
 _PIECE = 4096  # characters of plain text that are tokenized at once
 
 
@@ -71,7 +74,8 @@ def draw_windows(
     """
     if windows < 1 or length < 2:
         raise ValueError(f"windows={windows} of length={length}: want at least 1 of 2 tokens")
-    path, encode = Path(path), tokenizer.encode
+    path, tokenizer = Path(path), copy.copy(tokenizer)
+    tokenizer.now, encode = _NOW, tokenizer.encode
     front = _front(encode)
     generator, digest = np.random.default_rng(seed), hashlib.sha256()
     drawn: dict[int, tuple[int, list, list[int]]] = {}

@@ -37,7 +37,7 @@ VERSION = 3
 _KEYS = (
     "fingerprint", "weights_sha256", "source", "recipe", "measure", "size", "weights", "quality",
     "greedy_prefix", "speed", "held_out", "calibration", "structured", "recovery",
-    "sensitivity", "kv", "engine", "environment", "digest",
+    "sensitivity", "kv", "engine", "environment", "digest", "page_sha256",
 )  # fmt: skip
 PHASES = ("decode", "prefill")  # that are timed
 NONE_SAVED = "none saved"

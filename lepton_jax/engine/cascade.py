@@ -53,10 +53,9 @@ class CascadeEngine:
 
     def stats(self) -> Mapping[str, Any]:
         """Sums of both engines' counts and seconds."""
-        mine, theirs = self.compressed.stats(), self.dense.stats()
-        return {
-            name: mine[name] + theirs[name] for name in mine if isinstance(mine[name], int | float)
-        }
+        both = [self.compressed.stats(), self.dense.stats()]  # a pool without a beat has none
+        names = [n for each in both for n, value in each.items() if isinstance(value, int | float)]
+        return {name: sum(each.get(name, 0) for each in both) for name in names}
 
     def close(self) -> None:
         """Closes both."""

@@ -72,7 +72,7 @@ class Engine:
         backend = backend_for(placement.devices[0].platform)
         compressed = any(isinstance(leaf, CompressedTensor) for leaf in leaves)
         kv_dtype = kv_dtype_of(section, model.specs["embed"].dtype, compressed=compressed)
-        planned = cache_budget(placement.first, _nbytes(leaves))
+        planned = cache_budget(placement.first, _nbytes(leaves) // len(placement.devices))
         budget = [int(section.cache_share * most) for most in planned]
         self._sync, budget = sync, sync.share(budget) if sync else budget
         sizes = plan_sizes(

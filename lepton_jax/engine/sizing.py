@@ -29,15 +29,15 @@ _DEFAULT_MAX_LEN = 4096
 
 
 def cache_budget(device: jax.Device, weights: int) -> tuple[int, int]:
-    """Bytes that the cache may take on a device that holds its weights, of so many bytes: at most,
-    and where no request is known.
+    """Bytes that the cache may take on a device that holds its part of the weights, of so many
+    bytes: at most, and where no request is known. Devices of a host are taken to hold as much each.
     """
     memory = device.memory_stats()
     if memory and "bytes_limit" in memory:
         free = int(DEVICE_SHARE * memory["bytes_limit"] - memory.get("bytes_in_use", 0))
         return free, free
     total, sharers = psutil.virtual_memory().total, jax.local_device_count(device.platform)
-    unknown, free = int(_UNKNOWN_SHARE * total), int(DEVICE_SHARE * total) - weights
+    unknown, free = int(_UNKNOWN_SHARE * total), int(DEVICE_SHARE * total) // sharers - weights
     return max(unknown, min(int(_HOST_SHARE * total) // sharers, free)), unknown
 
 

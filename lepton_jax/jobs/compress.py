@@ -11,6 +11,7 @@ dense model, `verify.py` measures again. The methods are in `lepton_jax/compress
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ import numpy as np
 from lepton_jax import compile_cache
 from lepton_jax.checkpoints import load as checkpoints
 from lepton_jax.checkpoints.loaded import Loaded
-from lepton_jax.checkpoints.orbax_store import new_directory, save
+from lepton_jax.checkpoints.orbax_store import disk_bytes, new_directory, save
 from lepton_jax.compression import quality, receipt, receipt_page
 from lepton_jax.compression.calibration_data import HELD_OUT_TEXT
 from lepton_jax.compression.presets import scheme_of_each
@@ -114,6 +115,7 @@ def measure_dense(config: RunConfig, progress: Progress) -> Dense:
     source = {
         "path": config.model.path,
         "tokenizer": config.model.tokenizer,
+        "chat_variables": dict(config.model.chat_variables),
         "fingerprint": checkpoints.identify(config.model.path),
         "dtype": np.dtype(model.dtype).name,
     }
@@ -138,7 +140,7 @@ def measure_dense(config: RunConfig, progress: Progress) -> Dense:
         reference,
         measures.measure(
             loaded,
-            _with_wide_cache(config.engine),
+            _with_own_cache(config.engine),
             asked=asked,
             windows=windows,
             progress=stage(progress, "dense in the engine"),
@@ -228,9 +230,11 @@ def write(output: Path, made: Compressed) -> receipt.Receipt:
 
 
 def write_receipt(folder: Path, final: receipt.Receipt) -> None:
-    """Both forms of a receipt."""
+    """Both forms of a receipt, which gets the page's digest."""
+    page = receipt_page.page(final)
+    final["page_sha256"] = hashlib.sha256(page.encode()).hexdigest()
     (folder / receipt.NAME).write_text(receipt.to_text(final), encoding="utf-8")
-    (folder / receipt_page.NAME).write_text(receipt_page.page(final), encoding="utf-8")
+    (folder / receipt_page.NAME).write_text(page, encoding="utf-8")
 
 
 def _measured(config: RunConfig, dense: Dense, loaded: Loaded, *, size: dict, progress: Progress):
@@ -286,10 +290,9 @@ def measure_kv(
     return {"dtype": dtype} | found.as_dict()
 
 
-def _with_wide_cache(engine: EngineSection) -> EngineSection:
-    """The dense model's engine: an 8-bit cache is part of what is measured, not of the measure."""
-    narrow = engine.kv_dtype in QUANTIZED
-    return dataclasses.replace(engine, kv_dtype="auto") if narrow else engine
+def _with_own_cache(engine: EngineSection) -> EngineSection:
+    """The dense model's engine: the cache's dtype is measured, and no part of the measure."""
+    return dataclasses.replace(engine, kv_dtype="auto")
 
 
 def prefix_row(
@@ -301,10 +304,3 @@ def prefix_row(
     lengths = [quality.common_prefix(a, b) for a, b in zip(ours, theirs, strict=True)]
     row = quality.estimate(lengths, seed=seed).as_dict()
     return row | {"of": len(ours[0]), "prompts": len(ours)}
-
-
-def disk_bytes(folder: Path) -> int:
-    """Of a checkpoint's files without its receipt."""
-    files = [file for file in folder.rglob("*") if file.is_file()]
-    receipts = (receipt.NAME, receipt_page.NAME)
-    return sum(file.stat().st_size for file in files if file.name not in receipts)

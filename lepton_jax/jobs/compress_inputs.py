@@ -79,8 +79,16 @@ def require_texts(config: RunConfig, model: Model, *, calibrated: bool) -> None:
     model's context, or quality would be measured on text that compression saw.
     """
     asked, recovers = config.receipt, config.recovery.train != "none"
-    swept = [recipe_sections(*recipe)[1].train for recipe in config.sweep.recipes.items()]
-    if config.calibration.text and not calibrated and {*swept, config.recovery.train} == {"none"}:
+    swept = [recipe_sections(*recipe) for recipe in config.sweep.recipes.items()]
+    read = (
+        calibrated
+        or recovers
+        or any(
+            Recipe.from_config(compression).calibrated or recovery.train != "none"
+            for compression, recovery, _ in swept
+        )
+    )
+    if config.calibration.text and not read:
         raise ValueError(
             f"calibration.text={config.calibration.text!r} changes nothing here, it is for "
             "calibrated recipes (rounding=gptq, prune=wanda or sparsegpt, activations=static, "

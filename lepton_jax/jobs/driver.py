@@ -201,7 +201,12 @@ class Job:
         for place, done in self.output.done_rows():
             row = next(rows, None) if rows else None
             fits = row is not None and str(row.id) == str(self._framing.row_id(done))
-            if (in_order and not fits) or 0 < self._config.job.limit <= place:
+            if 0 < self._config.job.limit <= place:
+                raise JobError(
+                    f"job.limit={self._config.job.limit}, and {self.output.path}.partial has row "
+                    f"{place + 1}: raise it, or start over with --config.job.restart=true"
+                )
+            if in_order and not fits:
                 raise JobError(
                     f"{self.output.path}.partial doesn't fit the input at row {place + 1}: to "
                     "start over, add --config.job.restart=true"

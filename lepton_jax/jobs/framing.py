@@ -61,13 +61,15 @@ class PlainFraming:
         self._several, self._graded = several_files, graded
         of_mode = {"generate": _counts_of_answers, "perplexity": _counts_of_text}
         self._more = of_mode.get(mode, lambda line: {})
+        self._own = {"id", "error", "prompt_tokens", "completion_tokens"}  # which are counted
+        self._own |= {"token_ids", "choices"} if mode == "generate" else set()
+        self._own |= {"correct"} if graded else set()
 
     def frame(self, row: Row | BadRow, result: dict) -> dict:
         """Raises JobError where a kept column has the name of a field of the result."""
         record = row.record
         graded = self._graded and "answer" in record.kept
-        own = {"id", "error", *(["correct"] if self._graded else []), *result}
-        both = sorted(own & record.kept.keys())
+        both = sorted({*self._own, *result} & record.kept.keys())
         if both:
             raise JobError(
                 f"job.keep has {both[0]!r}, which is a field of the output rows: give it another "

@@ -238,7 +238,7 @@ def _speculation(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     if not proposed:
         asked, decoded = summary["speculation"], summary["decode_tokens_per_second"]
         silent = asked == "off" or decoded is None
-        return [] if silent else [("speculation", f"{asked} stayed off, it didn't pay")]
+        return [] if silent else [("speculation", f"{asked} proposed nothing")]
     text = f"{accepted:,} of {proposed:,} proposed tokens accepted ({accepted / proposed:.0%})"
     return [("speculation", f"{text}, {summary['tokens_per_step']:.2f} tokens a step")]
 

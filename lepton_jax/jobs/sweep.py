@@ -18,6 +18,7 @@ import shutil
 from typing import Any
 
 from lepton_jax.checkpoints import load as checkpoints
+from lepton_jax.checkpoints.errors import is_out_of_memory
 from lepton_jax.checkpoints.locate import local_path
 from lepton_jax.compression import receipt as receipts
 from lepton_jax.compression.receipt_page import pareto_page
@@ -103,7 +104,9 @@ class SweepJob:
         recipe = self._informed(self._recipes[name])
         try:
             made = compress(self._configs[name], recipe, dense, progress=progress)
-        except ValueError as error:
+        except Exception as error:
+            if not isinstance(error, ValueError) and not is_out_of_memory(error):
+                raise
             self.failed[name] = " ".join(str(error).split())
             return
         self._receipts[name] = self._write(name, made)

@@ -14,6 +14,7 @@ from typing import Any
 
 from lepton_jax.checkpoints import load as checkpoints
 from lepton_jax.config import CascadeSection, RunConfig, SamplingParams
+from lepton_jax.distributed.ray_replicas import platform_of
 from lepton_jax.engine.protocol import Limits
 from lepton_jax.engine.request import StepOutput
 from lepton_jax.engine.scored import Scoring
@@ -123,10 +124,16 @@ def with_profile(
     """
     asked = config.optimizer.profile
     without = with_fields(config, {"optimizer.profile": "off"})
+    remote = config.pool.ray and platform_of(config.pool)
+    if remote and asked not in ("auto", "off"):
+        raise ValueError(
+            f"optimizer.profile={asked!r} is of this process's devices, and the actors have "
+            f"{remote}s: leave it out"
+        )
     directory = profiles.default_directory()
     several = bool(config.hosts.coordinator)  # whose directories may differ
     none_here = several or config.job.follow or not any(directory.glob("*.json"))
-    if asked == "off" or (asked == "auto" and none_here):
+    if remote or asked == "off" or (asked == "auto" and none_here):
         return without, None, ""
     model = checkpoints.identify(config.model.path)
     key = Key.here(model, config, given=given, workload="")

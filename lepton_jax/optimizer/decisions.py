@@ -10,10 +10,11 @@ class Decision:
     """A knob that was turned, or speculation switched.
 
     Attributes:
-      beat: of the engine, counted since it was new.
+      beat: of the engine, counted from the beginning of its block of rows.
       knob: its name; it went from `before` to `after`. "draft": tokens proposed in a step.
       why: in words; `numbers` are those behind it.
       replica: whose engine it is, from 0.
+      block: of rows that are computed together, from 0; where a job isn't exact there is one.
     """
 
     beat: int
@@ -23,6 +24,7 @@ class Decision:
     why: str
     numbers: Mapping[str, float]
     replica: int = 0
+    block: int = 0
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -32,7 +34,8 @@ class Decision:
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in self.numbers.items())
         turned = f"{self.knob} {_shown(self.before)} -> {_shown(self.after)}"
         whose = f" of replica {self.replica}" if several else ""
-        return f"beat {self.beat}{whose}: {turned}: {self.why} ({numbers})"
+        where = f"block {self.block}, beat {self.beat}" if self.block else f"beat {self.beat}"
+        return f"{where}{whose}: {turned}: {self.why} ({numbers})"
 
 
 def explained(decisions: Sequence[Decision], *, most: int = 40) -> str:

@@ -60,7 +60,7 @@ class Feedback:
         self._scheduler, self._log = scheduler, Path(log) if log else None
         if self._log:
             self._log.open("a", encoding="utf-8").close()
-        self._replica, self._own = replica, scheduler.knobs
+        self._replica, self._own, self._block = replica, scheduler.knobs, 0
         self._switches = _Switches(engine.drafts)
         self._controller = Controller(
             Machine(scheduler.knobs, scheduler.most, tuple(engine.runner.rungs.prefill)),
@@ -99,13 +99,14 @@ class Feedback:
             self._keep(decision)
 
     def forget(self) -> None:
-        """Begins again with the knobs of the beginning."""
+        """Begins again with the knobs of the beginning, for another block of rows."""
+        self._block += self._controller.beat > 0
         self._controller.reset()
         self._switches.forget()
         self._scheduler.turn(**vars(self._controller.knobs))
 
     def _keep(self, decision: Decision) -> None:
-        decision = dataclasses.replace(decision, replica=self._replica)
+        decision = dataclasses.replace(decision, replica=self._replica, block=self._block)
         self.count += 1
         if self.count <= _KEPT:
             self.decisions.append(decision)
@@ -151,8 +152,9 @@ class Feedbacks:
 
     @property
     def decisions(self) -> list[Decision]:
-        """The first of each replica, which counts its own beats, merged by beats."""
-        return list(heapq.merge(*(one.decisions for one in self._each), key=lambda d: d.beat))
+        """The first of each replica, which counts its own beats, merged by blocks and beats."""
+        each = (one.decisions for one in self._each)
+        return list(heapq.merge(*each, key=lambda d: (d.block, d.beat)))
 
     @property
     def count(self) -> int:

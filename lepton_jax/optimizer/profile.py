@@ -118,8 +118,9 @@ class Profile:
     tried: Sequence[Mapping[str, Any]] = ()
 
     def applied(self, config: RunConfig, given: Collection[str]) -> RunConfig:
-        """The config with the profile's fields, except those that the user gave."""
-        return with_fields(config, self.open_fields(given))
+        """The config with the profile's objective and fields, except those that the user gave."""
+        objective = {"optimizer.objective": self.key.objective}
+        return with_fields(config, objective | self.open_fields(given))
 
     def open_fields(self, given: Collection[str]) -> dict[str, Any]:
         """The profile's fields that the user left open, with those that they were chosen for."""
@@ -227,7 +228,7 @@ def require_profile(config: RunConfig, profile: Profile | None) -> None:
     if profile is None and named not in ("auto", "off"):
         raise ValueError(
             f"optimizer.profile={named!r} names a file, which start doesn't read: take "
-            "profile = LeptonOptimizer().find(config, workload), load the model with "
+            "profile = LeptonOptimizer.of(config).find(config, workload), load the model with "
             "config=profile.applied(config, given=()), and give start(profile=profile)"
         )
 

@@ -50,10 +50,11 @@ def recover_model(
     calibration = calibration or CalibrationSection()
     if section.tensorboard:
         scalar_writers("recovery.tensorboard")
+    tokenizer = getattr(teacher, "tokenizer", None)  # of an engine
     student, teacher = _loaded(student), _loaded(teacher)
     drawn = draw_windows(
         Path(calibration.text).expanduser() if calibration.text else CALIBRATION_TEXT,
-        tokenizers.load(teacher.tokenizer_source),
+        tokenizer or tokenizers.load(teacher.tokenizer_source),
         windows=section.windows,
         length=calibration.window_tokens,
         seed=calibration.seed,

@@ -112,8 +112,7 @@ class Search:
             else:
                 left = [c for c in left if _precision(c.applied(config)) != precision]
         self._refine(predictor)
-        self._take_turns(predictor)
-        best = self._best()
+        best = self._best(self._take_turns(predictor))
         kl = self._accuracy.kl(_precision(best.candidate.applied(config)))
         return Found(
             best,
@@ -255,13 +254,13 @@ class Search:
         drafts = config.engine.speculation == "draft"
         return Models(self._shelf.model(config), self._shelf.draft(config) if drafts else None)
 
-    def _take_turns(self, predictor: Predictor) -> None:
-        """Times the best again, together, where little parts them."""
+    def _take_turns(self, predictor: Predictor) -> list[Tried]:
+        """Times the best again, together, where little parts them; these, as they were then."""
         good = [one for one in self._tried if self._may_win(one)]
         outlooks = self._outlooks(predictor, [one.candidate for one in good])
         close = close_ones(good, outlooks, room=self._budget)
         if len(close) < 2:
-            return
+            return []
         finalists = []
         for one in close:
             config, plays = one.candidate.applied(self._config), outlooks[one.candidate].plays
@@ -276,11 +275,13 @@ class Search:
                 "turns", turn, rounds * len(close), close[turn % len(close)].candidate.text()
             ),
         )
-        for one, finalist, trial in zip(close, finalists, trials, strict=True):
+        for place, finalist, trial in zip(range(len(close)), finalists, trials, strict=True):
             predictor.learn(finalist.config, trial)
             costs = predictor.costs(finalist.config)
             score = self._score(finalist.config, trial)
-            self._tried[self._tried.index(one)] = one.again(trial, costs=costs, score=score)
+            again = close[place].again(trial, costs=costs, score=score)
+            self._tried[self._tried.index(close[place])] = close[place] = again
+        return close
 
     def _score(self, config: RunConfig, expected: Outlook | Trial) -> float:
         """What is made as small as possible: seconds, of a request or of all devices in use."""
@@ -314,8 +315,10 @@ class Search:
         most = self._asked.max_ttft
         return one.fits and (not most or one.trial.first_token <= most)
 
-    def _best(self) -> Tried:
-        good = [one for one in self._tried if self._may_win(one)]
+    def _best(self, finalists: Sequence[Tried] = ()) -> Tried:
+        """Of the finalists, whose times are comparable, or of all where none of them may win."""
+        good = [one for one in finalists or self._tried if self._may_win(one)]
+        good = good or [one for one in self._tried if self._may_win(one)]
         fitting = [one for one in self._tried if one.fits]
         if not fitting:
             raise ValueError(

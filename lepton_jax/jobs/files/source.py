@@ -190,7 +190,7 @@ class Source:
         kept = {new: storable(values[old]) for new, old in copied.items() if old in values}
         if self._unseen:
             self._unseen -= values.keys()
-        renamed = {*self._columns, *self._columns.values()}
+        renamed = {*self._columns, *self._columns.values()} - self._inserted.keys()
         others = renamed | {*copied.values()} - self._served  # what is copied is read too
         mine = {name: value for name, value in values.items() if name not in others}
         mine |= {new: values[old] for new, old in self._columns.items() if old in values}
