@@ -77,8 +77,8 @@ install_package() {
 }
 
 # run_pytest VENV [ARGUMENT...]: the fast tests, then the slow ones, in two processes that take turns at
-# the files. Arguments that select tests may leave one of the two without any, but not both. The fast
-# ones spend their time compiling tiny models, a third less of it without the backend's optimizations.
+# the files. A process that crashes ends the run: by files, xdist waits forever for its successor.
+# Arguments that select tests may leave one of the two without any, but not both. The fast ones spend their time compiling tiny models, a third less of it without the backend's optimizations.
 run_pytest() {
     local python=$1/bin/python marks status ran=no flags
     shift
@@ -86,7 +86,7 @@ run_pytest() {
         status=0 flags=${XLA_FLAGS:-}
         if [[ $marks != slow ]]; then flags="--xla_backend_optimization_level=0 $flags"; fi
         (cd "$checkout" && JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} XLA_FLAGS=$flags \
-            "$python" -m pytest -n 2 --dist loadfile -m "$marks" "$@") ||
+            "$python" -m pytest -n 2 --dist loadfile --max-worker-restart=0 -m "$marks" "$@") ||
             status=$?
         case $status in
             0) ran=yes ;;
