@@ -78,7 +78,8 @@ install_package() {
 
 # run_pytest VENV [ARGUMENT...]: the fast tests, then the slow ones, in two processes that take turns at
 # the files. A process that crashes ends the run: by files, xdist waits forever for its successor.
-# Arguments that select tests may leave one of the two without any, but not both. The fast ones spend their time compiling tiny models, a third less of it without the backend's optimizations.
+# Arguments that select tests may leave one of the two without any, but not both. The fast ones spend
+# their time compiling tiny models, a third less of it without the backend's optimizations.
 run_pytest() {
     local python=$1/bin/python marks status ran=no flags
     shift
