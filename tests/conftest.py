@@ -5,6 +5,7 @@ compiled once. They stay from run to run where JAX_COMPILATION_CACHE_DIR names a
 """
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -23,6 +24,16 @@ if _KEPT not in os.environ:  # the test processes and what they start inherit th
     os.environ[_KEPT] = tempfile.mkdtemp(prefix="lepton-jax-tests-")
     atexit.register(shutil.rmtree, os.environ[_KEPT], ignore_errors=True)
 compile_cache.enable(os.environ[_KEPT])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_one_file():
+    """A file's programs go with it. Each takes a few of the mappings that a process may have, which
+    are 65,530 on most Linux machines: where none are left, XLA aborts.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

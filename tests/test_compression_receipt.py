@@ -42,6 +42,7 @@ def receipt(title="int8", kl=4e-3, kept=100, mib=1, rates=(150.0, 150.0)):
     made = {
         "fingerprint": "f" * 16,
         "weights_sha256": "0" * 64,
+        "page_sha256": "0" * 64,
         "source": {"path": "a <model>", "fingerprint": "e" * 16, "dtype": "float32"},
         "engine": {},
         "recipe": {"preset": title, "rules": ["embed -> weights=int8"], "title": title},
