@@ -131,7 +131,8 @@ def circumstances(
 ) -> dict[str, Any]:
     """What a figure was measured with and on; "preset" also names rules, and what was stored."""
     kept = any(isinstance(leaf, CompressedTensor) for leaf in loaded.leaves)
-    preset = Recipe.from_config(compression).title or ("as stored" if kept else "none")
+    title = Recipe.from_config(compression).title
+    preset = "as stored" if kept and title == "none" else title
     device, stats = jax.local_devices()[0], StepStats.of(engine.stats())
     memory = (device.memory_stats() or {}).get("peak_bytes_in_use")
     return {
