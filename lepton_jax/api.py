@@ -48,6 +48,7 @@ from lepton_jax.jobs.cascade import (
 )
 from lepton_jax.jobs.classify import ClassifyMode
 from lepton_jax.jobs.compress import CompressJob
+from lepton_jax.jobs.compress_inputs import load_tokenizer
 from lepton_jax.jobs.embed import EmbedMode
 from lepton_jax.jobs.mode_for import refuse_unread
 from lepton_jax.jobs.modes import Mode
@@ -464,8 +465,7 @@ class LeptonEngine:
         dtypes = checkpoints.dtypes_here(config.model.dtype, platform)
         model = checkpoints.describe(path, platform=platform, **dtypes)
         source = checkpoints.tokenizer_source(path)
-        self.tokenizer = tokenizers.load(config.model.tokenizer or source)
-        self.tokenizer.set_chat_variables(config.model.chat_variables)
+        self.tokenizer = load_tokenizer(config)
         if not platform:  # they share machines: as if all were on one
             share = config.engine.cache_share / self._config.pool.ray
             engine = dataclasses.replace(config.engine, cache_share=share)

@@ -254,5 +254,5 @@ def scalar_writers(field: str) -> types.ModuleType:
         return importlib.import_module("tensorboardX")
     except ImportError as error:
         raise ValueError(
-            f"{field} needs tensorboardX: pip install tensorboardX, or leave {field} empty"
+            f"{field} needs tensorboardX: pip install 'lepton_jax[tensorboard]', or leave it empty"
         ) from error

@@ -13,15 +13,23 @@ import ml_dtypes
 import numpy as np
 
 V, L, D, F, N, K, H = 48, 2, 32, 64, 4, 2, 8
+
+
+def _hf_sizes() -> dict[str, int]:
+    return {
+        "vocab_size": V,
+        "num_hidden_layers": L,
+        "hidden_size": D,
+        "intermediate_size": F,
+        "num_attention_heads": N,
+        "num_key_value_heads": K,
+    }
+
+
 HF_CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
-    "vocab_size": V,
-    "num_hidden_layers": L,
-    "hidden_size": D,
-    "intermediate_size": F,
-    "num_attention_heads": N,
-    "num_key_value_heads": K,
+    **_hf_sizes(),
     "max_position_embeddings": 128,
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
@@ -60,14 +68,7 @@ def medium_sized() -> Iterator[dict[str, int]]:
     """Meanwhile `hf_arrays` gives 72 million weights; the keys that HF_CONFIG needs for them."""
     medium = {"V": 32000, "L": 10, "D": 512, "F": 2048, "N": 8, "K": 4, "H": 64}
     with mock.patch.dict(globals(), medium):
-        yield {
-            "vocab_size": V,
-            "num_hidden_layers": L,
-            "hidden_size": D,
-            "intermediate_size": F,
-            "num_attention_heads": N,
-            "num_key_value_heads": K,
-        }
+        yield _hf_sizes()
 
 
 def safetensors_bytes(arrays: dict[str, np.ndarray]) -> bytes:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from compress_makers import RECEIPT, model_folder
 
+from lepton_jax import compress
 from lepton_jax.compression import automatic
 from lepton_jax.compression import receipt as receipts
 from lepton_jax.config import (
@@ -157,6 +158,26 @@ def test_a_recipe_may_have_a_cache_and_times_stand_beside_the_ideal(model, tmp_p
         SweepJob(other).run()
     with pytest.raises(ValueError, match="kv_dtype='int9' is not allowed: want one of auto, float"):
         SweepSection(recipes={"plain": {"kv_dtype": "int9"}})
+
+
+def test_some_recipes_keep_the_calibration_text_that_others_read(model, tmp_path):
+    text = tmp_path / "mine.txt"
+    text.write_text("Some words to calibrate on. " * 200)
+    gptq = {"rules": ("layers.* -> weights=int8 rounding=gptq",)}
+    calibration = CalibrationSection(text=str(text), windows=4, window_tokens=32)
+    settings = RunConfig(
+        model=ModelSection(path=str(model)),
+        receipt=QUICK,
+        calibration=calibration,
+        sweep=SweepSection(recipes=RECIPES | {"gptq": gptq}, only="int8"),
+        output=str(tmp_path / "sweep"),
+    )
+    assert set(SweepJob(settings).run()) == {"int8"}
+    alone = dataclasses.replace(settings, sweep=SweepSection(recipes=RECIPES, only="int8"))
+    with pytest.raises(ValueError, match="calibration.text=.* changes nothing here"):
+        SweepJob(alone).run()
+    with pytest.raises(ValueError, match="sweep.recipes are for the driver"):
+        compress(model, tmp_path / "out", preset="int8", config=settings)
 
 
 def test_only_names_recipes():

@@ -6,6 +6,7 @@ next: `load.py`.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -87,6 +88,7 @@ def _directory_kind(place: Path) -> str:
     )
 
 
+@functools.cache  # a search plans for many chips
 def hub_config(path: str) -> Path:
     """The config.json of an `hf:org/name`, fetched without the weights. Raises CheckpointError."""
     return _from_hub(path, lambda hub, name, _: hub.hf_hub_download(name, "config.json"))

@@ -80,6 +80,10 @@ class CompressJob:
     def __init__(self, config: RunConfig):
         """Raises ValueError on a recipe or an output that can't be."""
         require_alone(config)
+        if config.sweep.recipes:
+            raise ValueError(
+                "sweep.recipes are for the driver, python -m lepton_jax.compress: leave them out"
+            )
         self.config = config
         self.recipe = Recipe.from_config(config.compression)
         if not self.recipe:

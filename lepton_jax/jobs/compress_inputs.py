@@ -28,7 +28,7 @@ from lepton_jax.compression.presets import compress_specs, scheme_of_each
 from lepton_jax.compression.recipe import Recipe
 from lepton_jax.compression.structure import planned_model
 from lepton_jax.compression.trainable import trained_values
-from lepton_jax.config import CalibrationSection, ReceiptSection, RunConfig, recipe_sections
+from lepton_jax.config import CalibrationSection, ReceiptSection, RunConfig
 from lepton_jax.jobs import measures
 from lepton_jax.models.build import Model
 from lepton_jax.telemetry import scalar_writers
@@ -74,21 +74,15 @@ def require_fit(config: RunConfig, recipe: Recipe, model: Model) -> None:
     trained_values(specs, leaves, train=config.recovery.train)
 
 
-def require_texts(config: RunConfig, model: Model, *, calibrated: bool) -> None:
+def require_texts(
+    config: RunConfig, model: Model, *, calibrated: bool, swept: bool = False
+) -> None:
     """Raises ValueError where texts are too short or nothing reads them, windows longer than the
-    model's context, or quality would be measured on text that compression saw.
+    model's context, or quality would be measured on text that compression saw. `swept`: other
+    recipes of the sweep read the calibration text.
     """
     asked, recovers = config.receipt, config.recovery.train != "none"
-    swept = [recipe_sections(*recipe) for recipe in config.sweep.recipes.items()]
-    read = (
-        calibrated
-        or recovers
-        or any(
-            Recipe.from_config(compression).calibrated or recovery.train != "none"
-            for compression, recovery, _ in swept
-        )
-    )
-    if config.calibration.text and not read:
+    if config.calibration.text and not (calibrated or recovers or swept):
         raise ValueError(
             f"calibration.text={config.calibration.text!r} changes nothing here, it is for "
             "calibrated recipes (rounding=gptq, prune=wanda or sparsegpt, activations=static, "

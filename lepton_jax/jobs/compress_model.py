@@ -80,7 +80,7 @@ def make_model(
     of.
     """
     if config.recovery.train == "none":
-        return _compressed(config, recipe, progress=progress)
+        return _compressed(config, recipe, source, progress=progress)
     plan = {
         "source": source,
         "recipe": recipe.as_dict(),
@@ -90,7 +90,7 @@ def make_model(
     folder = RecoveryFolder(config.output, plan)
 
     def make() -> tuple[Loaded, dict[str, Any]]:
-        made = _compressed(config, recipe, progress=progress)
+        made = _compressed(config, recipe, source, progress=progress)
         return made.loaded, {name: getattr(made, name) for name in _TOLD}
 
     student, made = folder.student(make)
@@ -114,19 +114,22 @@ def _teacher(config: RunConfig, tokens: np.ndarray, *, progress: Progress) -> qu
     return quality.reference(loaded.model, loaded.leaves, tokens, progress=told)
 
 
-def _compressed(config: RunConfig, recipe: Recipe, *, progress: Progress) -> Result:
+def _compressed(
+    config: RunConfig, recipe: Recipe, source: dict[str, str], *, progress: Progress
+) -> Result:
     work = _calibrate if recipe.calibrated else _stream
-    return work(config, recipe, progress=progress)
+    return work(config, recipe, source.get("weights_sha256", ""), progress=progress)
 
 
-def _stream(config: RunConfig, recipe: Recipe, *, progress: Progress) -> Result:
-    """The model compressed weight by weight as it is read."""
+def _stream(config: RunConfig, recipe: Recipe, known: str, *, progress: Progress) -> Result:
+    """The model compressed weight by weight as it is read, and hashed where that isn't `known`."""
     options = load_options(config)
     specs = checkpoints.describe(config.model.path, **options).specs
     change, errors, source = compressor(recipe.rules, specs), {}, receipt.WeightsHash()
 
     def compress_one(path, spec, array):
-        source.add(path, array)
+        if not known:
+            source.add(path, array)
         leaf = change(path, spec, array)
         error = float(relative_error(array, leaf))
         if not np.isfinite(error):
@@ -138,16 +141,16 @@ def _stream(config: RunConfig, recipe: Recipe, *, progress: Progress) -> Result:
     loaded = checkpoints.load(
         config.model.path, **options, compress=compress_one, progress=stage(progress, "compress")
     )
-    return Result(loaded, errors, source.hexdigest())
+    return Result(loaded, errors, known or source.hexdigest())
 
 
-def _calibrate(config: RunConfig, recipe: Recipe, *, progress: Progress) -> Result:
+def _calibrate(config: RunConfig, recipe: Recipe, known: str, *, progress: Progress) -> Result:
     """The model pruned and compressed layer by layer on calibration text."""
     loaded = checkpoints.load(
         config.model.path, **load_options(config), progress=stage(progress, "load")
     )
     require_finite(loaded)
-    source = receipt.weights_sha256(loaded.model.specs, loaded.leaves)
+    source = known or receipt.weights_sha256(loaded.model.specs, loaded.leaves)
     drawn = text_windows(config.calibration, load_tokenizer(config), CALIBRATION_TEXT)
     model, leaves = loaded.model, dict(zip(loaded.model.specs, loaded.leaves, strict=True))
     loaded = dataclasses.replace(loaded, leaves=())  # so that each dense one goes when replaced

@@ -30,17 +30,19 @@ from lepton_jax.config import RunConfig
 from lepton_jax.distributed.hosts import ALONE, Hosts
 from lepton_jax.jobs.alerts import Alerts
 from lepton_jax.jobs.files.follow import Pending
-from lepton_jax.jobs.files.places import JobError, digest, is_same, need
+from lepton_jax.jobs.files.places import JobError, digest, is_same
 from lepton_jax.jobs.files.source import Source
 from lepton_jax.jobs.framing import Framing, PlainFraming
 from lepton_jax.jobs.modes import Mode, ModeSession
 from lepton_jax.jobs.openai_batch import BatchFraming, BatchMode
 from lepton_jax.jobs.output import Output, Unwritten
+from lepton_jax.jobs.perplexity import bits_per_byte, perplexity_of
 from lepton_jax.jobs.row_bar import RowBar
 from lepton_jax.jobs.rows import BadRow, Row, RowError, read_rows
 from lepton_jax.jobs.session import Engine
 from lepton_jax.jobs.trace import Trace
 from lepton_jax.optimizer.trial import look_ahead
+from lepton_jax.telemetry import scalar_writers
 from lepton_jax.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -86,14 +88,16 @@ class Tally:
         """exp of the mean loss a token over all texts; None where there are none, or one that the
         model holds for impossible.
         """
-        known = self.tokens and math.isfinite(self.logprob)
-        return math.exp(min(-self.logprob / self.tokens, 700.0)) if known else None
+        return perplexity_of(self.logprob, self.tokens) if self._is_known else None
 
     @property
     def bits_per_byte(self) -> float | None:
         """The mean loss a byte over all texts; None as of `perplexity`."""
-        known = self.tokens and math.isfinite(self.logprob)
-        return -self.logprob / self.bytes / math.log(2) if known else None
+        return bits_per_byte(self.logprob, self.bytes) if self._is_known else None
+
+    @property
+    def _is_known(self) -> bool:
+        return bool(self.tokens) and math.isfinite(self.logprob)
 
     @property
     def accuracy(self) -> float | None:
@@ -140,7 +144,7 @@ class Job:
             )
         self._source = Source(config.job)
         if config.job.tensorboard:
-            need("tensorboardX", "tensorboard", why="job.tensorboard")
+            scalar_writers("job.tensorboard")
         batch = self._source.format == "openai_batch"
         self._mode = BatchMode(mode, config.job.mode) if batch else mode
         self._framing: Framing = BatchFraming() if batch else self._plain_framing()

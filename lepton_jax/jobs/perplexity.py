@@ -44,19 +44,28 @@ class PerplexityMode(ScoringMode):
         def answer(results: list[Scored]) -> dict:
             total = sum(float(result.logprobs.sum(dtype="float64")) for result in results)
             tokens = len(pair.continuation)
-            loss = -total / tokens
             return {
-                "perplexity": math.exp(min(loss, 700.0)),
+                "perplexity": perplexity_of(total, tokens),
                 "logprob": total,
                 "tokens": tokens,
                 "bytes": pair.bytes,
                 "per_byte": total / pair.bytes,
-                "bits_per_byte": -total / pair.bytes / math.log(2),
+                "bits_per_byte": bits_per_byte(total, pair.bytes),
                 "windows": len(questions),
                 "prompt_tokens": len(pair.context) + tokens,
             }
 
         return Asked(tuple(questions), answer)
+
+
+def perplexity_of(logprob: float, tokens: int) -> float:
+    """exp of the mean loss a token, as far as that is a float."""
+    return math.exp(min(-logprob / tokens, 700.0))
+
+
+def bits_per_byte(logprob: float, count: int) -> float:
+    """The mean loss of so many bytes."""
+    return -logprob / count / math.log(2)
 
 
 def windows(ids: Sequence[int], *, window: int, stride: int) -> list[Question]:

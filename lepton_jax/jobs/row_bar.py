@@ -42,6 +42,8 @@ class RowBar:
         self._show(1)
 
     def _show(self, new_rows: int) -> None:
+        if self._bar.disable:
+            return
         rate = self._tokens / max(time.perf_counter() - self._started, 1e-9)
         ahead = f", {self._ahead} answered ahead" if self._ahead else ""
         text = f"{rate:.0f} tokens/s, {self._errors} errors{ahead}"

@@ -122,7 +122,10 @@ class SweepJob:
             except ValueError as error:
                 raise ValueError(f"sweep.recipes[{name!r}]: {error}") from error
         calibrated = any(self._recipes[name].calibrated for name in tried)
-        require_texts(self.config, model, calibrated=calibrated)
+        swept = any(recipe.calibrated for recipe in self._recipes.values()) or any(
+            config.recovery.train != "none" for config in self._configs.values()
+        )
+        require_texts(self.config, model, calibrated=calibrated, swept=swept)
         for config in tried.values():
             if config.recovery.train != "none":
                 require_texts(config, model, calibrated=False)

@@ -165,12 +165,12 @@ def _said(profile: Profile, where: str, given: Collection[str]) -> str:
 
 
 def account(
-    profile: Profile | None, given: Collection[str], *, config: RunConfig, decisions: int
+    profile: Profile | None, given: Collection[str], *, config: RunConfig, decisions: int | None
 ) -> dict[str, Any]:
     """What a run's summary says of the optimizer: the profile's file, the fields that it set, the
     effect and the KL that the search measured, and how often a knob was turned.
 
-    `config` is as `with_profile` gave it.
+    `config` is as `with_profile` gave it; `decisions` None where engines are in other processes.
     """
     numbers = profile.numbers if profile else {}
     return {

@@ -1,8 +1,9 @@
 """Measures a compressed model again and compares with its receipt.
 
-What must come out: the hashes of both models' weights, sizes exactly, quality and its intervals
-within what another device or release of jax may change, and what the receipt tells of its own
-numbers: its digest, its page, what is saved, the share of a gap that was closed. Left out are
+What must come out: the hash of the weights and, where quality was measured, of the source's too,
+sizes exactly, quality and its intervals within what another device or release of jax may change,
+and what the receipt tells of its own numbers: its digest, its page, what is saved, the share of a
+gap that was closed. Left out are
 tokens/s, which depend on the machine and its company, and what only the compression itself saw:
 errors of weights, calibration, training. Read next: `compress.py`, `compression/receipt.py`.
 """

@@ -275,13 +275,14 @@ class Search:
                 "turns", turn, rounds * len(close), close[turn % len(close)].candidate.text()
             ),
         )
-        for place, finalist, trial in zip(range(len(close)), finalists, trials, strict=True):
+        again = []
+        for one, finalist, trial in zip(close, finalists, trials, strict=True):
             predictor.learn(finalist.config, trial)
             costs = predictor.costs(finalist.config)
             score = self._score(finalist.config, trial)
-            again = close[place].again(trial, costs=costs, score=score)
-            self._tried[self._tried.index(close[place])] = close[place] = again
-        return close
+            again.append(one.again(trial, costs=costs, score=score))
+            self._tried[self._tried.index(one)] = again[-1]
+        return again
 
     def _score(self, config: RunConfig, expected: Outlook | Trial) -> float:
         """What is made as small as possible: seconds, of a request or of all devices in use."""
