@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from lepton_jax import compat
 from lepton_jax.kernels.attention import PagedBatch
 from lepton_jax.kernels.attention_reference import slots, valid_tokens
-from lepton_jax.tensors import ParamSpec
+from lepton_jax.tensors import ParamSpec, vector_memory
 
 Q_TILE = 1  # sequences of a prefill may start at any token
 
@@ -37,7 +37,6 @@ KV_BLOCK_BYTES = 8 * 2**20  # for both halves of the double buffer
 # A block of queries is computed in full for every row with a token in it. In decode that is one
 # token a row, so blocks are small: 32 lines (tokens times G) still fill two bf16 registers.
 DECODE_BLOCK_LINES = 32
-VMEM_LIMIT_BYTES = 32 * 2**20  # every chip since v4 has at least 64 MiB
 
 
 def cache_layer(
@@ -112,7 +111,7 @@ def attend(
         v_scale=1.0 if narrow else None,
         num_kv_pages_per_block=_pages_per_block(page_table.shape[1], page_size, page_bytes),
         num_queries_per_block=_queries_per_block(tokens, combined // 2, group, decode),
-        vmem_limit_bytes=VMEM_LIMIT_BYTES,
+        vmem_limit_bytes=vector_memory.claim(),
     )
     padded = _pad(q.astype(jnp.bfloat16 if narrow else cache.dtype), 3, lanes)
     if _has_own_pages(num_kv_heads, head_dim):

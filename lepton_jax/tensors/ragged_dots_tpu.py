@@ -12,13 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lepton_jax.tensors import vector_memory
+
 LANES = 128  # of a vector register
 LEAST_TILE, MOST_TILE = 16, 256  # rows multiplied at a time; 16 fill a bfloat16 register
 BLOCK_BYTES = 2 * 2**20  # of an expert's weight in a grid step
 ROWS_BYTES = 4 * 2**20  # of the rows that stay, and of their results
-# More than it uses: what is left to XLA it fills with a layer's whole cache, which it moves in and
-# out again (Qwen3-30B-A3B on v6e:2x2: 1.62 times the least traffic with 40 MiB, 2026-11-28).
-VMEM_LIMIT_BYTES = 96 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +103,7 @@ def _streamed_dot(parts: Streamed, group_sizes: jax.Array, *, interpret: bool) -
             ],
             out_specs=pl.BlockSpec((chunk, block), lambda chunk, out, visit, *_: (chunk, out)),
         ),
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_LIMIT_BYTES),
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=vector_memory.claim()),
         interpret=interpret,
         name="ragged_dot",
     )(*schedule, x, scale, *map(_as_it_lies, stored))

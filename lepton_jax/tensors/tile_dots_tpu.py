@@ -10,10 +10,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from lepton_jax.tensors import vector_memory
+
 MOST_ROWS = 256  # of x in vector memory at a time
 MOST_TILES = 128  # of a row of tiles: copying them is unrolled
 MOST_INDICES = 2**16  # scalars: 256 KiB
-VMEM_LIMIT_BYTES = 96 * 2**20  # v5e and v6e have 128 MiB
 
 
 def fits(values: jax.Array, tiles: jax.Array) -> bool:
@@ -68,7 +69,7 @@ def kernel_dot(
             out_specs=pl.BlockSpec((1, block, height), lambda i, q, _: (q, i, 0)),
             scratch_shapes=[pltpu.VMEM((block, kept), dtype)],
         ),
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_LIMIT_BYTES),
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=vector_memory.claim()),
         interpret=interpret,
         name="tiled_dot",
     )(tiles.reshape(-1), x, values.reshape(tile_rows, height, kept))
