@@ -84,10 +84,10 @@ def measure(
     kinds = ["off", "lookup", *(["draft"] if draft else [])]
     contenders = {}
     for kind in kinds:
-        section = dataclasses.replace(plain, speculation=kind)
+        section = dataclasses.replace(plain, speculation=kind, draft_cost=args.draft_cost)
         engine = Engine(lepton.loaded.model, lepton.loaded.leaves, section=section)
         if kind == "draft":
-            engine.draft_with(draft.model, draft.leaves)
+            engine.draft_with(draft.model, draft.leaves, cost=args.draft_cost)
         contenders[kind] = Contender(engine, params)
     for turn in range(args.rounds + 2):
         for contender in contenders.values():
@@ -118,6 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--preset", default="w8a8")
     parser.add_argument("--draft", default="", help="preset of the model as its own draft model")
     parser.add_argument("--draft_tokens", type=int, default=7)
+    parser.add_argument("--draft_cost", type=float, default=0.0, help="as engine.draft_cost")
     parser.add_argument("--rows", default="1,8")
     parser.add_argument("--workloads", default="copy,story")
     parser.add_argument("--new", type=int, default=160)

@@ -2,10 +2,12 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import pytest
 from engine_reference import Reference, tiny
 from test_engine_loop import EOS, LEAVES, MAX_LEN, MODEL, TIGHT, ids, params, serve
+from tpu_topology import copies_of
 
 from lepton_jax.engine.knobs import Knobs, longest_draft
 from lepton_jax.engine.loop import Engine
@@ -96,3 +98,17 @@ def test_an_engine_without_its_draft_model_serves_nothing():
     engine = Engine(MODEL, LEAVES, section=DRAFT, eos_ids=EOS)
     with pytest.raises(RuntimeError, match="call draft_with"):
         engine.add_request("a", *REQUESTS["greedy"])
+
+
+def test_a_single_rows_block_copies_no_cache_of_the_draft_model():
+    # So many pages a row that attention looks at them in a loop: it and the cache that goes on
+    # were two readers of one token's write.
+    config = dataclasses.replace(MODEL.config, max_position=1024)
+    model = abstract_model(config, jnp.float32, jnp.float32)
+    section = dataclasses.replace(DRAFT, rows=1, max_len=1024)
+    engine = Engine(model, LEAVES, section=section, eos_ids=EOS)
+    engine.draft_with(model, LEAVES)
+    runner = engine.runner
+    text = runner.lower(runner._decode_shape(1, 60, 3)).compile().as_text()
+    for cache in jax.tree.leaves(runner._abstract_drafting()):
+        assert copies_of(text, cache.shape) == []

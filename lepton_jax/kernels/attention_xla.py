@@ -52,10 +52,15 @@ def cache_layer(
 
 
 def write(cache: KV, k: jax.Array, v: jax.Array, batch: PagedBatch) -> KV:
-    """Stores k and v, both `[T, K, H]`, at the tokens' places in the cache `[P, 2, K, Z, H]`."""
+    """Stores k and v, both `[T, K, H]`, at the tokens' places in the cache `[P, 2, K, Z, H]`.
+
+    The barrier keeps one write one: of a single token XLA makes a slice update, fuses a copy of it
+    into each of its readers, and so copies the whole cache for every layer and step.
+    """
     page, place = slots(batch, cache.shape[3])
     new = encode(jnp.stack([k, v], axis=1), cache)
-    return jax.tree.map(lambda held, lines: held.at[page, :, :, place].set(lines), cache, new)
+    written = jax.tree.map(lambda held, lines: held.at[page, :, :, place].set(lines), cache, new)
+    return jax.lax.optimization_barrier(written)
 
 
 def attend(
