@@ -14,6 +14,7 @@ from tpu_topology import compile_on, compiled_text, kernel_calls
 from lepton_jax.kernels import attention_tpu as tpu
 from lepton_jax.kernels.attention import PagedBatch, decode_batch
 from lepton_jax.planning.topology import topology_devices
+from lepton_jax.tensors import vector_memory
 
 pytestmark = pytest.mark.slow
 
@@ -35,6 +36,14 @@ def prefill(cache, q, batch):
 
 def ints(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+@pytest.mark.parametrize(("chip", "claimed"), zip(CHIPS, (96, 96, 96, 48), strict=True))
+def test_a_kernel_claims_three_quarters_of_the_chips_vector_memory(chip, claimed):
+    mesh = Mesh(np.array(topology_devices(chip)[:1]), ("data",))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        assert vector_memory.claim() == claimed * 2**20
+    assert vector_memory.claim() == vector_memory.LEAST  # of this CPU
 
 
 def both(cache, new, lengths, table, prompt, batch):

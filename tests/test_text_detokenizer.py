@@ -79,8 +79,9 @@ def test_round_trip_of_any_text_and_no_broken_character_on_the_way(text):
     deltas, _ = run(BYTE_LEVEL, [[i] for i in ids])
     assert "".join(deltas) == text
     assert deltas[-1] == ""
-    ids = SPM.encode(text, add_special=False)
-    assume(not SPM.control_ids & set(ids))  # such as <unk>
+    first, *others = ids = SPM.encode(text)
+    assert first == SPM.bos_id
+    assume(not SPM.control_ids & set(others))  # such as <unk>
     spaces = text.replace("\u2581", " ")
     deltas, _ = run(SPM, [[i] for i in ids])
     assert "".join(deltas) == spaces

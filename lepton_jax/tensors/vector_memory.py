@@ -6,7 +6,7 @@ moved 1.78 times the least bytes a step with 32 MiB claimed, 1.00 times with 96 
 2026-11-29). A cache smaller than the quarter that is left may still be moved.
 """
 
-LEAST = 32 * 2**20  # where the chip isn't known, as in a kernel that is interpreted
+LEAST = 32 * 2**20  # what the kernels' blocks may need; an interpreted kernel has no chip
 
 
 def claim() -> int:
