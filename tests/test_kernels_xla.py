@@ -12,7 +12,7 @@ import pytest
 from lepton_jax.kernels import attention_reference, attention_xla
 from lepton_jax.kernels.attention import PagedBatch, backend_for, decode_batch
 
-K, G, H, Z, W, PAGES = 2, 3, 16, 8, 40, 90
+K, G, H, Z, W, PAGES = 2, 3, 16, 8, 40, 110
 
 
 def filled_cache(rng, dtype, *, table, lengths):
@@ -59,7 +59,7 @@ def test_matches_reference(kind, window, soft_cap, dtype):
         rng_table = jnp.concatenate([page_table(rng, 4), jnp.zeros((1, 20), jnp.int32)])
         batch = decode_batch(lengths, jnp.asarray([1, 1, 1, 1, 0], bool), rng_table)
     else:
-        spans = [(0, 70), (130, 20), (0, 1), (31, 2)]
+        spans = [(0, 70), (130, 20), (0, 1), (31, 2), (3, 47)]
         batch = prefill_batch(rng, spans, attention_xla.Q_TILE if kind == "packed" else 32)
     tokens = batch.positions.shape[0]
     q = jnp.asarray(rng.normal(size=(tokens, K, G, H)), jnp.float32)

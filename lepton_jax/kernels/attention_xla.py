@@ -25,7 +25,7 @@ from lepton_jax.kernels.kv_cache import KV, decode, encode, planned
 from lepton_jax.tensors.dots import branch
 
 Q_TILE = 1  # sequences of a prefill may start at any token
-_QUERIES = 32  # of one prompt, that a prefill works on at once
+_MANY, _FEW = 32, 8  # queries of one row that a prefill works on at once; few at a row's end
 _BLOCK = 128  # cached tokens visited at once
 
 
@@ -288,46 +288,55 @@ def _decode(q, cache, batch, *, scale, window, soft_cap):
 
 
 def _prefill(q, cache, batch, *, scale, window, soft_cap):
-    """Tile by tile of a row's queries, in order: what a row's last tile writes beyond the row's end
-    is garbage that the next row's first tile overwrites.
+    """Tile by tile of a row's queries. Where a scored text shares all but its end with others, or a
+    row only checks what was drafted for it, few of a tile of `_MANY` would be its own.
     """
     table, span = _blocks(batch.page_table, cache.shape[3])
-    starts, tiles = _tile_starts(batch)
-    beyond = (0, _QUERIES)
+    beyond = (0, _MANY)
     queries = jnp.pad(q, (beyond, (0, 0), (0, 0), (0, 0)))
     positions = jnp.pad(batch.positions, beyond, constant_values=-1)
     rows = jnp.pad(batch.rows, beyond)
 
-    def one_tile(index, out):
+    def one_tile(index, out, *, starts, size):
         start = starts[index]
-        tile, where, whose = (
-            jax.lax.dynamic_slice_in_dim(a, start, _QUERIES) for a in (queries, positions, rows)
+        tile, where, whose, held = (
+            jax.lax.dynamic_slice_in_dim(a, start, size) for a in (queries, positions, rows, out)
         )
-        where = jnp.where(whose == whose[0], where, -1)[None]
+        where = jnp.where(whose == whose[0], where, -1)
         o = _running_softmax(
-            tile.transpose(1, 2, 0, 3)[None],  # [1, K, G, _QUERIES, H]
+            tile.transpose(1, 2, 0, 3)[None],  # [1, K, G, size, H]
             cache,
             table[whose[0]][None],
-            where,
-            blocks=_range(where[0, 0] - window, where.max(), span, window),
+            where[None],
+            blocks=_range(where[0] - window, where.max(), span, window),
             scale=scale,
             window=window,
             soft_cap=soft_cap,
         )
         o = o[0].transpose(2, 0, 1, 3).astype(q.dtype)
+        o = jnp.where((where >= 0)[:, None, None, None], o, held)
         return jax.lax.dynamic_update_slice(out, o, (start, 0, 0, 0))
 
-    out = jax.lax.fori_loop(0, tiles, one_tile, jnp.zeros(queries.shape, q.dtype))
+    out = jnp.zeros(queries.shape, q.dtype)
+    for size, begins, most in _tiles(batch):
+        (starts,) = jnp.nonzero(begins, size=most, fill_value=0)
+        tile = functools.partial(one_tile, starts=starts, size=size)
+        out = jax.lax.fori_loop(0, jnp.sum(begins), tile, out)
     return out[: q.shape[0]]
 
 
-def _tile_starts(batch):
-    """Where tiles begin, in order, and how many there are: every `_QUERIES` tokens of a row."""
+def _tiles(batch):
+    """(queries of a tile, whether one begins at each token, how many there are at most), for both
+    sizes. A row is cut into tiles of `_MANY`, and its last into those of `_FEW` where at most half
+    of it would be the row's.
+    """
     tokens, rows = batch.positions.shape[0], batch.page_table.shape[0]
-    inside = jnp.arange(tokens) - batch.cu_q_lens[batch.rows]
-    begins = (batch.positions >= 0) & (inside % _QUERIES == 0)
-    (starts,) = jnp.nonzero(begins, size=tokens // _QUERIES + rows, fill_value=0)
-    return starts, jnp.sum(begins)
+    begin, end = batch.cu_q_lens[batch.rows], batch.cu_q_lens[batch.rows + 1]
+    inside = jnp.arange(tokens) - begin
+    filled = end - begin - inside // _MANY * _MANY  # of the tile of many and those behind it
+    many = (batch.positions >= 0) & (inside % _MANY == 0) & (filled > _MANY // 2)
+    few = (batch.positions >= 0) & (inside % _FEW == 0) & (filled <= _MANY // 2)
+    return (_MANY, many, tokens // _MANY + rows), (_FEW, few, _MANY // 2 // _FEW * rows)
 
 
 def _blocks(page_table, page_size):
