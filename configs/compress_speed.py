@@ -3,9 +3,9 @@
     python -m lepton_jax.compress --config=configs/compress_speed.py --config.output=outputs/speed
 
 A sweep as in compress_sweep.py, but for its last columns: times of decode at 8 rows and of prefill
-of one prompt, best of receipt.repeats runs, as shares of the dense model's. Run it on a
-machine that does nothing else. Quality is measured on little text. The tiles suit both demo models;
-192x32, which SmolLM2 allows too, gains more.
+of one prompt, best of receipt.repeats runs, as shares of the dense model's, which takes turns with
+each. Run it on a machine that does nothing else. Quality is measured on little text. The tiles suit
+both demo models; 192x32, which SmolLM2 allows too, gains more.
 """
 
 

@@ -145,7 +145,7 @@ class ReceiptSection:
     window_tokens: int = _doc(512, "tokens in a window, which starts afresh")
     prompts: int = _doc(16, "prompts whose greedy answers are compared; 0: none")
     new_tokens: int = _doc(48, "tokens of each such answer")
-    repeats: int = _doc(3, "timed runs of prefill and of decode; 0: none")
+    repeats: int = _doc(3, "timed runs of each, dense and compressed, prefill and decode; 0: none")
     seed: int = _doc(0, "of the drawn windows and of the bootstrap that gives confidence intervals")
 
     def __post_init__(self):

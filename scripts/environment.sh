@@ -87,7 +87,8 @@ run_pytest() {
         status=0 flags=${XLA_FLAGS:-}
         if [[ $marks != slow ]]; then flags="--xla_backend_optimization_level=0 $flags"; fi
         (cd "$checkout" && JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} XLA_FLAGS=$flags \
-            "$python" -m pytest -n 2 --dist loadfile --max-worker-restart=0 -m "$marks" "$@") ||
+            "$python" -m pytest -n 2 --dist loadfile --max-worker-restart=0 --durations=20 \
+            -m "$marks" "$@") ||
             status=$?
         case $status in
             0) ran=yes ;;

@@ -127,11 +127,11 @@ def test_a_recipe_that_fails_is_told_and_the_others_go_on(model, tmp_path, monke
 def test_a_recipe_may_have_a_cache_and_times_stand_beside_the_ideal(model, tmp_path, monkeypatch):
     timed = []
 
-    def reading_weights(loaded, section, *, work, repeats):
-        timed.append(section.kv_dtype)
-        return [1e6 / loaded.bytes] * repeats
+    def reading_weights(sides, work, repeats):
+        timed.append([section.kv_dtype for _, section in sides])
+        return [[1e6 / loaded.bytes] * repeats for loaded, _ in sides]
 
-    monkeypatch.setattr("lepton_jax.jobs.measures._rates", reading_weights)
+    monkeypatch.setattr("lepton_jax.jobs.measures._in_turns", reading_weights)
     pruned = r"layers\..* -> weights=keep prune=magnitude sparsity=0.5"
     recipes = {"cached": {"preset": "int8", "kv_dtype": "int8"}, "zeros": {"rules": (pruned,)}}
     settings = RunConfig(
@@ -141,7 +141,8 @@ def test_a_recipe_may_have_a_cache_and_times_stand_beside_the_ideal(model, tmp_p
         output=str(tmp_path / "sweep"),
     )
     found = SweepJob(settings).run()
-    assert timed == ["auto", "auto", "int8", "int8", "auto", "auto"]  # decode and prefill of each
+    # Decode and prefill of each, the dense model beside it.
+    assert timed == [["auto", "int8"]] * 2 + [["auto", "auto"]] * 2
     dense, cached, zeros = json.loads((tmp_path / "sweep" / "table.json").read_text())
     assert "KL with its cache" in (tmp_path / "sweep" / "table.md").read_text()
     assert cached["KL with its cache"] not in ("", cached["KL, nats a token"])

@@ -51,7 +51,9 @@ _PAGE = """<h1>Receipt: {{ r.recipe.title }} of {{ r.source.path }}</h1>
 <td>{{ "{:.1f}".format(s.compressed) }}</td><td>{{ "{:.2f}".format(s.ratio) }}</td>
 <td>{{ "{:.3f}".format(s.measured_time_ratio) }}</td>
 <td>{{ "{:.3f}".format(s.ideal_compute_ratio) }}</td></tr>{% endfor %}</table>
-<p>{% for name, saved in r.speed.saved.items() %}{{ "Memory" if name == "memory" else
+<p>The best of {{ r.speed.repeats }} runs of each, {{ "which took turns" if r.speed.turns else
+"those of the dense model first: together they are too large for the memory" }}.
+{% for name, saved in r.speed.saved.items() %}{{ "Memory" if name == "memory" else
 "Time of " ~ name }}: {{ saved }}. {% endfor %}</p>{% endif %}
 <h2>Error of each weight</h2>
 {{ errors }}

@@ -4,7 +4,8 @@
     receipt = job.run(progress)   # writes config.output
 
 The dense model is measured first and freed; then the compressed one is made (`compress_model.py`)
-and measured, and directory and receipt appear together. `sweep.py` tries many recipes against one
+and measured, and directory and receipt appear together. Where both fit into memory the dense one
+comes back to be timed in turns with the other. `sweep.py` tries many recipes against one
 dense model, `verify.py` measures again. The methods are in `lepton_jax/compression`.
 """
 
@@ -62,7 +63,8 @@ class Dense:
       held_out: what the receipt says of the text.
       windows: int32 `[windows, T]` of that text.
       reference: its predictions there; None, as the next, where nothing is compared.
-      measures: what its engine gave.
+      answers: token ids of its greedy answers.
+      rates: its tokens/s by phase, where it is too large to be timed beside the compressed model.
     """
 
     model: Model
@@ -71,7 +73,8 @@ class Dense:
     held_out: dict[str, Any] | None = None
     windows: np.ndarray | None = None
     reference: quality.Reference | None = None
-    measures: measures.EngineMeasures | None = None
+    answers: list[list[int]] | None = None
+    rates: dict[str, float] | None = None
 
 
 class CompressJob:
@@ -135,21 +138,14 @@ def measure_dense(config: RunConfig, progress: Progress) -> Dense:
     windows = held_out.tokens
     told = windows_of(progress, "dense on held-out text")
     reference = quality.reference(loaded.model, loaded.leaves, windows, progress=told)
-    return Dense(
-        model,
-        source,
-        size,
-        held_out.receipt,
-        windows,
-        reference,
-        measures.measure(
-            loaded,
-            _with_own_cache(config.engine),
-            asked=asked,
-            windows=windows,
-            progress=stage(progress, "dense in the engine"),
-        ),
-    )
+    side = loaded, _with_own_cache(config.engine)
+    told = windows_of(progress, "greedy answers of dense")
+    answers = measures.answers(side, asked=asked, windows=windows, progress=told)
+    rates = None
+    if asked.repeats and not measures.fit_together(size):
+        told = stage(progress, "dense in the engine")
+        (rates,) = measures.rates([side], repeats=asked.repeats, progress=told)
+    return Dense(model, source, size, held_out.receipt, windows, reference, answers, rates)
 
 
 def compress(config: RunConfig, recipe: Recipe, dense: Dense, *, progress: Progress) -> Compressed:
@@ -245,20 +241,27 @@ def _measured(config: RunConfig, dense: Dense, loaded: Loaded, *, size: dict, pr
     """Quality, greedy prefix and speed against the dense model."""
     asked = config.receipt
     found = measure_quality(config, dense, loaded, progress=progress)
-    ours = measures.measure(
-        loaded,
-        config.engine,
-        asked=asked,
-        windows=dense.windows,
-        progress=stage(progress, "compressed in the engine"),
-    )
-    greedy = prefix_row(ours.answers, dense.measures.answers, seed=asked.seed)
+    greedy = measure_prefix(config, dense, loaded, progress=progress)
     speed = None
     if asked.repeats:
-        best = [{n: max(getattr(m, n)) for n in receipt.PHASES} for m in (dense.measures, ours)]
-        speed = {"repeats": asked.repeats, "device": device_name()}
-        speed |= receipt.speeds(*best, size)
+        speed = {"repeats": asked.repeats, "turns": dense.rates is None, "device": device_name()}
+        speed |= receipt.speeds(*_rates(config, dense, loaded, progress=progress), size)
     return found.as_dict(), greedy, speed
+
+
+def _rates(
+    config: RunConfig, dense: Dense, loaded: Loaded, *, progress: Progress
+) -> list[dict[str, float]]:
+    """Tokens/s by phase of the dense model, which is read again to take turns, and of the
+    compressed one.
+    """
+    sides, known = [(loaded, config.engine)], [dense.rates]
+    if dense.rates is None:
+        told = stage(progress, "load dense")
+        again = checkpoints.load(config.model.path, **load_options(config), progress=told)
+        sides, known = [(again, _with_own_cache(config.engine)), *sides], []
+    told = stage(progress, "in the engine")
+    return known + measures.rates(sides, repeats=config.receipt.repeats, progress=told)
 
 
 def measure_quality(
@@ -294,12 +297,25 @@ def measure_kv(
     return {"dtype": dtype} | found.as_dict()
 
 
+def measure_prefix(
+    config: RunConfig, dense: Dense, loaded: Loaded, *, progress: Progress
+) -> dict[str, Any] | None:
+    """How far greedy answers follow the dense model's; None where none were asked for."""
+    answers = measures.answers(
+        (loaded, config.engine),
+        asked=config.receipt,
+        windows=dense.windows,
+        progress=windows_of(progress, "greedy answers of compressed"),
+    )
+    return _prefix_row(answers, dense.answers, seed=config.receipt.seed)
+
+
 def _with_own_cache(engine: EngineSection) -> EngineSection:
     """The dense model's engine: the cache's dtype is measured, and no part of the measure."""
     return dataclasses.replace(engine, kv_dtype="auto")
 
 
-def prefix_row(
+def _prefix_row(
     ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]], *, seed: int
 ) -> dict[str, Any] | None:
     """Mean length of the common beginning of greedy answers, with its interval."""

@@ -4,57 +4,70 @@ The same is measured of the dense model and of the compressed one, with the same
 answers can be compared and speeds divided. Quality in numbers is `compression/quality.py`.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
+import psutil
 
 from lepton_jax.checkpoints.loaded import Loaded
 from lepton_jax.config import EngineSection, ReceiptSection, SamplingParams
 from lepton_jax.engine.loop import Engine
+from lepton_jax.engine.sizing import DEVICE_SHARE
 from lepton_jax.jobs.benchmark import Bench
 from lepton_jax.jobs.workloads import Workload
 from lepton_jax.models.config import ModelConfig
 
+Side = tuple[Loaded, EngineSection]  # a model and the engine that serves it
+
 _PROMPT_TOKENS = 32  # the beginning of a window is a prompt
 _ROWS, _DECODE_PROMPT, _DECODE_NEW, _PREFILL = 8, 64, 40, 512  # of the timed runs
+_ROOM = (
+    3  # models of the dense one's size: it, the compressed one, and what caches and compiling take
+)
 
 
-@dataclasses.dataclass(frozen=True)
-class EngineMeasures:
-    """Of one model.
-
-    Attributes:
-      answers: token ids of each prompt's greedy answer; none where not asked for.
-      decode, prefill: tokens/s of each timed run; none where not asked for.
+def answers(
+    side: Side, *, asked: ReceiptSection, windows: np.ndarray, progress: Callable[[int, int], None]
+) -> list[list[int]]:
+    """Greedy token ids after the beginnings of token `windows [windows, T]`; none where
+    `receipt.prompts` is 0. `progress` is called with (done, total).
     """
-
-    answers: list[list[int]]
-    decode: list[float]
-    prefill: list[float]
-
-
-def measure(
-    loaded: Loaded,
-    section: EngineSection,
-    *,
-    asked: ReceiptSection,
-    windows: np.ndarray,
-    progress: Callable[[int, int, str], None],
-) -> EngineMeasures:
-    """Answers the beginnings of token `windows [windows, T]`, then times prefill and decode.
-
-    `progress` is called with (done, total, what comes next).
-    """
-    progress(0, 3, "greedy answers")
     prompts = windows[: asked.prompts, :_PROMPT_TOKENS].tolist()
-    answers = greedy(loaded, section, prompts=prompts, new=asked.new_tokens) if prompts else []
-    rates = {}
-    for done, work in enumerate(_workloads(loaded.config.max_position), 1):
-        progress(done, 3, f"speed of {work.kind}")
-        rates[work.kind] = _rates(loaded, section, work=work, repeats=asked.repeats)
-    progress(3, 3, "done")
-    return EngineMeasures(answers, **rates)
+    progress(0, 1)
+    found = greedy(*side, prompts=prompts, new=asked.new_tokens) if prompts else []
+    progress(1, 1)
+    return found
+
+
+def rates(
+    sides: Sequence[Side], *, repeats: int, progress: Callable[[int, int, str], None]
+) -> list[dict[str, float]]:
+    """Tokens/s of decode and prefill, by phase, in the best of so many runs of each side.
+
+    Sides take turns, so that what else the machine does slows all alike. `progress` is called with
+    (done, total, what comes next).
+    """
+    works = _workloads(min(loaded.config.max_position for loaded, _ in sides))
+    found: list[dict[str, float]] = [{} for _ in sides]
+    for done, work in enumerate(works):
+        progress(done, len(works), f"speed of {work.kind}")
+        for rows, runs in zip(found, _in_turns(sides, work, repeats), strict=True):
+            rows[work.kind] = max(runs)
+    progress(len(works), len(works), "done")
+    return found
+
+
+def fit_together(dense: int) -> bool:
+    """Whether the memory that is free holds a dense model of so many bytes beside the compressed
+    one, so that they can take turns.
+    """
+    memory = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in memory:
+        free = DEVICE_SHARE * memory["bytes_limit"] - memory.get("bytes_in_use", 0)
+    else:
+        free = psutil.virtual_memory().available
+    return _ROOM * dense <= free
 
 
 def longest_texts(asked: ReceiptSection) -> dict[str, int]:
@@ -91,12 +104,16 @@ def greedy(
     return answers
 
 
-def _rates(loaded: Loaded, section: EngineSection, *, work: Workload, repeats: int) -> list[float]:
-    if not repeats:
-        return []
-    bench, vocab = Bench(loaded, section, workload=work), loaded.config.vocab_size
-    bench.run(work.prompts(0, vocab))
-    return [bench.run(work.prompts(seed, vocab)).rate for seed in range(1, repeats + 1)]
+def _in_turns(sides: Sequence[Side], work: Workload, repeats: int) -> list[list[float]]:
+    """Tokens/s of each side's runs, after one that isn't counted."""
+    vocab = sides[0][0].config.vocab_size
+    benches = [Bench(loaded, section, workload=work) for loaded, section in sides]
+    runs: list[list[float]] = [[] for _ in benches]
+    for seed in range(1 + repeats):
+        prompts = work.prompts(seed, vocab)
+        for bench, rates in zip(benches, runs, strict=True):
+            rates.append(bench.run(prompts).rate)
+    return [rates[1:] for rates in runs]
 
 
 def _workloads(room: int) -> tuple[Workload, Workload]:

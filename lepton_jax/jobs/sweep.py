@@ -4,9 +4,9 @@
     DIR/<recipe>/          receipt.json, receipt.html, and the checkpoint where weights are kept
     DIR/table.json table.md pareto.html
 
-The dense model is measured once. A recipe whose receipt is there is not tried again; one that
-fails is told in the table, and the others go on. Read next: `compress.py` (one recipe),
-`compression/receipt_page.py` (the page).
+The dense model's predictions and answers are measured once, its speed in turns with each recipe's.
+A recipe whose receipt is there is not tried again; one that fails is told in the table, and the
+others go on. Read next: `compress.py` (one recipe), `compression/receipt_page.py` (the page).
 """
 
 from __future__ import annotations

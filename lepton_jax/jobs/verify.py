@@ -32,13 +32,12 @@ from lepton_jax.config import (
     RunConfig,
     from_mapping,
 )
-from lepton_jax.jobs import measures
 from lepton_jax.jobs.compress import (
     gap_closed,
     measure_dense,
     measure_kv,
+    measure_prefix,
     measure_quality,
-    prefix_row,
 )
 from lepton_jax.jobs.compress_inputs import Progress, dense_bytes, describe, silent
 
@@ -151,14 +150,7 @@ def _measured(
         again = measure_kv(config, before, loaded, progress=progress)
         checks += _near(receipt["kv"], again, "with its cache: ")
     if receipt["greedy_prefix"]:
-        ours = measures.measure(
-            loaded,
-            config.engine,
-            asked=config.receipt,
-            windows=before.windows,
-            progress=lambda *at: progress("compressed in the engine", *at),
-        )
-        again = prefix_row(ours.answers, before.measures.answers, seed=config.receipt.seed)
+        again = measure_prefix(config, before, loaded, progress=progress)
         checks.append(_prefix(receipt["greedy_prefix"], again))
     return checks
 
