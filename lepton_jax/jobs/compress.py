@@ -129,6 +129,7 @@ def measure_dense(config: RunConfig, progress: Progress) -> Dense:
     size = dense_bytes(model)
     if not asked.compare:
         return Dense(model, source, size)
+    together = measures.fit_together(size)
     loaded = checkpoints.load(
         config.model.path, **load_options(config), progress=stage(progress, "load")
     )
@@ -138,12 +139,10 @@ def measure_dense(config: RunConfig, progress: Progress) -> Dense:
     windows = held_out.tokens
     told = windows_of(progress, "dense on held-out text")
     reference = quality.reference(loaded.model, loaded.leaves, windows, progress=told)
-    side = loaded, _with_own_cache(config.engine)
-    told = windows_of(progress, "greedy answers of dense")
+    side, told = (loaded, _with_own_cache(config.engine)), stage(progress, "dense in the engine")
     answers = measures.answers(side, asked=asked, windows=windows, progress=told)
     rates = None
-    if asked.repeats and not measures.fit_together(size):
-        told = stage(progress, "dense in the engine")
+    if asked.repeats and not together:
         (rates,) = measures.rates([side], repeats=asked.repeats, progress=told)
     return Dense(model, source, size, held_out.receipt, windows, reference, answers, rates)
 
@@ -260,7 +259,7 @@ def _rates(
         told = stage(progress, "load dense")
         again = checkpoints.load(config.model.path, **load_options(config), progress=told)
         sides, known = [(again, _with_own_cache(config.engine)), *sides], []
-    told = stage(progress, "in the engine")
+    told = stage(progress, "both in the engine" if len(sides) > 1 else "compressed in the engine")
     return known + measures.rates(sides, repeats=config.receipt.repeats, progress=told)
 
 
@@ -305,7 +304,7 @@ def measure_prefix(
         (loaded, config.engine),
         asked=config.receipt,
         windows=dense.windows,
-        progress=windows_of(progress, "greedy answers of compressed"),
+        progress=stage(progress, "compressed in the engine"),
     )
     return _prefix_row(answers, dense.answers, seed=config.receipt.seed)
 

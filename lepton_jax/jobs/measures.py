@@ -22,21 +22,23 @@ Side = tuple[Loaded, EngineSection]  # a model and the engine that serves it
 
 _PROMPT_TOKENS = 32  # the beginning of a window is a prompt
 _ROWS, _DECODE_PROMPT, _DECODE_NEW, _PREFILL = 8, 64, 40, 512  # of the timed runs
-_ROOM = (
-    3  # models of the dense one's size: it, the compressed one, and what caches and compiling take
-)
+_ROOM = 3  # models of the dense one's size: the third for caches and compiling
 
 
 def answers(
-    side: Side, *, asked: ReceiptSection, windows: np.ndarray, progress: Callable[[int, int], None]
+    side: Side,
+    *,
+    asked: ReceiptSection,
+    windows: np.ndarray,
+    progress: Callable[[int, int, str], None],
 ) -> list[list[int]]:
     """Greedy token ids after the beginnings of token `windows [windows, T]`; none where
-    `receipt.prompts` is 0. `progress` is called with (done, total).
+    `receipt.prompts` is 0. `progress` is called with (done, total, what comes next).
     """
     prompts = windows[: asked.prompts, :_PROMPT_TOKENS].tolist()
-    progress(0, 1)
+    progress(0, 1, "greedy answers")
     found = greedy(*side, prompts=prompts, new=asked.new_tokens) if prompts else []
-    progress(1, 1)
+    progress(1, 1, "done")
     return found
 
 
@@ -59,8 +61,8 @@ def rates(
 
 
 def fit_together(dense: int) -> bool:
-    """Whether the memory that is free holds a dense model of so many bytes beside the compressed
-    one, so that they can take turns.
+    """Whether the memory that is free before any is loaded holds a dense model of so many bytes
+    beside the compressed one, so that they can take turns.
     """
     memory = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in memory:
