@@ -4,6 +4,7 @@ import types
 
 import jax
 import psutil
+import pytest
 from compress_makers import RECEIPT, model_folder
 
 from lepton_jax import compress
@@ -64,20 +65,22 @@ def test_room_is_counted_in_dense_models(monkeypatch):
 def test_a_receipt_says_where_there_was_no_room_for_turns(tmp_path, monkeypatch):
     model, output = model_folder(tmp_path / "hf"), tmp_path / "int8"
     monkeypatch.setattr(measures, "fit_together", lambda dense: False)
-    timed, real = [], measures.rates
+    timed = []
 
-    def recording(sides, **how):
+    def of_their_bytes(sides, *, repeats, progress):
         timed.append([loaded.bytes for loaded, _ in sides])
-        return real(sides, **how)
+        return [dict.fromkeys(("decode", "prefill"), 1e6 / loaded.bytes) for loaded, _ in sides]
 
-    monkeypatch.setattr(measures, "rates", recording)
+    monkeypatch.setattr(measures, "rates", of_their_bytes)
     config = RunConfig(
         receipt=ReceiptSection(**RECEIPT | {"repeats": 2, "prompts": 0}),
         engine=EngineSection(rows=2, page_size=16),
     )
     made = compress(model, output, preset="int8", config=config)
-    assert timed == [[made["size"]["dense_bytes"]], [made["size"]["device_bytes"]]]
-    speed = made["speed"]
+    size, speed = made["size"], made["speed"]
+    assert timed == [[size["dense_bytes"]], [size["device_bytes"]]]
     assert not speed["turns"] and speed["repeats"] == 2
+    expected = size["dense_bytes"] / size["device_bytes"]
+    assert speed["decode"]["ratio"] == speed["prefill"]["ratio"] == pytest.approx(expected)
     page = " ".join((output / "receipt.html").read_text().split())
     assert "The best of 2 runs of each, those of the dense model first" in page

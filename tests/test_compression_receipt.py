@@ -58,7 +58,8 @@ def receipt(title="int8", kl=4e-3, kept=100, mib=1, rates=(150.0, 150.0)):
             "top5": estimate(0.98),
         },
         "greedy_prefix": estimate(40.0) | {"of": 48, "prompts": 16},
-        "speed": {"device": "a device"} | receipts.speeds(dense, now, size),
+        "speed": {"repeats": 3, "turns": True, "device": "a device"}
+        | receipts.speeds(dense, now, size),
         "held_out": {"sha256": "1" * 64},
         "calibration": None,
         "structured": None,
