@@ -101,7 +101,7 @@ def test_what_the_receipt_holds(whole, model):
     assert made["greedy_prefix"]["of"] == 6 and made["greedy_prefix"]["prompts"] == 2
     assert made["speed"]["turns"]
     page = " ".join((output / "receipt.html").read_text().split())
-    assert "The best of 1 runs of each, which took turns" in page
+    assert "The best of 1 run of each, which took turns" in page
     decode = made["speed"]["decode"]
     assert decode["ratio"] == pytest.approx(1 / decode["measured_time_ratio"])
     assert decode["ideal_compute_ratio"] == made["size"]["kept_fraction"] == 1

@@ -54,12 +54,12 @@ def test_sides_take_turns_on_the_same_prompts_and_the_first_run_of_each_is_not_c
 def test_room_is_counted_in_dense_models(monkeypatch):
     free = types.SimpleNamespace(available=3_000)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
-    assert measures.fit_together(1_000) and not measures.fit_together(1_001)
+    assert measures.fit_together(750) and not measures.fit_together(751)
     chip = types.SimpleNamespace(
         memory_stats=lambda: {"bytes_limit": 10_000, "bytes_in_use": 3_000}
     )
     monkeypatch.setattr(jax, "local_devices", lambda: [chip])
-    assert measures.fit_together(2_000) and not measures.fit_together(2_001)
+    assert measures.fit_together(1_500) and not measures.fit_together(1_501)
 
 
 def test_a_receipt_says_where_there_was_no_room_for_turns(tmp_path, monkeypatch):

@@ -173,6 +173,13 @@ class Heard:
         self.forgotten += 1
 
 
+def overheard(engine: Engine) -> tuple[dict[str, StepOutput], list]:
+    """Outputs of all requests, and the beats that they took."""
+    heard = Heard()
+    engine.listen(heard)
+    return serve(engine, REQUESTS), heard.beats
+
+
 def test_listeners_hear_of_every_beat(expected):
     engine, heard = make(TIGHT), Heard()
     engine.listen(heard)
@@ -223,13 +230,18 @@ def test_a_block_ends_with_its_last_row(tight, expected):
 
 def test_one_by_one(tight, expected):
     with_knobs(tight, live_rows=1)
-    check(serve(tight, REQUESTS), expected)
+    got, beats = overheard(tight)
+    check(got, expected)
+    assert max(beat.running for beat in beats) == 1
 
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_other_blocks_and_chunks(tight, expected, steps):
     with_knobs(tight, decode_block=steps, prefill_chunk=32, live_rows=3)
-    check(serve(tight, REQUESTS), expected)
+    got, beats = overheard(tight)
+    check(got, expected)
+    most = [max(getattr(b, name) for b in beats) for name in ("steps", "prefill_tokens", "running")]
+    assert most == [steps, 32, 3]
 
 
 def test_each_block_copies_one_buffer_each_way(tight, expected):

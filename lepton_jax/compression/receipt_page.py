@@ -51,7 +51,8 @@ _PAGE = """<h1>Receipt: {{ r.recipe.title }} of {{ r.source.path }}</h1>
 <td>{{ "{:.1f}".format(s.compressed) }}</td><td>{{ "{:.2f}".format(s.ratio) }}</td>
 <td>{{ "{:.3f}".format(s.measured_time_ratio) }}</td>
 <td>{{ "{:.3f}".format(s.ideal_compute_ratio) }}</td></tr>{% endfor %}</table>
-<p>The best of {{ r.speed.repeats }} runs of each, {{ "which took turns" if r.speed.turns else
+<p>The best of {{ r.speed.repeats }} run{{ "" if r.speed.repeats == 1 else "s" }} of each,
+{{ "which took turns" if r.speed.turns else
 "those of the dense model first: together they are too large for the memory" }}.
 {% for name, saved in r.speed.saved.items() %}{{ "Memory" if name == "memory" else
 "Time of " ~ name }}: {{ saved }}. {% endfor %}</p>{% endif %}

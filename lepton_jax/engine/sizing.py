@@ -28,13 +28,22 @@ _HOST_SHARE, _UNKNOWN_SHARE = 1 / 4, 1 / 64
 _DEFAULT_MAX_LEN = 4096
 
 
+def device_room(device: jax.Device) -> int | None:
+    """Bytes that weights and caches may still take on a device; None where it has no memory of its
+    own.
+    """
+    memory = device.memory_stats() or {}
+    if "bytes_limit" not in memory:
+        return None
+    return int(DEVICE_SHARE * memory["bytes_limit"] - memory.get("bytes_in_use", 0))
+
+
 def cache_budget(device: jax.Device, weights: int) -> tuple[int, int]:
     """Bytes that the cache may take on a device that holds its part of the weights, of so many
     bytes: at most, and where no request is known. Devices of a host are taken to hold as much each.
     """
-    memory = device.memory_stats()
-    if memory and "bytes_limit" in memory:
-        free = int(DEVICE_SHARE * memory["bytes_limit"] - memory.get("bytes_in_use", 0))
+    free = device_room(device)
+    if free is not None:
         return free, free
     total, sharers = psutil.virtual_memory().total, jax.local_device_count(device.platform)
     unknown, free = int(_UNKNOWN_SHARE * total), int(DEVICE_SHARE * total) // sharers - weights

@@ -140,7 +140,7 @@ def measure_dense(config: RunConfig, progress: Progress) -> Dense:
     told = windows_of(progress, "dense on held-out text")
     reference = quality.reference(loaded.model, loaded.leaves, windows, progress=told)
     side, told = (loaded, _with_own_cache(config.engine)), stage(progress, "dense in the engine")
-    answers = measures.answers(side, asked=asked, windows=windows, progress=told)
+    answers = measures.greedy_answers(side, asked=asked, windows=windows, progress=told)
     rates = None
     if asked.repeats and not together:
         (rates,) = measures.rates([side], repeats=asked.repeats, progress=told)
@@ -243,24 +243,25 @@ def _measured(config: RunConfig, dense: Dense, loaded: Loaded, *, size: dict, pr
     greedy = measure_prefix(config, dense, loaded, progress=progress)
     speed = None
     if asked.repeats:
-        speed = {"repeats": asked.repeats, "turns": dense.rates is None, "device": device_name()}
-        speed |= receipt.speeds(*_rates(config, dense, loaded, progress=progress), size)
+        speed = _speed(config, dense, loaded, size=size, progress=progress)
     return found.as_dict(), greedy, speed
 
 
-def _rates(
-    config: RunConfig, dense: Dense, loaded: Loaded, *, progress: Progress
-) -> list[dict[str, float]]:
-    """Tokens/s by phase of the dense model, which is read again to take turns, and of the
-    compressed one.
-    """
-    sides, known = [(loaded, config.engine)], [dense.rates]
-    if dense.rates is None:
-        told = stage(progress, "load dense")
-        again = checkpoints.load(config.model.path, **load_options(config), progress=told)
-        sides, known = [(again, _with_own_cache(config.engine)), *sides], []
-    told = stage(progress, "both in the engine" if len(sides) > 1 else "compressed in the engine")
-    return known + measures.rates(sides, repeats=config.receipt.repeats, progress=told)
+def _speed(
+    config: RunConfig, dense: Dense, loaded: Loaded, *, size: dict, progress: Progress
+) -> dict[str, Any]:
+    """Tokens/s of both models; the dense one is read again to take turns where it fits."""
+    repeats, turns = config.receipt.repeats, dense.rates is None
+    ours, told = (loaded, config.engine), stage(progress, "speed in the engine")
+    if turns:
+        reading = stage(progress, "load dense")
+        again = checkpoints.load(config.model.path, **load_options(config), progress=reading)
+        sides = (again, _with_own_cache(config.engine)), ours
+        before, now = measures.rates(sides, repeats=repeats, progress=told)
+    else:
+        before, (now,) = dense.rates, measures.rates([ours], repeats=repeats, progress=told)
+    circumstances = {"repeats": repeats, "turns": turns, "device": device_name()}
+    return circumstances | receipt.speeds(before, now, size)
 
 
 def measure_quality(
@@ -300,7 +301,7 @@ def measure_prefix(
     config: RunConfig, dense: Dense, loaded: Loaded, *, progress: Progress
 ) -> dict[str, Any] | None:
     """How far greedy answers follow the dense model's; None where none were asked for."""
-    answers = measures.answers(
+    answers = measures.greedy_answers(
         (loaded, config.engine),
         asked=config.receipt,
         windows=dense.windows,

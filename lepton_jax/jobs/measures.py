@@ -13,7 +13,7 @@ import psutil
 from lepton_jax.checkpoints.loaded import Loaded
 from lepton_jax.config import EngineSection, ReceiptSection, SamplingParams
 from lepton_jax.engine.loop import Engine
-from lepton_jax.engine.sizing import DEVICE_SHARE
+from lepton_jax.engine.sizing import device_room
 from lepton_jax.jobs.benchmark import Bench
 from lepton_jax.jobs.workloads import Workload
 from lepton_jax.models.config import ModelConfig
@@ -22,10 +22,12 @@ Side = tuple[Loaded, EngineSection]  # a model and the engine that serves it
 
 _PROMPT_TOKENS = 32  # the beginning of a window is a prompt
 _ROWS, _DECODE_PROMPT, _DECODE_NEW, _PREFILL = 8, 64, 40, 512  # of the timed runs
-_ROOM = 3  # models of the dense one's size: the third for caches and compiling
+# Models of the dense one's size: it, the compressed one, what that was before its recovery, and
+# what caches and compiling take.
+_ROOM = 4
 
 
-def answers(
+def greedy_answers(
     side: Side,
     *,
     asked: ReceiptSection,
@@ -37,7 +39,7 @@ def answers(
     """
     prompts = windows[: asked.prompts, :_PROMPT_TOKENS].tolist()
     progress(0, 1, "greedy answers")
-    found = greedy(*side, prompts=prompts, new=asked.new_tokens) if prompts else []
+    found = _served(side, prompts, new=asked.new_tokens) if prompts else []
     progress(1, 1, "done")
     return found
 
@@ -50,7 +52,7 @@ def rates(
     Sides take turns, so that what else the machine does slows all alike. `progress` is called with
     (done, total, what comes next).
     """
-    works = _workloads(min(loaded.config.max_position for loaded, _ in sides))
+    works = _workloads(sides[0][0].config.max_position)
     found: list[dict[str, float]] = [{} for _ in sides]
     for done, work in enumerate(works):
         progress(done, len(works), f"speed of {work.kind}")
@@ -64,12 +66,8 @@ def fit_together(dense: int) -> bool:
     """Whether the memory that is free before any is loaded holds a dense model of so many bytes
     beside the compressed one, so that they can take turns.
     """
-    memory = jax.local_devices()[0].memory_stats() or {}
-    if "bytes_limit" in memory:
-        free = DEVICE_SHARE * memory["bytes_limit"] - memory.get("bytes_in_use", 0)
-    else:
-        free = psutil.virtual_memory().available
-    return _ROOM * dense <= free
+    room = device_room(jax.local_devices()[0])
+    return _ROOM * dense <= (psutil.virtual_memory().available if room is None else room)
 
 
 def longest_texts(asked: ReceiptSection) -> dict[str, int]:
@@ -89,10 +87,9 @@ def require_room(name: str, tokens: int, config: ModelConfig) -> None:
         )
 
 
-def greedy(
-    loaded: Loaded, section: EngineSection, *, prompts: Sequence[Sequence[int]], new: int
-) -> list[list[int]]:
+def _served(side: Side, prompts: Sequence[Sequence[int]], *, new: int) -> list[list[int]]:
     """`new` greedy token ids after each prompt."""
+    loaded, section = side
     params = SamplingParams(max_tokens=new, ignore_eos=True)
     workload = [(len(prompt), params) for prompt in prompts]
     engine = Engine(loaded.model, loaded.leaves, section=section, workload=workload)
@@ -113,9 +110,9 @@ def _in_turns(sides: Sequence[Side], work: Workload, repeats: int) -> list[list[
     runs: list[list[float]] = [[] for _ in benches]
     for seed in range(1 + repeats):
         prompts = work.prompts(seed, vocab)
-        for bench, rates in zip(benches, runs, strict=True):
-            rates.append(bench.run(prompts).rate)
-    return [rates[1:] for rates in runs]
+        for bench, own in zip(benches, runs, strict=True):
+            own.append(bench.run(prompts).rate)
+    return [own[1:] for own in runs]
 
 
 def _workloads(room: int) -> tuple[Workload, Workload]:

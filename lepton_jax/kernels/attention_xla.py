@@ -288,8 +288,8 @@ def _decode(q, cache, batch, *, scale, window, soft_cap):
 
 
 def _prefill(q, cache, batch, *, scale, window, soft_cap):
-    """Tile by tile of a row's queries. Where a scored text shares all but its end with others, or a
-    row only checks what was drafted for it, few of a tile of `_MANY` would be its own.
+    """Tile by tile of a row's queries. Where a scored text shares all but its end with others, few
+    of a tile of `_MANY` would be its own.
     """
     table, span = _blocks(batch.page_table, cache.shape[3])
     beyond = (0, _MANY)
