@@ -295,18 +295,18 @@ def _prefill(q, cache, batch, *, scale, window, soft_cap):
     beyond = (0, _MANY)
     queries = jnp.pad(q, (beyond, (0, 0), (0, 0), (0, 0)))
     positions = jnp.pad(batch.positions, beyond, constant_values=-1)
-    rows = jnp.pad(batch.rows, beyond)
 
-    def one_tile(index, out, *, starts, size):
-        start = starts[index]
-        tile, where, whose, held = (
-            jax.lax.dynamic_slice_in_dim(a, start, size) for a in (queries, positions, rows, out)
+    def one_tile(index, out, *, size, behind, origin):
+        row = jnp.sum(index >= behind)
+        start = origin[row] + size * index
+        tile, where, held = (
+            jax.lax.dynamic_slice_in_dim(a, start, size) for a in (queries, positions, out)
         )
-        where = jnp.where(whose == whose[0], where, -1)
+        where = jnp.where(start + jnp.arange(size) < batch.cu_q_lens[row + 1], where, -1)
         o = _running_softmax(
             tile.transpose(1, 2, 0, 3)[None],  # [1, K, G, size, H]
             cache,
-            table[whose[0]][None],
+            table[row][None],
             where[None],
             blocks=_range(where[0] - window, where.max(), span, window),
             scale=scale,
@@ -318,25 +318,25 @@ def _prefill(q, cache, batch, *, scale, window, soft_cap):
         return jax.lax.dynamic_update_slice(out, o, (start, 0, 0, 0))
 
     out = jnp.zeros(queries.shape, q.dtype)
-    for size, begins, most in _tiles(batch):
-        (starts,) = jnp.nonzero(begins, size=most, fill_value=0)
-        tile = functools.partial(one_tile, starts=starts, size=size)
-        out = jax.lax.fori_loop(0, jnp.sum(begins), tile, out)
+    for size, first, count in _tiles(batch):
+        behind = jnp.cumsum(count)
+        origin = first - size * (behind - count)
+        tile = functools.partial(one_tile, size=size, behind=behind, origin=origin)
+        out = jax.lax.fori_loop(0, behind[-1], tile, out)
     return out[: q.shape[0]]
 
 
 def _tiles(batch):
-    """(queries of a tile, whether one begins at each token, how many there are at most), for both
-    sizes. A row is cut into tiles of `_MANY`, and its last into those of `_FEW` where at most half
-    of it would be the row's.
+    """(queries of a tile, the first token of each row's tiles `[R]`, how many it has `[R]`), for
+    both sizes. A row is cut into tiles of `_MANY`, and its last into those of `_FEW` where at most
+    half of it would be the row's.
     """
-    tokens, rows = batch.positions.shape[0], batch.page_table.shape[0]
-    begin, end = batch.cu_q_lens[batch.rows], batch.cu_q_lens[batch.rows + 1]
-    inside = jnp.arange(tokens) - begin
-    filled = end - begin - inside // _MANY * _MANY  # of the tile of many and those behind it
-    many = (batch.positions >= 0) & (inside % _MANY == 0) & (filled > _MANY // 2)
-    few = (batch.positions >= 0) & (inside % _FEW == 0) & (filled <= _MANY // 2)
-    return (_MANY, many, tokens // _MANY + rows), (_FEW, few, _MANY // 2 // _FEW * rows)
+    first = batch.cu_q_lens[:-1]
+    queries = jnp.where(batch.kv_lens > 0, batch.cu_q_lens[1:] - first, 0)
+    whole, left = queries // _MANY, queries % _MANY
+    short = left <= _MANY // 2
+    few = jnp.where(short, -(-left // _FEW), 0)
+    return (_MANY, first, whole + ~short), (_FEW, first + whole * _MANY, few)
 
 
 def _blocks(page_table, page_size):
