@@ -12,6 +12,7 @@ import jax
 import pytest
 from engine_reference import tiny
 
+from lepton_jax import bench
 from lepton_jax.config import BenchSection, CompressionSection, EngineSection, RunConfig
 from lepton_jax.jobs import benchmark, starts, workloads
 from lepton_jax.jobs.summary import ModelCost
@@ -214,10 +215,10 @@ def test_the_driver_refuses_unknown_measurements():
     assert not done.stdout
 
 
-def test_a_draft_model_is_refused():
-    done = drive("--config=configs/bench.py", "--config.engine.speculation=draft")
-    assert done.returncode == 2, done.stderr
-    assert "error: bench measures one model" in done.stderr
+def test_a_draft_model_is_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(RunConfig(engine=EngineSection(speculation="draft")))
+    assert "error: bench measures one model" in capsys.readouterr().err
 
 
 def test_a_start_that_fails_says_why(tmp_path, monkeypatch):

@@ -7,25 +7,27 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked_drivers import forks_of
 
 ROOT = Path(__file__).parents[1]
 CONFIG = f"--config={ROOT / 'configs' / 'llama3_70b.py'}"
+FLAGS = (CONFIG, "--noconfig.plan.compile")
 
 
-def plan(tmp_path, *arguments, config=CONFIG):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    return subprocess.run(
-        [sys.executable, "-m", "lepton_jax.plan", config, "--noconfig.plan.compile", *arguments],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+@pytest.fixture(scope="module")
+def plan():
+    """A planning driver's end in a folder."""
+    imports = ("lepton_jax.planning.report", "lepton_jax.planning.search")
+    with forks_of("plan", imports=imports) as drive:
+        yield drive
 
 
 def test_a_plan_is_json_and_a_page_and_says_that_it_fits(tmp_path):
-    done = plan(tmp_path, "--topology=v5e:2x4", "--json", "--html=plan.html")
+    """In a process of its own, as everyone runs it."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    asked = ("--topology=v5e:2x4", "--json", "--html=plan.html")
+    command = [sys.executable, "-m", "lepton_jax.plan", *FLAGS, *asked]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["fits"] and found["mesh"] == {"model": 8, "expert": 1, "data": 1}
@@ -33,15 +35,16 @@ def test_a_plan_is_json_and_a_page_and_says_that_it_fits(tmp_path):
     assert "llama-3.1-70b" in written and written.count("<svg") == 2
 
 
-def test_what_does_not_fit_exits_with_1_and_says_what_would(tmp_path):
-    done = plan(tmp_path, "--topology=v5e:2x4", config=f"{CONFIG}:published:llama-3.1-405b")
+def test_what_does_not_fit_exits_with_1_and_says_what_would(plan, tmp_path):
+    other = f"{CONFIG}:published:llama-3.1-405b"
+    done = plan(tmp_path, other, FLAGS[1], "--topology=v5e:2x4")
     assert done.returncode == 1, done.stderr
     assert "GiB short" in done.stdout
     assert "would fit: mesh.model=64 with plan.topology=v5e:8x8" in done.stdout
 
 
-def test_a_search_lists_the_best_first(tmp_path):
-    done = plan(tmp_path, "--search", "--config.plan.chips=v5e,v6e")
+def test_a_search_lists_the_best_first(plan, tmp_path):
+    done = plan(tmp_path, *FLAGS, "--search", "--config.plan.chips=v5e,v6e")
     assert done.returncode == 0, done.stderr
     first = done.stdout.splitlines()[1].split()
     assert first[0] == "v6e:2x2" and first[1] == "int8"
@@ -56,7 +59,7 @@ def test_a_search_lists_the_best_first(tmp_path):
         ("--search --html=plan.html", "error: --html=plan.html: a search has no page"),
     ],
 )
-def test_mistakes_end_in_one_line_that_names_them(tmp_path, argument, message):
-    done = plan(tmp_path, *argument.split())
+def test_mistakes_end_in_one_line_that_names_them(plan, tmp_path, argument, message):
+    done = plan(tmp_path, *FLAGS, *argument.split())
     assert done.returncode == 2 and message in done.stderr
     assert "Traceback" not in done.stderr

@@ -1,5 +1,6 @@
 """The driver from its command line: flags, exit codes, one-line errors; the engine is a fake."""
 
+import functools
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 from compress_makers import config_file, model_folder
+from forked_drivers import forks_of
 
 ROOT = Path(__file__).parents[1]
 # The driver as it is, but with an engine that echoes its prompts.
@@ -46,53 +48,30 @@ class LeptonEngine:
 
 sys.modules["lepton_jax.api"] = types.SimpleNamespace(LeptonEngine=LeptonEngine)
 """
-ONE = "cli.run_driver(run.main)\n"
-# Each in a fork of one process, because importing takes longer than all of them.
-MANY = """
-import json, os
-codes = []
-for number, arguments in enumerate(json.loads(sys.argv[1])):
-    child = os.fork()
-    if not child:
-        os.dup2(os.open(f"said-{number}", os.O_WRONLY | os.O_CREAT), 2)
-        sys.argv[1:] = arguments
-        cli.run_driver(run.main)
-    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-print(json.dumps(codes))
-"""
+NEEDED = ("api", "distributed.hosts", "jobs.driver", "jobs.tuning", "jobs.report_page")
 
 
-def drive(tmp_path, *arguments, how=ONE):
-    script = tmp_path / "driver.py"
-    script.write_text(ECHO.format(tests=str(ROOT / "tests")) + how)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    environment["XDG_CACHE_HOME"] = str(tmp_path / "cache")  # no profiles
-    return subprocess.run(
-        [sys.executable, script, *arguments],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-
-
-def filled(folder):
-    """A config, and an input with a good row and a bad one."""
-    job = {"input": "in.jsonl", "output": "out.jsonl"}
-    overrides = {"model": {"path": "echo"}, "job": job, "sampling": {"logprobs": 1}}
-    (folder / "config.py").write_text(f"def get_config(arg=None):\n    return {overrides}\n")
-    (folder / "broken.py").write_text("def get_config(arg=None):\n    return 1 / 0\n")
-    (folder / "in.jsonl").write_text('{"id": "a", "prompt": "hi"}\n{"id": "b"}\n')
-    return folder
+@pytest.fixture(scope="module")
+def drive(tmp_path_factory):
+    """A driver's end in a folder."""
+    no_profiles = str(tmp_path_factory.mktemp("cache"))
+    imports = tuple(f"lepton_jax.{name}" for name in NEEDED)
+    with forks_of("run", imports=imports, before=ECHO.format(tests=str(ROOT / "tests"))) as drive:
+        yield functools.partial(drive, XDG_CACHE_HOME=no_profiles)
 
 
 @pytest.fixture
 def files(tmp_path):
-    return filled(tmp_path)
+    """A config, and an input with a good row and a bad one."""
+    job = {"input": "in.jsonl", "output": "out.jsonl"}
+    overrides = {"model": {"path": "echo"}, "job": job, "sampling": {"logprobs": 1}}
+    (tmp_path / "config.py").write_text(f"def get_config(arg=None):\n    return {overrides}\n")
+    (tmp_path / "broken.py").write_text("def get_config(arg=None):\n    return 1 / 0\n")
+    (tmp_path / "in.jsonl").write_text('{"id": "a", "prompt": "hi"}\n{"id": "b"}\n')
+    return tmp_path
 
 
-def test_answers_a_summary_and_the_exit_codes(files):
+def test_answers_a_summary_and_the_exit_codes(drive, files):
     done = drive(files, "--config=config.py", "--config.engine.rows=2", "--explain")
     assert done.returncode == 1, done.stderr
     assert done.stdout.startswith("int8: 25% of the bytes\n")
@@ -135,25 +114,16 @@ MISTAKES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def mistakes(tmp_path_factory):
-    """(exit code, what it said) of each."""
-    folder = filled(tmp_path_factory.mktemp("mistakes"))
-    done = drive(folder, json.dumps([arguments for arguments, _ in MISTAKES]), how=MANY)
-    codes = json.loads(done.stdout.splitlines()[-1])
-    return [(code, (folder / f"said-{n}").read_text()) for n, code in enumerate(codes)]
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES)
+def test_a_mistake_is_one_clear_line_and_exit_code_2(drive, files, arguments, message):
+    done = drive(files, *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("number", range(len(MISTAKES)))
-def test_a_mistake_is_one_clear_line_and_exit_code_2(mistakes, number):
-    code, said = mistakes[number]
-    assert code == 2
-    assert MISTAKES[number][1] in said
-    assert "Traceback" not in said
-    assert len(said.strip().splitlines()) == 1
-
-
-def test_a_table_in_and_parquet_out(files):
+def test_a_table_in_and_parquet_out(drive, files):
     (files / "in.csv").write_text("key,question,label\nk1,hi,x\nk2,,y\n")
     done = drive(
         files,
@@ -172,7 +142,7 @@ def test_a_table_in_and_parquet_out(files):
     assert "k1: hi" in done.stdout
 
 
-def test_a_report_and_scalars_where_they_are_asked_for(files):
+def test_a_report_and_scalars_where_they_are_asked_for(drive, files):
     done = drive(
         files, "--config=config.py", "--config.job.report=true", "--config.job.tensorboard=events"
     )
@@ -205,7 +175,7 @@ def test_two_replicas_of_a_model_and_what_each_did(tmp_path):
     assert "<td>replica 1</td>" in (tmp_path / "out.jsonl.report.html").read_text()
 
 
-def test_another_run_is_refused_until_told_to_start_over(files):
+def test_another_run_is_refused_until_told_to_start_over(drive, files):
     (files / "out.jsonl.partial").write_text('{"id": "a", "text": ""}\n')
     (files / "out.jsonl.partial.meta").write_text('{"format": 3, "model": "another"}')
     done = drive(files, "--config=config.py")
@@ -214,7 +184,7 @@ def test_another_run_is_refused_until_told_to_start_over(files):
     assert drive(files, "--config=config.py", "--config.job.restart=true").returncode == 1
 
 
-def test_a_summary_that_cannot_be_written_is_no_traceback(files):
+def test_a_summary_that_cannot_be_written_is_no_traceback(drive, files):
     (files / "out.jsonl.summary.json").mkdir()
     done = drive(files, "--config=config.py")
     assert done.returncode == 1
@@ -259,7 +229,9 @@ def test_an_end_from_outside_gives_back_what_is_held(files, end):
     assert said == "given back\n" + "interrupted\n" * (end == signal.SIGINT)
 
 
-def test_help_documents_every_field(files):
-    done = drive(files, "--helpfull")
+def test_help_documents_every_field():
+    """In a process of its own, as everyone runs it."""
+    command = [sys.executable, "-m", "lepton_jax.run", "--helpfull"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     for text in ("--config.engine.rows (int, default 32)", "--config.sampling.seed (int | None"):
         assert text in done.stdout
