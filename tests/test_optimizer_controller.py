@@ -81,6 +81,12 @@ def best_static(work, costs) -> float:
 
 
 @pytest.fixture(scope="module")
+def plain() -> dict:
+    """Seconds with the default knobs."""
+    return {(n, costs): static(WORK[n], costs, **DEFAULT) for n in WORK for costs in (CPU, TPU)}
+
+
+@pytest.fixture(scope="module")
 def bests() -> dict:
     return {(name, costs): best_static(WORK[name], costs) for name in WORK for costs in (CPU, TPU)}
 
@@ -88,19 +94,19 @@ def bests() -> dict:
 @pytest.mark.parametrize("timed", [False, True])
 @pytest.mark.parametrize("costs", [CPU, TPU], ids=["cpu", "tpu"])
 @pytest.mark.parametrize("name", WORK)
-def test_it_is_near_the_best_static_knobs(bests, name, costs, timed):
+def test_it_is_near_the_best_static_knobs(bests, plain, name, costs, timed):
     seconds, feedback = controlled(WORK[name], costs, timed=timed)
     assert seconds <= 1.09 * bests[name, costs]  # learning what it begins without included
-    assert seconds <= 1.02 * static(WORK[name], costs, **DEFAULT)
+    assert seconds <= 1.02 * plain[name, costs]
     late = [d for d in feedback.decisions if d.beat > 50 and d.knob != "beat_cost"]
     assert len(late) <= 4, explained(late)
 
 
 @pytest.mark.parametrize("costs", [CPU, TPU], ids=["cpu", "tpu"])
-def test_it_gains_where_there_is_something_to_gain(costs):
+def test_it_gains_where_there_is_something_to_gain(plain, costs):
     for name, gain in (("short", 1.15), ("heavy tail", 1.15)):
         seconds, _ = controlled(WORK[name], costs)
-        assert static(WORK[name], costs, **DEFAULT) / seconds >= gain, name
+        assert plain[name, costs] / seconds >= gain, name
 
 
 @pytest.mark.parametrize("name", ["short", "heavy tail"])
@@ -146,10 +152,11 @@ def test_a_shift_is_followed():
     """Short answers, then long ones, where beats are dear: no knobs that stay are good for both."""
     work = rows(1500, mean=4, limit=64, seed=6) + rows(96, mean=900, limit=256, seed=5)
     costs = dataclasses.replace(TPU, gap=0.006)
+    best, plain = best_static(work, costs), static(work, costs, **DEFAULT)
     for options in (dict(known=costs), dict(timed=True)):
         seconds, _ = controlled(work, costs, **options)
-        assert seconds <= best_static(work, costs) / 1.1
-        assert seconds <= static(work, costs, **DEFAULT) / 1.15
+        assert seconds <= best / 1.1
+        assert seconds <= plain / 1.15
 
 
 def test_a_machine_that_slows_down_is_followed():
@@ -188,9 +195,10 @@ def test_adversarial_streams_cost_little(period):
         for at in range(0, 720, period)
         for row in (*short[at : at + period], *long[at : at + period])
     ]
+    plain = static(work, TPU, **DEFAULT)
     for timed in (False, True):
         seconds, _ = controlled(work, TPU, timed=timed)
-        assert seconds <= 1.03 * static(work, TPU, **DEFAULT)
+        assert seconds <= 1.03 * plain
 
 
 def test_without_the_clock_the_same_rows_give_the_same_decisions():
