@@ -22,7 +22,9 @@ def byte_alphabet() -> list[str]:
     return [chr(b if b in plain else next(others)) for b in range(256)]
 
 
-def model_folder(folder: Path, *, seed: int = 0, **changes: np.ndarray) -> Path:
+def model_folder(
+    folder: Path, *, seed: int = 0, layers: int = make.L, **changes: np.ndarray
+) -> Path:
     """A Hugging Face directory; `changes` replaces arrays by the last parts of their names."""
     rng = np.random.default_rng(seed)
     arrays = {
@@ -37,7 +39,9 @@ def model_folder(folder: Path, *, seed: int = 0, **changes: np.ndarray) -> Path:
     for ending, array in changes.items():
         name = next(n for n in arrays if n.replace(".", "_").endswith(f"{ending}_weight"))
         arrays[name] = array
-    make.hf_folder(folder, arrays, vocab_size=VOCAB)
+    gone = tuple(f"model.layers.{number}." for number in range(layers, make.L))
+    arrays = {name: array for name, array in arrays.items() if not name.startswith(gone)}
+    make.hf_folder(folder, arrays, vocab_size=VOCAB, num_hidden_layers=layers)
     vocab = {character: number for number, character in enumerate(byte_alphabet())}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
     tokenizer = {

@@ -248,10 +248,10 @@ def test_rows_without_choices_are_error_rows(tmp_path):
 
 
 def test_a_cascade_of_real_engines_from_python(tmp_path):
-    folder = model_folder(tmp_path / "model")
+    folder = model_folder(tmp_path / "model", layers=1)
     texts = [f"number {n} of the words" for n in range(60)]
     config = RunConfig(
-        engine=EngineSection(rows=4, max_len=64, prefill_chunk=32, page_size=16),
+        engine=EngineSection(rows=2, max_len=64, prefill_chunk=32, page_size=16),
     )
 
     def predict(preset, **sections):
@@ -261,6 +261,8 @@ def test_a_cascade_of_real_engines_from_python(tmp_path):
             lepton.load_model(folder, config=asked, compression=preset)
             found = lepton.predict(texts, ["one", "two"])
             account = lepton.promise.account() if lepton.promise else {}
+            if preset == "none":
+                return found, account, ""
             return found, account, lepton.generate("words", SamplingParams(max_tokens=4))[0].text
 
     promised = CascadeSection(agreement=0.5, audit=0.2)
