@@ -23,6 +23,7 @@ from lepton_jax.config import EngineSection, SamplingParams
 from lepton_jax.distributed.pool import Pool
 from lepton_jax.distributed.replicas import ThreadReplica
 from lepton_jax.engine.loop import Engine
+from lepton_jax.engine.row_params import SampleSpec
 from lepton_jax.jobs import driver
 from lepton_jax.jobs.rows import RowError
 from lepton_jax.jobs.session import Session
@@ -42,10 +43,11 @@ def model_with_characters():
 
 
 MODEL, LEAVES = model_with_characters()
-ROOMY = EngineSection(rows=8, page_size=8, num_pages=400, prefill_chunk=64, max_len=320)
-CUT = EngineSection(rows=2, page_size=8, num_pages=60, prefill_chunk=16, max_len=128)
-TIGHT = EngineSection(rows=8, page_size=4, num_pages=34, prefill_chunk=16, max_len=128)
+ROOMY = EngineSection(rows=4, page_size=8, num_pages=400, prefill_chunk=32, max_len=256)
+TIGHT = EngineSection(rows=4, page_size=4, num_pages=34, prefill_chunk=16, max_len=128)
 PROGRAMS: dict[EngineSection, dict] = {}
+DRAWN = SampleSpec(stochastic=True, stop_ids=1, guided=1)  # programs of most tests here
+PENALIZED = dataclasses.replace(DRAWN, penalties=True, logprobs=2)  # and of those on few pages
 NAMES = ("a", "id", "shop_name", "x y")
 PATTERNS = ("^[a-f]{2,4}$", "^\\d\\d-\\d$", "^(ab|c)$")
 SCHEMAS = 200
@@ -73,9 +75,10 @@ def guided(engine):
     return engine
 
 
-def make(section=ROOMY):
+def make(section=ROOMY, spec=DRAWN):
     engine = guided(Engine(MODEL, LEAVES, section=section, eos_ids=TOKENIZER.eos_ids))
     engine.runner.programs.compiled = PROGRAMS.setdefault(section, {})
+    engine.runner.require(spec)
     return engine
 
 
@@ -188,7 +191,7 @@ def test_forced_tokens_are_the_ones_that_the_model_would_be_asked_for():
             (ids(seed), SamplingParams(**fields)),
             (ids(seed), SamplingParams(**fields, logprobs=2)),
         ]
-        forced, sampled = answers(asked)
+        forced, sampled = answers(asked, engine=make(TIGHT, PENALIZED))
         assert sampled.logprobs and len(sampled.logprobs) == len(sampled.token_ids)
         assert json.loads(forced.text) in schema["enum"]
         assert json.loads(sampled.text) in schema["enum"]
@@ -196,7 +199,7 @@ def test_forced_tokens_are_the_ones_that_the_model_would_be_asked_for():
 
 def test_free_rows_beside_guided_ones_are_not_changed():
     free = [(ids(seed), SamplingParams(max_tokens=12, ignore_eos=True)) for seed in range(6)]
-    alone = answers(free)
+    alone = answers(free, engine=make(spec=SampleSpec(stop_ids=1)))
     schema = {"type": "string", "minLength": 3, "maxLength": 9}
     guided = [(ids(9 + n), SamplingParams(json_schema=schema, n=2, seed=n)) for n in range(4)]
     mixed = answers([x for pair in zip(free, guided, strict=False) for x in pair] + free[4:])
@@ -215,11 +218,12 @@ def test_rows_that_are_sent_away_for_pages_go_on_where_they_were():
         (ids(n, 20), SamplingParams(json_schema=schema, max_tokens=60, **fields))
         for n, fields in enumerate([{}, penalty] * 3)
     ]
-    engine = make(TIGHT)
-    cramped = answers(asked, engine=engine)
+    engine = make(TIGHT, PENALIZED)
+    found = answers(asked, engine=engine)
     assert engine.stats()["preemptions"] > 0
-    assert [a.token_ids for a in cramped] == [a.token_ids for a in answers(asked)]
-    for answer in cramped:
+    alone = make(TIGHT, PENALIZED)
+    for one, answer in zip(asked, found, strict=True):
+        assert answer.token_ids == answers([one], engine=alone)[0].token_ids
         jsonschema.validate(json.loads(answer.text), schema)
 
 
@@ -229,7 +233,9 @@ def test_penalties_count_each_token_once():
     """
     params = SamplingParams(regex="[ab]{8}", frequency_penalty=2.0, max_tokens=9)
     biased = SamplingParams(regex="[ab]{8}", frequency_penalty=0.0, max_tokens=9)
-    (plain,), (counted,) = answers([(ids(3), biased)]), answers([(ids(3), params)])
+    plain, counted = (
+        answers([(ids(3), asked)], engine=make(TIGHT, PENALIZED))[0] for asked in (biased, params)
+    )
     assert abs(counted.text.count("a") - 4) <= abs(plain.text.count("a") - 4)
 
 
@@ -302,7 +308,7 @@ def test_replicas_elsewhere_hold_a_prescribed_form_too():
         (ids(n), SamplingParams(**forms[n % 4], temperature=1.0, seed=n, max_tokens=60))
         for n in range(8)
     ]
-    replicas = [Elsewhere(f"{n}", make(), slots=8) for n in range(2)]
+    replicas = [Elsewhere(f"{n}", make(), slots=4) for n in range(2)]
     found = answers(asked, engine=Pool(replicas, lockstep=True))
     assert [answer.choices for answer in found] == [a.choices for a in answers(asked)]
     for answer in found[::4]:
@@ -331,19 +337,20 @@ def test_two_devices_give_the_answers_of_one():
 
 def test_a_warm_up_compiles_all_that_guided_rows_need():
     long = "abcdefghijklmnopqrstuvwxyz" * 2
-    params = SamplingParams(regex=f"[xy]{long}[xy]", max_tokens=60)  # forced in the midst
-    workload = [(3, params)] * 8
+    regex = f"[xy]{long}[xy]"  # forced in the midst
+    params = SamplingParams(regex=regex, temperature=1.0, max_tokens=60)
+    workload = [(3, params)] * 4
     engine = guided(
         Engine(MODEL, LEAVES, section=ROOMY, eos_ids=(2,), workload=workload, strict=True)
     )
     engine.warm_up(workload)
-    found = answers([(ids(n, 3), params) for n in range(8)], engine=engine)
+    found = answers([(ids(n, 3), params) for n in range(4)], engine=engine)
     assert all(answer.text[1:-1] == long for answer in found)
     assert engine.stats()["late_compiles"] == 0 and engine.runner.timings.decode_steps == 0
 
 
 def test_a_program_without_guided_rows_has_no_mask():
-    engine = make()
+    engine = make(spec=SampleSpec())
     answers([(ids(1), SamplingParams(max_tokens=3))], engine=engine)
     assert engine.runner.spec.guided == 0
     answers([(ids(1), SamplingParams(choices=("a", "b")))], engine=engine)
@@ -352,11 +359,18 @@ def test_a_program_without_guided_rows_has_no_mask():
     assert decode and all(shape.spec.guided == 0 for shape in decode)
 
 
+def cramped():
+    """An engine on few pages, whose programs stay the same when it forgets."""
+    engine = make(TIGHT, PENALIZED)
+    engine.runner.warm_up([], wait=False)
+    return engine
+
+
 class Mortal:
     """An engine that lives for so many beats."""
 
     def __init__(self, beats):
-        self._engine, self._beats = make(CUT), beats
+        self._engine, self._beats = cramped(), beats
 
     def step(self):
         self._beats -= 1
@@ -377,7 +391,7 @@ def test_a_guided_job_that_is_cut_gives_the_same_bytes(tmp_path, monkeypatch):
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     sampling = dict(max_tokens=60, temperature=1.0)
     config = job_config(source, tmp_path / "whole.jsonl", sampling=sampling)
-    whole, tally = run_job(config, make(CUT), tokenizer=TOKENIZER)
+    whole, tally = run_job(config, cramped(), tokenizer=TOKENIZER)
     assert tally.errors == 0
     config, cuts = job_config(source, tmp_path / "cut.jsonl", sampling=sampling), 0
     while True:
