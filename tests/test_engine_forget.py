@@ -12,11 +12,12 @@ from lepton_jax.config import EngineSection, SamplingParams
 from lepton_jax.engine.loop import Engine
 from lepton_jax.engine.scored import Scoring
 
-MODEL, LEAVES = tiny("llama", layers=2)
+MODEL, LEAVES = tiny("llama", layers=1)
 KEPT = jax.tree.leaves(LEAVES)
 SECTION = EngineSection(
     rows=4, page_size=4, num_pages=60, prefill_chunk=64, decode_block=4, max_len=64
 )
+PROGRAMS = {}  # of all engines here
 
 
 def ids(count, seed):
@@ -26,6 +27,12 @@ def ids(count, seed):
 START = ids(20, 0)
 WANTED = {f"r{i}": START[: 4 * (i % 5)] + ids(3 + 5 * i % 17, i + 1) for i in range(12)}
 OTHERS = {f"o{i}": ids(5 + 3 * i, 50 + i) for i in range(7)}
+
+
+def make():
+    engine = Engine(MODEL, LEAVES, section=SECTION)
+    engine.runner.programs.compiled = PROGRAMS
+    return engine
 
 
 def serve(engine, prompts):
@@ -41,7 +48,7 @@ def serve(engine, prompts):
 
 
 def test_what_follows_does_not_depend_on_what_was_before():
-    engine = Engine(MODEL, LEAVES, section=SECTION)
+    engine = make()
     new = serve(engine, WANTED)
     hits = engine.stats()["prefix_hit_tokens"]
     serve(engine, OTHERS)
@@ -55,11 +62,11 @@ def test_what_follows_does_not_depend_on_what_was_before():
 
 def test_what_other_rows_needed_is_forgotten():
     """Or a resumed job, which doesn't see these rows, would run other programs."""
-    engine = Engine(MODEL, LEAVES, section=SECTION)
-    known = [(20, SamplingParams(logit_bias={5: 1.0}))]
+    engine = make()
+    known = [(20, SamplingParams(temperature=1.0, logprobs=1))]
     engine.warm_up(known, only=lambda shape: False)
     expected = engine.runner.spec, engine.runner.score_spec
-    engine.add_request("a", START, SamplingParams(max_tokens=2, min_tokens=1, logprobs=3))
+    engine.add_request("a", START, SamplingParams(max_tokens=1, min_tokens=1))
     engine.add_scoring("b", START, Scoring(((5, 6),)))
     while engine.has_work:
         engine.step()
@@ -72,7 +79,7 @@ def test_what_other_rows_needed_is_forgotten():
 
 @pytest.mark.parametrize("way", ["close", "drop"])
 def test_an_engine_that_is_not_needed_any_more_gives_its_memory_back(way):
-    engine = Engine(MODEL, LEAVES, section=SECTION)
+    engine = make()
     engine.warm_up([(5, SamplingParams())], only=lambda shape: False)
     runner = engine.runner
     held = jax.tree.leaves((runner._caches, runner._state, runner.leaves))
@@ -91,8 +98,8 @@ def test_an_engine_that_is_not_needed_any_more_gives_its_memory_back(way):
 
 
 def test_an_engine_at_work_forgets_nothing():
-    engine = Engine(MODEL, LEAVES, section=SECTION)
-    engine.add_request("a", START, SamplingParams(max_tokens=30))
+    engine = make()
+    engine.add_request("a", START, SamplingParams(max_tokens=30, temperature=1.0, logprobs=1))
     engine.step()
     with pytest.raises(ValueError, match="requests are open"):
         engine.forget()
@@ -101,7 +108,7 @@ def test_an_engine_at_work_forgets_nothing():
 @pytest.mark.parametrize("beat", ["dispatch", "read"])
 def test_an_interrupted_beat_leaves_nothing_behind(beat):
     """As Ctrl-C in a notebook: what was planned is not computed, so nobody may share its pages."""
-    engine = Engine(MODEL, LEAVES, section=SECTION)
+    engine = make()
     new = serve(engine, WANTED)
     engine.forget()
     whole = getattr(engine.runner, beat)
