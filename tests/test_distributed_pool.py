@@ -9,6 +9,7 @@ import pytest
 from engine_reference import tiny
 from jobs_fakes import ByteTokenizer, FakeEngine, job_config, run_job
 
+from lepton_jax.compression.presets import compressor, preset_rules
 from lepton_jax.config import EngineSection, JobSection, MeshSection, RunConfig, SamplingParams
 from lepton_jax.distributed.local import device_groups, local_pool
 from lepton_jax.distributed.pool import Pool, ReplicasLost
@@ -200,7 +201,10 @@ def test_a_job_gives_the_file_of_one_engine(tmp_path):
 
 
 def test_real_engines_on_slices_of_the_devices():
-    model, leaves = tiny("llama", layers=2)
+    model, leaves = tiny("llama", layers=1)
+    compress = compressor(preset_rules("int8"), model.specs)
+    pairs = zip(model.specs.items(), leaves, strict=True)
+    leaves = tuple(compress(path, spec, leaf) for (path, spec), leaf in pairs)
     section = EngineSection(rows=2, page_size=8, prefill_chunk=64, decode_block=4, max_len=64)
     one = Engine(model, leaves, section=section)
     config = RunConfig(

@@ -1,5 +1,5 @@
-"""Replicas that each share a model: families on meshes of data x model, dense or compressed,
-give the tokens of one device.
+"""Devices that share a model: families on their meshes, dense or compressed, give the tokens of one
+device. Several such replicas, of a compressed Llama, are in test_distributed_pool.py.
 """
 
 import jax
@@ -8,17 +8,16 @@ import pytest
 from engine_reference import tiny
 
 from lepton_jax.compression.presets import compressor, preset_rules
-from lepton_jax.config import EngineSection, JobSection, MeshSection, RunConfig, SamplingParams
-from lepton_jax.distributed.local import device_groups, local_pool
+from lepton_jax.config import EngineSection, MeshSection, SamplingParams
+from lepton_jax.distributed.local import device_groups
 from lepton_jax.engine.loop import Engine
 
 SECTION = EngineSection(
     rows=4, page_size=8, num_pages=16, prefill_chunk=32, decode_block=8, max_len=24
 )
 MESHES = {
-    "llama": ((2, 2, 1), "int8"),
-    "mixtral": ((2, 4, 2), "int8"),
-    "qwen3": ((1, 4, 1), ""),
+    "mixtral": (MeshSection(data=2, model=4, expert=2), "int8"),
+    "qwen3": (MeshSection(model=4), ""),
 }
 
 
@@ -37,20 +36,14 @@ def tokens(engine):
 
 @pytest.mark.parametrize("case", MESHES)
 def test_tokens_of_one_device(case):
-    (data, model_parts, expert), preset = MESHES[case]
+    """On the last devices of the mesh, which aren't the first where there are several replicas."""
+    mesh, preset = MESHES[case]
     model, leaves = tiny(case, layers=1)
     if preset:
         compress = compressor(preset_rules(preset), model.specs)
         pairs = zip(model.specs.items(), leaves, strict=True)
         leaves = tuple(compress(path, spec, leaf) for (path, spec), leaf in pairs)
-    mesh = MeshSection(data=data, model=model_parts, expert=expert)
-    engines = [
-        Engine(model, leaves, section=SECTION, devices=devices) for devices in device_groups(mesh)
-    ]
-    config = RunConfig(engine=SECTION, mesh=mesh, job=JobSection(exact=True))
-    pool = local_pool(engines, config)
-    try:
-        shared = tokens(pool)
-    finally:
-        pool.close()
-    assert shared == tokens(Engine(model, leaves, section=SECTION, devices=jax.devices()[:1]))
+    *_, devices = device_groups(mesh)
+    shared = Engine(model, leaves, section=SECTION, devices=devices)
+    alone = Engine(model, leaves, section=SECTION, devices=jax.devices()[:1])
+    assert tokens(shared) == tokens(alone)
