@@ -45,11 +45,16 @@ def tiny(case: str, layers: int = 0) -> tuple[Model, tuple]:
     return model, tiny_models.in_order(model, fixture.leaves)
 
 
+@functools.cache
+def _forward_of(model: Model):
+    return jax.jit(functools.partial(tiny_models.forward, model))
+
+
 class Reference:
     """Answers requests for a model."""
 
     def __init__(self, model: Model, leaves: tuple, eos_ids: tuple[int, ...] = ()):
-        self._forward = jax.jit(functools.partial(tiny_models.forward, model, leaves))
+        self._forward = functools.partial(_forward_of(model), leaves)
         self._eos_ids = eos_ids
 
     def logits(self, ids: list[int]) -> np.ndarray:

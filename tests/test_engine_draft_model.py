@@ -11,6 +11,7 @@ from tpu_topology import copies_of
 
 from lepton_jax.engine.knobs import Knobs, longest_draft
 from lepton_jax.engine.loop import Engine
+from lepton_jax.engine.row_params import SampleSpec
 from lepton_jax.models.build import abstract_model
 
 DRAFT = dataclasses.replace(TIGHT, speculation="draft", draft_tokens=3, num_pages=0)
@@ -26,16 +27,23 @@ REQUESTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def answers():
-    reference = Reference(MODEL, LEAVES, EOS)
+def answers_of(model, leaves) -> dict[str, list[int]]:
+    reference = Reference(model, leaves, EOS)
     return {n: reference.answer(*r, max_len=MAX_LEN).token_ids for n, r in REQUESTS.items()}
 
 
-def drafted_by(draft) -> Engine:
-    engine = Engine(MODEL, LEAVES, section=DRAFT, eos_ids=EOS)
-    engine.draft_with(*draft)
+@pytest.fixture(scope="module")
+def answers() -> dict[str, list[int]]:
+    return answers_of(*SHALLOW)
+
+
+def drafted(model, leaves, *, by) -> Engine:
+    """An engine whose programs serve all requests from the first on."""
+    engine = Engine(model, leaves, section=DRAFT, eos_ids=EOS)
+    engine.draft_with(*by)
     engine.scheduler.draft_policy = longest_draft
+    for _, asked in REQUESTS.values():
+        engine.runner.require(SampleSpec.of(asked, EOS))
     return engine
 
 
@@ -45,7 +53,7 @@ def tokens(engine: Engine, requests: dict) -> dict[str, list[int]]:
 
 @pytest.fixture(scope="module")
 def itself() -> Engine:
-    return drafted_by((MODEL, LEAVES))
+    return drafted(*SHALLOW, by=SHALLOW)
 
 
 def test_a_model_that_proposes_to_itself_is_always_right(itself, answers):
@@ -80,9 +88,9 @@ def test_it_catches_up_with_what_plain_blocks_decoded(itself, answers):
     assert proposed == after["accepted_tokens"] - before["accepted_tokens"] > 0
 
 
-def test_a_worse_model_changes_no_token(answers):
-    engine = drafted_by(SHALLOW)
-    assert tokens(engine, REQUESTS) == answers
+def test_a_worse_model_changes_no_token():
+    engine = drafted(MODEL, LEAVES, by=SHALLOW)
+    assert tokens(engine, REQUESTS) == answers_of(MODEL, LEAVES)
     stats = engine.stats()
     assert 0 < stats["accepted_tokens"] < stats["proposed_tokens"]
 
@@ -103,11 +111,12 @@ def test_an_engine_without_its_draft_model_serves_nothing():
 def test_a_single_rows_block_copies_no_cache_of_the_draft_model():
     # So many pages a row that attention looks at them in a loop: it and the cache that goes on
     # were two readers of one token's write.
-    config = dataclasses.replace(MODEL.config, max_position=1024)
+    shallow, leaves = SHALLOW
+    config = dataclasses.replace(shallow.config, max_position=1024)
     model = abstract_model(config, jnp.float32, jnp.float32)
     section = dataclasses.replace(DRAFT, rows=1, max_len=1024)
-    engine = Engine(model, LEAVES, section=section, eos_ids=EOS)
-    engine.draft_with(model, LEAVES)
+    engine = Engine(model, leaves, section=section, eos_ids=EOS)
+    engine.draft_with(model, leaves)
     runner = engine.runner
     text = runner.lower(runner._decode_shape(1, 60, 3)).compile().as_text()
     for cache in jax.tree.leaves(runner._abstract_drafting()):
