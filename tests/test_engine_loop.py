@@ -20,6 +20,7 @@ from lepton_jax.engine.packing import PrefillShape
 from lepton_jax.engine.programs import LateCompileError
 from lepton_jax.engine.request import StepOutput
 from lepton_jax.engine.row_params import SampleSpec
+from lepton_jax.engine.runner import Runner
 from lepton_jax.models.build import Model
 
 MAX_LEN = 112
@@ -353,9 +354,9 @@ def test_programs_grow_while_rows_run(expected):
 @pytest.mark.parametrize(("num_pages", "preempts"), [(60, False), (30, True)])
 def test_warm_up_counts_what_preempted_rows_compute_again(monkeypatch, num_pages, preempts):
     section = dataclasses.replace(TIGHT, num_pages=num_pages, prefill_chunk=512)
-    engine = Engine(MODEL, LEAVES, section=section)
     lowered = types.SimpleNamespace(compile=lambda: None)
-    monkeypatch.setattr(engine.runner, "lower", lambda shape: lowered)
+    monkeypatch.setattr(Runner, "lower", lambda self, shape: lowered)
+    engine = Engine(MODEL, LEAVES, section=section)
     engine.warm_up([(6, SamplingParams(max_tokens=90))] * 2)
     shapes = engine.runner.programs.compiled
     largest = max(shape.tokens for shape in shapes if isinstance(shape, PrefillShape))
