@@ -45,13 +45,14 @@ def chances():
 
 def speculating(kind: str) -> Engine:
     section = EngineSection(
-        rows=64, page_size=16, prefill_chunk=512, decode_block=1, max_len=16,
+        rows=64, page_size=16, prefill_chunk=512, prefill_sizes=(512,), decode_block=1, max_len=16,
         speculation=kind, draft_tokens=3,
     )  # fmt: skip
     engine = Engine(MODEL, LEAVES, section=section, eos_ids=EOS)
     if kind == "draft":
         engine.draft_with(*SHALLOW)
     engine.scheduler.draft_policy = longest_draft
+    engine.runner.rungs.decode[:], engine.runner.drafts = [64], [3]  # one program for all
     return engine
 
 
