@@ -9,6 +9,7 @@ from engine_reference import Reference, tiny
 
 from lepton_jax.config import EngineSection, SamplingParams
 from lepton_jax.engine.loop import Engine
+from lepton_jax.engine.row_params import SampleSpec
 from lepton_jax.jobs.session import Session, expand
 
 MODEL, LEAVES = tiny("llama", layers=1)
@@ -16,6 +17,7 @@ MAX_LEN = 48
 SECTION = EngineSection(
     rows=3, page_size=4, num_pages=30, prefill_chunk=32, decode_block=5, max_len=MAX_LEN
 )
+PROGRAMS = {}  # of both engines
 SHARED = [5, 9, 11, 7, 3, 3, 20, 21, 22]
 EOS = 2
 
@@ -50,6 +52,8 @@ def expected(reference, ids, params):
 def test_answers_are_those_of_prompts_alone(seed):
     draw, reference = random.Random(seed), Reference(MODEL, LEAVES, (EOS,))
     engine = Engine(MODEL, LEAVES, section=SECTION, eos_ids=(EOS,))
+    engine.runner.require(SampleSpec(stochastic=True))
+    engine.runner.programs.compiled = PROGRAMS
     session, asked, found, cut = Session(engine, Letters()), {}, {}, set()
     for number in range(24):
         ids = SHARED[: draw.choice([0, 4, 8, 9])] + [draw.randrange(3, 70) for _ in range(4)]
