@@ -24,7 +24,7 @@ from lepton_jax.optimizer.predict import Outlook
 from lepton_jax.optimizer.sample import SampledRequest
 from lepton_jax.optimizer.search import Search
 from lepton_jax.optimizer.space import Candidate
-from lepton_jax.optimizer.trial import Trial
+from lepton_jax.optimizer.trial import Trial, try_out
 from lepton_jax.optimizer.turns import close_ones
 from lepton_jax.text import tokenizer as tokenizers
 
@@ -67,7 +67,7 @@ def test_the_best_and_what_is_close_to_it_as_far_as_there_is_room(seconds, memor
 @pytest.fixture(scope="module")
 def search(tmp_path_factory):
     """Makes searches over the rows of a tiny model."""
-    path = str(model_folder(tmp_path_factory.mktemp("turns") / "model"))
+    path = str(model_folder(tmp_path_factory.mktemp("turns") / "model", layers=1))
     tokenizer = tokenizers.load(checkpoints.tokenizer_source(path))
     config = RunConfig(
         model=ModelSection(path=path),
@@ -82,6 +82,24 @@ def search(tmp_path_factory):
         return Search(goal, REQUESTS, tokenizer, **(shared | options))
 
     return make
+
+
+@pytest.fixture(scope="module")
+def trials() -> dict[str, Trial]:
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def each_is_tried_once(trials, monkeypatch):
+    """Searches here differ in what follows the trials."""
+
+    def known(models, config, *rest, **options):
+        key = repr(config.engine)
+        if key not in trials:
+            trials[key] = try_out(models, config, *rest, **options)
+        return trials[key]
+
+    monkeypatch.setattr(searching, "try_out", known)
 
 
 @pytest.fixture
