@@ -19,7 +19,7 @@ FIELDS = dict(steps=8, windows=12, held_out=4, evaluate_every=4, calibration=TEX
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    dense = model_folder(folder / "dense")
+    dense = model_folder(folder / "dense", layers=1)
     config = RunConfig(receipt=ReceiptSection(**RECEIPT | {"compare": False}))
     compress(dense, folder / "sparse", rules=(SPARSE,), config=config)
     return folder / "sparse", dense

@@ -40,7 +40,7 @@ GIVEN = (
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return model_folder(tmp_path_factory.mktemp("tuned") / "model")
+    return model_folder(tmp_path_factory.mktemp("tuned") / "model", layers=1)
 
 
 @pytest.fixture(scope="module")

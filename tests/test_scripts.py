@@ -23,8 +23,9 @@ SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 def test_speculation_is_measured_for_each_contender(tmp_path, capsys):
     main = runpy.run_path(str(SCRIPTS / "bench_speculation.py"))["main"]
-    flags = ("--preset=none", "--draft=int8", "--workloads=story", "--rows=1", "--new=6")
-    main([f"--model={model_folder(tmp_path / 'model')}", *flags, "--rounds=1"])
+    flags = ["--preset=none", "--draft=int8", "--draft_tokens=2"]
+    flags += ["--workloads=story", "--rows=1", "--new=6", "--rounds=1"]
+    main([f"--model={model_folder(tmp_path / 'model', layers=1)}", *flags])
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [record["kind"] for record in records] == ["off", "lookup", "draft"]
     assert [record["same_texts"] for record in records] == ["1/1"] * 3
