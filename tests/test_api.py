@@ -13,7 +13,6 @@ import jax
 import numpy as np
 import pytest
 from compress_makers import model_folder
-from safetensors.numpy import load_file, save_file
 
 from lepton_jax import LeptonEngine, SamplingParams, api, compress
 from lepton_jax.config import (
@@ -25,6 +24,7 @@ from lepton_jax.config import (
     ScoringSection,
 )
 from lepton_jax.engine import loop
+from lepton_jax.engine.programs import Programs
 from lepton_jax.jobs.compress_inputs import load_tokenizer
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -94,17 +94,10 @@ def test_unknown_presets_are_named_before_anything_is_read():
 
 
 def test_a_draft_changes_no_answer(folder, tmp_path):
-    shallow = shutil.copytree(folder, tmp_path / "shallow")
-    file, settings = (
-        shallow / "model.safetensors",
-        json.loads((shallow / "config.json").read_text()),
-    )
-    kept = {name: a for name, a in load_file(file).items() if ".layers.1." not in name}
-    save_file(kept, file)
-    (shallow / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": 1}))
-    itself = dict(speculation="draft", draft_preset="int8", draft_cost=0.1)
+    other = model_folder(tmp_path / "other", seed=1, layers=1)
+    itself = DRAFTING | dict(draft_cost=0.01)
     answers = []
-    for fields in ({}, itself, itself | {"draft_model": str(shallow)}):
+    for fields in ({}, itself, itself | {"draft_model": str(other)}):
         with LeptonEngine() as lepton:
             section = dataclasses.replace(SECTION, **fields)
             lepton.load_model(folder, config=RunConfig(engine=section)).start()
@@ -133,13 +126,14 @@ def test_a_second_model_of_another_tokenizer_is_refused(folder, tmp_path):
 
 
 SECTION = EngineSection(rows=2, max_len=64, prefill_chunk=32, page_size=16)
+DRAFTING = dict(speculation="draft", draft_preset="int8", draft_tokens=2)
 LONG = SamplingParams(max_tokens=30, ignore_eos=True)
 LABELS = ("one", "three")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return model_folder(tmp_path_factory.mktemp("tiny") / "model")
+    return model_folder(tmp_path_factory.mktemp("tiny") / "model", layers=1)
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +254,7 @@ def arrays(lepton):
 
 
 def test_stopping_and_starting_again_give_memory_back(folder):
-    section = dataclasses.replace(SECTION, speculation="draft", draft_preset="int8")
+    section = dataclasses.replace(SECTION, **DRAFTING)
     lepton = LeptonEngine().load_model(folder, config=RunConfig(engine=section))
     gc.disable()
     try:
@@ -303,7 +297,7 @@ def test_all_weights_are_read_and_all_engines_planned_before_a_cache_is_there(
 ):
     events, config = [], RunConfig(engine=SECTION)
     if kind == "draft":
-        section = dataclasses.replace(SECTION, speculation="draft", draft_preset="int8")
+        section = dataclasses.replace(SECTION, **DRAFTING)
         config = dataclasses.replace(config, engine=section)
     else:
         config = dataclasses.replace(config, cascade=CascadeSection(agreement=0.5))
@@ -313,6 +307,7 @@ def test_all_weights_are_read_and_all_engines_planned_before_a_cache_is_there(
         ("warm_up", loop.Engine),
     ):
         told(monkeypatch, name, owner, events)
+    monkeypatch.setattr(Programs, "warm_up", lambda *_, **__: None)  # nothing runs here
     with LeptonEngine() as lepton:
         lepton.load_model(folder, config=config, compression="int8")
         lepton.start(workload=[(3, LONG)])
@@ -325,7 +320,7 @@ def test_all_weights_are_read_and_all_engines_planned_before_a_cache_is_there(
 
 
 def test_a_model_is_asked_with_the_variables_of_its_config(tmp_path):
-    folder = model_folder(tmp_path / "model")
+    folder = model_folder(tmp_path / "model", layers=1)
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}{{ mood }}")
     model = ModelSection(chat_variables={"mood": " gladly"})
     config = RunConfig(engine=SECTION, model=model, cascade=CascadeSection(agreement=0.5))
