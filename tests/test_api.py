@@ -95,7 +95,7 @@ def test_unknown_presets_are_named_before_anything_is_read():
 
 def test_a_draft_changes_no_answer(folder, tmp_path):
     other = model_folder(tmp_path / "other", seed=1, layers=1)
-    itself = DRAFTING | dict(draft_cost=0.01)
+    itself = DRAFTING | dict(draft_cost=0.01, num_pages=16)
     answers = []
     for fields in ({}, itself, itself | {"draft_model": str(other)}):
         with LeptonEngine() as lepton:
@@ -254,7 +254,7 @@ def arrays(lepton):
 
 
 def test_stopping_and_starting_again_give_memory_back(folder):
-    section = dataclasses.replace(SECTION, **DRAFTING)
+    section = dataclasses.replace(SECTION, **DRAFTING, num_pages=16)
     lepton = LeptonEngine().load_model(folder, config=RunConfig(engine=section))
     gc.disable()
     try:
