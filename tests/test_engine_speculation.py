@@ -6,7 +6,7 @@ stops, log-probabilities, preemption.
 
 import dataclasses
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 from engine_reference import Reference, tiny
@@ -85,9 +85,19 @@ def test_layers_with_windows():
     assert engine.stats()["accepted_tokens"] > 0
 
 
-def test_a_text_that_repeats_takes_few_steps():
-    section = dataclasses.replace(LOOKUP, num_pages=0)
-    engine = speculating(section)
+def like(engine: Engine, **fields) -> Engine:
+    """A new engine that shares another's programs, also after it forgets."""
+    section = dataclasses.replace(LOOKUP, **fields)
+    new = Engine(MODEL, LEAVES, section=section, eos_ids=EOS)
+    new.runner.require(engine.runner.spec)
+    new.runner.programs.compiled = engine.runner.programs.compiled
+    new.runner.warm_up([], wait=False)
+    return new
+
+
+def test_a_text_that_repeats_takes_few_steps(engine):
+    engine = like(engine)
+    engine.scheduler.draft_policy = longest_draft
     params = SamplingParams(max_tokens=28, logit_bias={5: 1e4})
     assert serve(engine, {"a": ([5, 6], params)})["a"].token_ids == [5] * 28
     # 1 token by the prefill, 4 by the first block, which is plain; then 4 a step: 16 and 7
@@ -112,16 +122,16 @@ def test_lookup_is_the_longest_suffix_then_the_latest_place():
     rng, size = np.random.default_rng(0), 24
     texts = rng.integers(0, 4, (200, size))
     lengths = rng.integers(0, size, 200)
-    got = lookup(jnp.asarray(texts, jnp.int32), jnp.asarray(lengths, jnp.int32), 5)
+    found = jax.jit(lookup, static_argnums=2)
+    got = found(texts.astype(np.int32), lengths.astype(np.int32), 5)
     want = [slow_lookup(t[: n + 1].tolist(), 5) for t, n in zip(texts, lengths, strict=True)]
     assert got.tolist() == want
     assert slow_lookup([1, 2, 3, 9, 2, 3, 7, 1, 2, 3], 5) == [9, 2, 3, 7, 1]
     assert slow_lookup([4, 8, 8], 3) == [8, 8, 8] and slow_lookup([1, 2], 1) == [-1]
 
 
-def test_what_copies_is_found_out_and_what_does_not_stays_plain():
-    section = dataclasses.replace(LOOKUP, num_pages=0, rows=1, draft_cost=0.1)
-    engine = Engine(MODEL, LEAVES, section=section, eos_ids=EOS)
+def test_what_copies_is_found_out_and_what_does_not_stays_plain(engine):
+    engine = like(engine, draft_cost=0.1)
     varied = (ids(9, 34), params(repetition_penalty=1.9, max_tokens=40))
     serve(engine, {"varied": varied})
     stats = engine.stats()
