@@ -68,8 +68,9 @@ def layer(num_kv_heads, head_dim, *, pages=PAGES, page=PAGE, dtype=jnp.bfloat16)
     return tpu.cache_layer(pages, page, num_kv_heads, head_dim, dtype=dtype)
 
 
-def normal(key, shape, dtype=jnp.float32):
-    return jax.random.normal(jax.random.key(key), shape, jnp.float32).astype(dtype)
+def normal(seed, shape, dtype):
+    values = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    return values.astype(jnp.dtype(dtype))
 
 
 def run(backend, batch, heads, *, decode, dtype=jnp.float32, kv_dtype=None, **options):
@@ -84,30 +85,37 @@ def run(backend, batch, heads, *, decode, dtype=jnp.float32, kv_dtype=None, **op
     history = prefill_batch(
         [width * PAGE] * rows, [width * PAGE] * rows, tokens=rows * width * PAGE
     )
-    past, new = (history.positions.shape[0], *heads[::2]), (tokens, *heads[::2])
     q = normal(5, (tokens, num_kv_heads, group, head_dim), dtype)
+    written = [
+        (
+            *(normal(seed + n, (len(where.rows), *heads[::2]), kv_dtype or dtype) for n in (0, 1)),
+            where,
+        )
+        for seed, where in ((1, history), (3, batch))
+    ]
     options = {"scale": head_dim**-0.5, "window": 0, "soft_cap": 0.0} | options
+    stored = kv_dtype if kv_dtype and backend is tpu else dtype
+    spec = backend.cache_layer(PAGES, PAGE, num_kv_heads, head_dim, dtype=stored)
 
     @functools.partial(jax.jit, compiler_options=QUICK)
-    def program(history, batch):
-        stored = kv_dtype if kv_dtype and backend is tpu else dtype
-        spec = backend.cache_layer(PAGES, PAGE, num_kv_heads, head_dim, dtype=stored)
+    def program(q, written, batch):
         cache = jnp.zeros(spec.shape, spec.dtype)
-        for first, shape, where in ((1, past, history), (3, new, batch)):
-            k, v = (normal(key, shape, kv_dtype or dtype) for key in (first, first + 1))
+        for k, v, where in written:
             cache = backend.write(cache, k.astype(dtype), v.astype(dtype), where)
         return backend.attend(q, cache, batch, decode=decode, **options)
 
-    return np.asarray(program(history, batch), np.float32)
+    return np.asarray(program(q, written, batch), np.float32)
 
 
 def assert_parity(batch, heads, *, atol, **options):
+    """Returns what the kernel gives."""
     got, want = run(tpu, batch, heads, **options), run(reference, batch, heads, **options)
     assert np.abs(want).max() > 0.1
     np.testing.assert_allclose(got, want, atol=atol)
+    return got
 
 
-@pytest.mark.parametrize("heads", [(2, 4, 128), (3, 3, 64), (1, 7, 96)], ids=str)
+@pytest.mark.parametrize("heads", [(2, 4, 128), (1, 7, 96)], ids=str)
 def test_prefill_of_ragged_sequences_equals_the_reference(interpreted, heads):
     batch = prefill_batch([37, 5, 64], [20, 5, 1], tokens=32)
     assert_parity(batch, heads, decode=False, atol=1e-5)
@@ -121,25 +129,26 @@ def test_prefill_in_bfloat16_with_five_heads_padded_to_eight(interpreted):
 def test_prefill_of_sequences_some_of_which_another_bank_has(interpreted):
     whole = prefill_batch([37, 30, 5, 64], [12, 9, 5, 1], tokens=32)
     batch = held(whole, jnp.array([True, False, True, False]))
-    assert_parity(batch, (1, 4, 128), decode=False, atol=1e-5)
-    out = run(tpu, batch, (1, 4, 128), decode=False)
+    out = assert_parity(batch, (1, 4, 128), decode=False, atol=1e-5)
     assert not out[12:21].any() and not out[26:].any()
 
 
-@pytest.mark.parametrize("heads", [(2, 4, 128), (3, 3, 64)], ids=str)
-def test_decode_with_idle_rows_equals_the_reference(interpreted, heads):
+def test_decode_with_idle_rows_and_a_padded_head_equals_the_reference(interpreted):
     lengths = jnp.array([0, 9, 40, 30, 63], jnp.int32)
     active = jnp.array([False, True, False, True, True])
     batch = decode_batch(lengths, active, page_table(5, 4))
-    assert_parity(batch, heads, decode=True, atol=1e-5)
-    out = run(tpu, batch, heads, decode=True)
+    out = assert_parity(batch, (3, 3, 64), decode=True, atol=1e-5)
     assert not out[[0, 2]].any()
 
 
 @pytest.mark.parametrize(
-    "options", [{"window": 11}, {"soft_cap": 3.0}, {"window": 17, "soft_cap": 5.0}]
+    ("decode", "options"),
+    [
+        (False, {"window": 11}),
+        (False, {"soft_cap": 3.0}),
+        (True, {"window": 17, "soft_cap": 5.0}),
+    ],
 )
-@pytest.mark.parametrize("decode", [False, True], ids=["prefill", "decode"])
 def test_window_and_soft_cap_equal_the_reference(interpreted, options, decode):
     batch = prefill_batch([37, 50], [20, 9], tokens=32)
     if decode:
@@ -148,24 +157,17 @@ def test_window_and_soft_cap_equal_the_reference(interpreted, options, decode):
     assert_parity(batch, (2, 2, 64), decode=decode, scale=1.0, atol=2e-5, **options)
 
 
-@pytest.mark.parametrize("decode", [False, True], ids=["prefill", "decode"])
-def test_a_float8_cache_equals_the_reference_on_float8_values(interpreted, decode):
+def test_a_float8_cache_equals_the_reference_on_float8_values(interpreted):
     batch = prefill_batch([37, 50], [20, 9], tokens=32)
-    if decode:
-        lengths = jnp.array([36, 0, 51], jnp.int32)
-        batch = decode_batch(lengths, lengths > 0, page_table(3, 4))
-    options = {"decode": decode, "dtype": jnp.bfloat16, "kv_dtype": jnp.float8_e4m3fn}
+    options = {"decode": False, "dtype": jnp.bfloat16, "kv_dtype": jnp.float8_e4m3fn}
     assert_parity(batch, (4, 2, 128), atol=3e-2, **options)
 
 
-@pytest.mark.parametrize("decode", [False, True], ids=["prefill", "decode"])
-def test_several_wide_heads_have_pages_of_their_own(interpreted, decode):
-    batch = prefill_batch([37, 50], [20, 9], tokens=32)
-    if decode:
-        lengths = jnp.array([36, 0, 51], jnp.int32)
-        batch = decode_batch(lengths, lengths > 0, page_table(3, 4))
+def test_several_wide_heads_have_pages_of_their_own(interpreted):
+    lengths = jnp.array([36, 0, 51], jnp.int32)
+    batch = decode_batch(lengths, lengths > 0, page_table(3, 4))
     assert layer(4, 256).shape == (4 * PAGES, PAGE, 2, 256)
-    options = {"window": 20, "decode": decode, "dtype": jnp.bfloat16}
+    options = {"window": 20, "decode": True, "dtype": jnp.bfloat16}
     assert_parity(batch, (4, 2, 256), atol=3e-2, **options)
 
 
@@ -208,7 +210,7 @@ def test_float8_caches_hold_half_and_clip_what_is_too_large():
     np.testing.assert_allclose(found[1, ::2], -0.3, rtol=1 / 16)
 
 
-LAYERS, STEPS, ROWS, WIDTH, TOKENS = 4, 8, 64, 16, 512
+LAYERS, STEPS, ROWS, WIDTH, TOKENS = 2, 8, 64, 16, 512
 LARGE = 2200  # pages: a layer's cache is beyond VMEM, into which XLA would move a small one whole
 
 
@@ -245,18 +247,16 @@ def assert_lean(compiled, shape, itemsize=2):
 
 CHIPS_AND_HEADS = [
     ("v6e:1x1", (8, 4, 128)),
-    ("v5e:1x1", (8, 4, 128)),
     ("v6e:1x1", (3, 3, 64)),
     ("v6e:1x1", (1, 4, 256)),
-    ("v6e:1x1", (4, 2, 256)),
-    ("v5e:1x1", (16, 2, 256)),
+    ("v5e:1x1", (4, 2, 256)),
     ("v5e:1x1", (32, 1, 96)),
 ]
 
 
 def test_the_copies_of_a_cache_that_is_not_donated_are_seen():
-    cache = layer(8, 128, pages=LARGE, page=64).abstract()
-    x = jax.ShapeDtypeStruct((TOKENS, 8, 4, 128), jnp.bfloat16)
+    cache = layer(2, 128, pages=LARGE, page=64).abstract()
+    x = jax.ShapeDtypeStruct((TOKENS, 2, 1, 128), jnp.bfloat16)
     batch = prefill_batch([300, 700], [212, 200], tokens=TOKENS)
     compiled = compile_on(mesh_of("v6e:1x1"), prefill, (cache,) * LAYERS, x, batch)
     assert donated_bytes(compiled) == 0
