@@ -22,17 +22,16 @@ def filled_cache(rng, dtype, *, table, lengths):
         places = np.arange(length)
         known[pages[places // Z], places % Z] = True
     values = rng.normal(size=(PAGES, Z, 2, K, H))
-    return jnp.asarray(np.where(known[:, :, None, None, None], values, np.nan), dtype)
+    filled = np.where(known[:, :, None, None, None], values, np.nan)
+    return filled.astype(np.float32).astype(jnp.dtype(dtype))
 
 
 def page_table(rng, rows):
-    return jnp.asarray(
-        rng.permutation(np.arange(1, PAGES))[: rows * 20].reshape(rows, 20), jnp.int32
-    )
+    return np.int32(rng.permutation(np.arange(1, PAGES))[: rows * 20].reshape(rows, 20))
 
 
-def prefill_batch(rng, spans, tile):
-    """Chunks (start, length) packed at multiples of the tile."""
+def prefill_batch(rng, spans, tile, tokens=256):
+    """Chunks (start, length) packed at multiples of the tile, and padding up to `tokens`."""
     positions, rows, ends, cu = [], [], [], [0]
     for row, (start, length) in enumerate(spans):
         padded = -(-length // tile) * tile
@@ -40,64 +39,81 @@ def prefill_batch(rng, spans, tile):
         rows += [row] * padded
         ends.append(start + length)
         cu.append(len(positions))
+    positions += [-1] * (tokens - len(positions))
+    rows += [0] * (tokens - len(rows))
     return PagedBatch(
-        *(jnp.asarray(a, jnp.int32) for a in (positions, rows)),
+        *(np.int32(a) for a in (positions, rows)),
         page_table(rng, len(spans)),
-        *(jnp.asarray(a, jnp.int32) for a in (ends, cu, [len(spans)])),
+        *(np.int32(a) for a in (ends, cu, [len(spans)])),
     )
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@functools.cache
+def program(backend, decode, soft_cap, window=None):
+    """Writes and attends; any window may come with the call where none is given."""
+
+    @jax.jit
+    def run(cache, q, k, v, batch, size):
+        cache, size = backend.write(cache, k, v, batch), size if window is None else window
+        options = dict(decode=decode, scale=0.3, window=size, soft_cap=soft_cap)
+        return backend.attend(q, cache, batch, **options)
+
+    return run
+
+
+LIMITS = [(0, 0.0), (5, 0.0), (40, 0.0), (0, 2.0), (9, 3.0)]  # windows and soft caps
+UNLIMITED = 1000
+
+
 @pytest.mark.parametrize(
-    ("window", "soft_cap"), [(0, 0.0), (5, 0.0), (40, 0.0), (0, 2.0), (9, 3.0)]
+    ("window", "soft_cap", "dtype"),
+    [*((*limits, "float32") for limits in LIMITS), (0, 0.0, "bfloat16"), (9, 3.0, "bfloat16")],
 )
 @pytest.mark.parametrize("kind", ["decode", "packed", "aligned"])
 def test_matches_reference(kind, window, soft_cap, dtype):
     rng, decode = np.random.default_rng(0), kind == "decode"
     if decode:
         lengths = jnp.asarray([0, 3, 150, 64, 7], jnp.int32)
-        rng_table = jnp.concatenate([page_table(rng, 4), jnp.zeros((1, 20), jnp.int32)])
-        batch = decode_batch(lengths, jnp.asarray([1, 1, 1, 1, 0], bool), rng_table)
+        rng_table = np.concatenate([page_table(rng, 4), np.zeros((1, 20), np.int32)])
+        batch = decode_batch(lengths, np.array([1, 1, 1, 1, 0], bool), rng_table)
     else:
         spans = [(0, 70), (130, 20), (0, 1), (31, 2), (3, 47)]
         batch = prefill_batch(rng, spans, attention_xla.Q_TILE if kind == "packed" else 32)
     tokens = batch.positions.shape[0]
-    q = jnp.asarray(rng.normal(size=(tokens, K, G, H)), jnp.float32)
-    new = [jnp.asarray(rng.normal(size=(tokens, K, H)), jnp.float32) for _ in range(2)]
+    q = np.float32(rng.normal(size=(tokens, K, G, H)))
+    new = [np.float32(rng.normal(size=(tokens, K, H))) for _ in range(2)]
 
-    def run(backend):
+    def run(backend, call):
         filled = dict(table=batch.page_table, lengths=batch.kv_lens)
         cache = filled_cache(np.random.default_rng(1), dtype, **filled)
         if backend is attention_xla:
             cache = cache.transpose(0, 2, 3, 1, 4)
         assert cache.shape == backend.cache_layer(PAGES, Z, K, H, dtype=dtype).shape
-        cache = backend.write(cache, *new, batch)
-        call = functools.partial(
-            backend.attend, decode=decode, scale=0.3, window=window, soft_cap=soft_cap
-        )
-        return jax.jit(call)(q, cache, batch)
+        return call(cache, q, *new, batch, window or UNLIMITED)
 
-    got, expected = run(attention_xla), run(attention_reference)
-    np.testing.assert_allclose(got, expected, atol=2e-6 if dtype == jnp.float32 else 2e-2)
+    got = run(attention_xla, program(attention_xla, decode, soft_cap, window))
+    expected = run(attention_reference, program(attention_reference, decode, soft_cap))
+    np.testing.assert_allclose(got, expected, atol=2e-6 if dtype == "float32" else 2e-2)
 
 
 def test_idle_rows_change_nothing_but_the_null_page():
     rng = np.random.default_rng(0)
-    table, lengths = page_table(rng, 2), jnp.asarray([9, 4], jnp.int32)
-    filled = filled_cache(rng, jnp.float32, table=table, lengths=lengths)
+    table, lengths = page_table(rng, 2), np.int32([9, 4])
+    filled = filled_cache(rng, "float32", table=table, lengths=lengths)
     cache = filled.transpose(0, 2, 3, 1, 4)
-    batch = decode_batch(lengths, jnp.asarray([False, False]), table)
-    new = jnp.ones((2, K, H))
-    np.testing.assert_array_equal(attention_xla.write(cache, new, new, batch)[1:], cache[1:])
-    out = attention_xla.attend(jnp.ones((2, K, G, H)), cache, batch, decode=True, scale=1.0)
-    np.testing.assert_array_equal(out, 0)
+    batch = decode_batch(lengths, np.array([False, False]), table)
+    q, new = (np.ones(shape, np.float32) for shape in ((2, K, G, H), (2, K, H)))
+    written = np.asarray(jax.jit(attention_xla.write)(cache, new, new, batch))
+    np.testing.assert_array_equal(written[1:], cache[1:])
+    attend = functools.partial(attention_xla.attend, decode=True, scale=1.0)
+    np.testing.assert_array_equal(jax.jit(attend)(q, cache, batch), 0)
 
 
 def test_cpu_and_gpu_share_a_backend():
     assert backend_for("cpu") is backend_for("gpu") is attention_xla
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("window", "soft_cap"), [(0, 0.0), (9, 3.0)])
 def test_a_view_verifies_several_tokens_a_row(window, soft_cap, dtype):
     """Two steps of three tokens on a view, of which rows keep different numbers."""
@@ -106,25 +122,32 @@ def test_a_view_verifies_several_tokens_a_row(window, soft_cap, dtype):
     table = page_table(rng, 4)
     cache = filled_cache(rng, dtype, table=table, lengths=lengths)
     ours = cache.transpose(0, 2, 3, 1, 4)
-    sides = attention_xla.open_view(ours, table, jnp.asarray(lengths), tokens=view, steps=2 * new)
+    opened = functools.partial(attention_xla.open_view, tokens=view, steps=2 * new)
+    sides = jax.jit(opened)(ours, table, np.int32(lengths))
     places = np.maximum(np.arange(view) - view + lengths[:, None], -1)
     places = np.pad(places, ((0, 0), (0, 2 * new)), constant_values=-1)
     options = dict(scale=0.3, window=window, soft_cap=soft_cap)
+    verify = jax.jit(functools.partial(attention_xla.verify_view, **options))
+
+    @jax.jit
+    def reference(q, k, v, cache, batch):
+        cache = attention_reference.write(cache, k, v, batch)
+        return attention_reference.attend(q, cache, batch, decode=False, **options), cache
+
     for step in range(2):
         positions = lengths[:, None] + np.arange(new)
-        q = jnp.asarray(rng.normal(size=(4 * new, K, G, H)), jnp.float32)
-        k, v = (jnp.asarray(rng.normal(size=(4 * new, K, H)), jnp.float32) for _ in range(2))
+        q = np.float32(rng.normal(size=(4 * new, K, G, H)))
+        k, v = (np.float32(rng.normal(size=(4 * new, K, H))) for _ in range(2))
         begin = view + step * new
         places[:, begin : begin + new] = positions
-        span = tuple(jnp.asarray(a, jnp.int32) for a in (places, positions, begin, 0))
-        got, sides = attention_xla.verify_view(q, k, v, sides, span=span, **options)
+        span = tuple(np.int32(a) for a in (places, positions, begin, 0))
+        got, sides = verify(q, k, v, sides, span=span)
         batch = PagedBatch(
-            *(jnp.asarray(a, jnp.int32) for a in (positions.ravel(), np.repeat(range(4), new))),
+            *(np.int32(a) for a in (positions.ravel(), np.repeat(range(4), new))),
             table,
-            *(jnp.asarray(a, jnp.int32) for a in (lengths + new, np.arange(5) * new, [4])),
+            *(np.int32(a) for a in (lengths + new, np.arange(5) * new, [4])),
         )
-        cache = attention_reference.write(cache, k, v, batch)
-        want = attention_reference.attend(q, cache, batch, decode=False, **options)
-        np.testing.assert_allclose(got, want, atol=2e-6 if dtype == jnp.float32 else 2e-2)
+        want, cache = reference(q, k, v, cache, batch)
+        np.testing.assert_allclose(got, want, atol=2e-6 if dtype == "float32" else 2e-2)
         places[:, begin : begin + new][np.arange(new) >= kept[:, step, None]] = -1
         lengths = lengths + kept[:, step]
