@@ -17,37 +17,39 @@ STEP = {"int8": 1 / 254, "float8_e4m3fn": 1 / 16}  # largest error, as a share o
 
 
 def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+    return np.float32(np.random.default_rng(seed).normal(size=shape))
 
 
-def like(dtype):
-    return planned((1,), ("head_dim",), dtype)
+@functools.partial(jax.jit, static_argnums=1)
+def there_and_back(x, dtype):
+    return decode(encode(x, planned((1,), ("head_dim",), dtype)))
 
 
 def zeros(backend, dtype):
     layer = backend.cache_layer(PAGES, Z, K, H, dtype=dtype)
-    return jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), layer)
+    return jax.tree.map(lambda spec: np.zeros(spec.shape, spec.dtype), layer)
 
 
 @pytest.mark.parametrize("dtype", QUANTIZED)
 @pytest.mark.parametrize("size", [1e-6, 1.0, 3e4])
 def test_a_value_comes_back_within_a_step(dtype, size):
-    x = size * normal(0, 50, K, H)
-    largest = jnp.abs(x).max(-1, keepdims=True)
-    bound = STEP[dtype] * (largest if dtype == "int8" else jnp.abs(x) + largest / 2**6)
-    off = jnp.abs(decode(encode(x, like(dtype))).astype(jnp.float32) - x)
+    x = np.float32(size) * normal(0, 50, K, H)
+    largest = np.abs(x).max(-1, keepdims=True)
+    bound = STEP[dtype] * (largest if dtype == "int8" else np.abs(x) + largest / 2**6)
+    off = np.abs(np.float32(there_and_back(x, dtype)) - x)
     # A scale and a result in bfloat16 add a little of their own.
-    assert bool(jnp.all(off <= bound + largest / 2**7))
-    assert float(off.mean()) < STEP[dtype] * float(largest.mean())
+    assert np.all(off <= bound + largest / 2**7)
+    assert off.mean() < STEP[dtype] * largest.mean()
 
 
 @pytest.mark.parametrize("dtype", QUANTIZED)
 def test_zeros_and_single_large_values_stay_finite(dtype):
-    x = jnp.zeros((3, H)).at[1, 4].set(1e30).at[2].set(1e-42)
-    back = decode(encode(x, like(dtype)))
+    x = np.zeros((3, H), np.float32)
+    x[1, 4], x[2] = 1e30, 1e-42
+    back = np.float32(there_and_back(x, dtype))
     assert back[0].tolist() == [0.0] * H
-    assert float(back[1, 4]) == pytest.approx(1e30, rel=1e-2)
-    assert bool(jnp.isfinite(back.astype(jnp.float32)).all())
+    assert back[1, 4] == pytest.approx(1e30, rel=1e-2)
+    assert np.isfinite(back).all()
 
 
 def test_plain_caches_are_arrays_of_their_dtype():
@@ -73,83 +75,97 @@ def test_8_bit_caches_take_half_the_bytes_and_name_their_axes(backend):
             assert spec.shape[spec.axes.index("pages")] == PAGES
 
 
-def decode_steps(dtype):
-    """Rows of 5, 40 and 0 tokens in a cache, and three new tokens for the first two."""
-    table = jnp.asarray(np.random.default_rng(3).permutation(np.arange(1, 37)).reshape(3, 12))
-    lengths = jnp.asarray([5, 40, 0], jnp.int32)
+def decode_steps():
+    """Rows of 5, 40 and 0 tokens in a cache, its pages and the rows' lengths."""
+    table = np.int32(np.random.default_rng(3).permutation(np.arange(1, 37)).reshape(3, 12))
     counts = [5, 40, 0]
-    positions = np.concatenate([np.arange(n) for n in counts])
-    rows = np.repeat(np.arange(3), counts)
     history = PagedBatch(
-        *(jnp.asarray(a, jnp.int32) for a in (positions, rows, table)),
-        kv_lens=lengths,
-        cu_q_lens=jnp.asarray(np.cumsum([0, *counts]), jnp.int32),
-        num_seqs=jnp.asarray([3], jnp.int32),
+        *(np.int32(a) for a in (np.r_[:5, :40], np.repeat(range(3), counts), table)),
+        *(np.int32(a) for a in (counts, np.cumsum([0, *counts]), [3])),
     )
-    return history, table.astype(jnp.int32), lengths
+    return history, table, np.int32(counts)
 
 
-@pytest.mark.parametrize("dtype", QUANTIZED)
-@pytest.mark.parametrize("options", [{}, {"window": 9, "soft_cap": 3.0}], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "options"), [("int8", {"window": 9, "soft_cap": 3.0}), ("float8_e4m3fn", {})]
+)
 def test_pages_equal_the_reference_on_the_same_stored_values(dtype, options):
-    history, table, lengths = decode_steps(dtype)
+    history, table, lengths = decode_steps()
     past = [normal(seed, 45, K, H) for seed in (1, 2)]
-    q = normal(4, 45, K, G, H)
-    batch = decode_batch(lengths, lengths > 0, table)
+    q, batch = normal(4, 45, K, G, H), decode_batch(lengths, lengths > 0, table)
     found = []
     for backend in (attention_xla, attention_reference):
-        cache = backend.write(zeros(backend, dtype), *past, history)
         attend = functools.partial(backend.attend, scale=0.3, **options)
-        prompt = attend(q, cache, history, decode=False)
-        cache = backend.write(cache, past[0][:3], past[1][:3], batch)
-        found.append((prompt, attend(q[:3], cache, batch, decode=True)))
+
+        @jax.jit
+        def run(cache, q, k, v, history, batch, attend=attend, backend=backend):
+            cache = backend.write(cache, k, v, history)
+            prompt = attend(q, cache, history, decode=False)
+            cache = backend.write(cache, k[:3], v[:3], batch)
+            return prompt, attend(q[:3], cache, batch, decode=True)
+
+        found.append(run(zeros(backend, dtype), q, *past, history, batch))
     for got, want in zip(*found, strict=True):
-        assert float(jnp.abs(want).max()) > 0.1
+        assert np.abs(want).max() > 0.1
         np.testing.assert_allclose(got, want, atol=2e-2)
+
+
+STEPS, VIEW, NEW = 3, 64, np.arange(3)
+
+
+@jax.jit
+def step_by_step(cache, q, k, v, table, lengths):
+    """What each step gives, and the cache it leaves, where it writes to the pages."""
+    found = []
+    for step in range(STEPS):
+        batch = decode_batch(lengths + step, np.array([True, True, False]), table)
+        cache = attention_xla.write(cache, k[step], v[step], batch)
+        found.append(attention_xla.attend(q[step], cache, batch, decode=True, scale=0.3))
+    return jnp.stack(found), cache
+
+
+@functools.partial(jax.jit, static_argnames="several")
+def on_a_view(cache, q, k, v, table, lengths, several, **kept):
+    """The same by a view, the steps one by one or verified together."""
+    view = attention_xla.open_view(cache, table, lengths, tokens=VIEW, steps=STEPS)
+    if several:
+        places = jnp.maximum(jnp.arange(VIEW) - VIEW + lengths[:, None], -1)
+        new = lengths[:, None] + NEW
+        span = jnp.concatenate([places, new], 1), new, jnp.int32(VIEW), 0
+        flat = [a.swapaxes(0, 1).reshape(3 * STEPS, *a.shape[2:]) for a in (q, k, v)]
+        out, view = attention_xla.verify_view(*flat, view, span=span, scale=0.3)
+        got = out.reshape(3, STEPS, K, G, H).swapaxes(0, 1)
+    else:
+        found = []
+        for step in range(STEPS):
+            span, new = (VIEW - lengths, jnp.int32(VIEW + step), 0), (q[step], k[step], v[step])
+            out, view = attention_xla.attend_view(*new, view, span=span, scale=0.3)
+            found.append(out)
+        got = jnp.stack(found)
+    return got, attention_xla.close_view(cache, view, table, lengths, **kept)
 
 
 @pytest.mark.parametrize("dtype", QUANTIZED)
 @pytest.mark.parametrize("several", [False, True], ids=["one", "verified together"])
 def test_a_view_leaves_in_the_cache_what_writing_would(dtype, several):
-    history, table, lengths = decode_steps(dtype)
-    backend, steps, view = attention_xla, 3, 64
-    cache = backend.write(zeros(backend, dtype), *(normal(s, 45, K, H) for s in (1, 2)), history)
-    written, open_ = cache, backend.open_view(cache, table, lengths, tokens=view, steps=steps)
-    active = jnp.asarray([True, True, False])
-    q, k, v = normal(5, steps, 3, K, G, H), normal(6, steps, 3, K, H), 2 * normal(7, steps, 3, K, H)
-    expected = []
-    for step in range(steps):
-        batch = decode_batch(lengths + step, active, table)
-        written = backend.write(written, k[step], v[step], batch)
-        expected.append(backend.attend(q[step], written, batch, decode=True, scale=0.3))
-    if several:
-        places = jnp.maximum(jnp.arange(view) - view + lengths[:, None], -1)
-        new = lengths[:, None] + jnp.arange(steps)
-        span = jnp.concatenate([places, new], 1), new, jnp.int32(view), 0
-        flat = [a.swapaxes(0, 1).reshape(3 * steps, *a.shape[2:]) for a in (q, k, v)]
-        out, open_ = backend.verify_view(*flat, open_, span=span, scale=0.3)
-        got = out.reshape(3, steps, K, G, H).swapaxes(0, 1)
-    else:
-        got = []
-        for step in range(steps):
-            span = view - lengths, jnp.int32(view + step), 0
-            out, open_ = backend.attend_view(q[step], k[step], v[step], open_, span=span, scale=0.3)
-            got.append(out)
-    np.testing.assert_allclose(jnp.stack(list(got))[:, :2], jnp.stack(expected)[:, :2], atol=1e-2)
-    order = jnp.tile(jnp.asarray([1, 0, 2]), (3, 1)) if several else None
-    kept = jnp.asarray([3, 3, 0]) if not several else jnp.asarray([1, 3, 0])
-    closed = backend.close_view(cache, open_, table, lengths, written=kept, order=order)
+    history, table, lengths = decode_steps()
+    past = [normal(seed, 45, K, H) for seed in (1, 2)]
+    cache = jax.jit(attention_xla.write)(zeros(attention_xla, dtype), *past, history)
+    q, k, v = normal(5, STEPS, 3, K, G, H), normal(6, STEPS, 3, K, H), 2 * normal(7, STEPS, 3, K, H)
+    expected, written = step_by_step(cache, q, k, v, table, lengths)
+    order = np.tile(np.int32([1, 0, 2]), (3, 1)) if several else None
+    kept = np.int32([1, 3, 0] if several else [3, 3, 0])
+    got, closed = on_a_view(cache, q, k, v, table, lengths, several, written=kept, order=order)
+    np.testing.assert_allclose(got[:, :2], expected[:, :2], atol=1e-2)
     assert isinstance(closed, QuantizedKV)
-    for row, count in enumerate(kept.tolist()):
-        for step in range(count):
-            place = int(lengths[row]) + step
-            source = place if order is None else int(lengths[row]) + int(order[row, step])
-            for stored, direct in zip(
-                jax.tree.leaves(closed), jax.tree.leaves(written), strict=True
-            ):
-                mine = stored[table[row, place // Z], :, :, place % Z]
-                theirs = direct[table[row, source // Z], :, :, source % Z]
-                np.testing.assert_array_equal(mine.astype(jnp.float32), theirs.astype(jnp.float32))
+    stored, direct = (jax.tree.map(np.asarray, jax.tree.leaves(a)) for a in (closed, written))
+    for mine, theirs in zip(stored, direct, strict=True):
+        for row, step in [(r, s) for r, count in enumerate(kept) for s in range(count)]:
+            place = lengths[row] + step
+            source = place if order is None else lengths[row] + order[row, step]
+            got = mine[table[row, place // Z], :, :, place % Z]
+            want = theirs[table[row, source // Z], :, :, source % Z]
+            np.testing.assert_array_equal(np.float32(got), np.float32(want))
 
 
 def test_what_is_quantized_is_what_the_config_calls_so():
