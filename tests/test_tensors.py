@@ -14,7 +14,6 @@ from lepton_jax.tensors import ParamSpec, QTensor, dots, einsum, einsum_parts, r
 from lepton_jax.tensors.decompress import BLOCK, by_outputs
 from lepton_jax.tensors.qtensor import pack_int4
 
-
 packed_int4 = jax.jit(pack_int4, static_argnums=1)
 dense = jax.jit(lambda leaf: leaf.dense(jnp.float32))
 
