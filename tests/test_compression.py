@@ -50,16 +50,15 @@ def test_bad_patterns_are_named():
 
 @settings(deadline=None)
 @given(
-    st.integers(1, 5),
-    st.integers(1, 7),
+    st.sampled_from([(1, 1), (1, 7), (5, 1), (3, 4)]),
     st.floats(1e-20, 1e20),
     st.integers(0, 99),
 )
-def test_int8_error_is_at_most_half_a_step(rows, width, size, seed):
-    w = (np.random.default_rng(seed).normal(size=(rows, width)) * size).astype(np.float32)
+def test_int8_error_is_at_most_half_a_step(shape, size, seed):
+    w = (np.random.default_rng(seed).normal(size=shape) * size).astype(np.float32)
     q = quantize(jnp.asarray(w), Scheme())
     scale = np.asarray(q.scale, np.float64)
-    assert q.values.dtype == jnp.int8 and scale.shape == (rows,)
+    assert q.values.dtype == jnp.int8 and scale.shape == shape[:1]
     error = np.abs(np.asarray(q.values) * scale[:, None] - w).max(axis=1)
     assert np.all(error <= 0.5001 * scale)
     assert np.abs(np.asarray(q.values)).max() <= 127

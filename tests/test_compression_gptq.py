@@ -28,6 +28,9 @@ def bf16(number):
     return np.asarray(jnp.asarray(number, jnp.float32).astype(jnp.bfloat16).astype(jnp.float32))
 
 
+widened = jax.jit(lambda leaf: leaf.dense(jnp.float32))
+
+
 def fit(rows, scheme, importance):
     """(scale, offset), each [O], of rows [O, n] by their extremes, or by the least squared error
     with each of the n inputs weighed.
@@ -113,17 +116,17 @@ def test_large_inputs_first(scheme):
 
 @pytest.mark.parametrize("scheme", SCHEMES[::2], ids=str)
 def test_what_is_stored_is_what_was_settled_and_beats_rounding(scheme):
-    weight, hessian = layer(outputs=40, inputs=96, seed=2)
-    settled = gptq(weight, hessian, scheme)
+    weight, hessian = layer(seed=2)
+    settled = gptq(weight, hessian, scheme, block=16)
     leaf = make_leaf(settled.values, settled.grid, scheme)
-    np.testing.assert_allclose(leaf.dense(jnp.float32), settled.weights, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(widened(leaf), settled.weights, rtol=1e-6, atol=1e-6)
     plain = quantize(jnp.asarray(weight), dataclasses.replace(scheme, rounding="mse"))
 
     def loss(dense):
         error = np.asarray(dense, np.float64) - weight
         return np.einsum("oi,ij,oj->", error, hessian, error)
 
-    assert loss(settled.weights) < 0.7 * loss(plain.dense(jnp.float32))
+    assert loss(settled.weights) < 0.7 * loss(widened(plain))
 
 
 def test_uncorrelated_inputs_leave_plain_rounding():
@@ -131,7 +134,7 @@ def test_uncorrelated_inputs_leave_plain_rounding():
     scheme = Scheme("int4", group=16, rounding="gptq")
     settled = gptq(weight, np.eye(48, dtype=np.float32), scheme)
     plain = quantize(jnp.asarray(weight), Scheme("int4", group=16, rounding="mse"))
-    np.testing.assert_allclose(settled.weights, plain.dense(jnp.float32), atol=1e-6)
+    np.testing.assert_allclose(settled.weights, widened(plain), atol=1e-6)
 
 
 def test_inputs_that_never_came_are_rounded_by_themselves():
