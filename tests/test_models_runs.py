@@ -102,32 +102,40 @@ def test_layers_of_other_shapes_or_without_rope_are_runs_of_their_own():
 
 def test_a_tap_sees_every_layer_of_a_run():
     model, leaves = tiny("llama")
-    ids = jnp.asarray(tiny_models.load("llama").ids[:8])
+    ids = tiny_models.load("llama").ids[:8]
+    attend = lambda *operands, layer=None, **options: causal_attend(*operands, **options)  # noqa: E731
     found = []
     for each in (model, model.in_loops(leaves)):
-        seen, caches = {}, (None,) * len(each.runs)
-        attend = lambda *operands, layer=None, **options: causal_attend(*operands, **options)  # noqa: E731
-        each.bind(leaves)(ids, jnp.arange(8), caches, attend, tap=seen.__setitem__)
-        found.append(seen)
-    assert list(found[0]) == list(found[1]) == [0, 1, 2]
-    for place in found[0]:
-        np.testing.assert_allclose(found[0][place], found[1][place], atol=1e-5)
+        places = []
+
+        @jax.jit
+        def tapped(leaves, ids, each=each, places=places):
+            seen, caches = {}, (None,) * len(each.runs)
+            each.bind(leaves)(ids, jnp.arange(8), caches, attend, tap=seen.__setitem__)
+            places.extend(seen)
+            return list(seen.values())
+
+        found.append(tapped(leaves, ids))
+        assert places == [0, 1, 2]
+    np.testing.assert_allclose(*found, atol=1e-5)
 
 
-@pytest.mark.parametrize("rows", [1, 3, dots.MANY_ROWS])
-@pytest.mark.parametrize(
-    "kinds",
-    [*([kind] for kind in SCHEMES), list(SCHEMES), ["int8", "int8 in groups"], ["int8", "w8a8"]],
-    ids="+".join,
-)
+MIXTURES = [list(SCHEMES), ["int8", "int8 in groups"], ["int8", "w8a8"]]
+FEW_OR_MANY = [
+    *(([kind], rows) for kind in SCHEMES for rows in (1, dots.MANY_ROWS)),
+    *((kinds, rows) for kinds in MIXTURES for rows in (3, dots.MANY_ROWS)),
+]
+
+
+@pytest.mark.parametrize(("kinds", "rows"), FEW_OR_MANY, ids=str)
 def test_a_chosen_weight_is_that_weight(kinds, rows):
     rng = np.random.default_rng(0)
     leaves = []
     for index in range(3):
-        array = jnp.asarray(rng.normal(size=WEIGHT.shape), jnp.float32)
+        array = jnp.asarray(np.float32(rng.normal(size=WEIGHT.shape)))
         scheme = SCHEMES[kinds[index % len(kinds)]]
         leaves.append(array if scheme is None else compress_weight(array, scheme))
-    x = jnp.asarray(rng.normal(size=(rows, 64)), jnp.float32)
+    x = np.float32(rng.normal(size=(rows, 64)))
     choose = chooser(WEIGHT, leaves)
     product = jax.jit(lambda index: matmul.matmul(x, choose(index)))
     for index, leaf in enumerate(leaves):
