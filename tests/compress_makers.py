@@ -1,10 +1,12 @@
 """A tiny random Llama with a tokenizer of bytes, and settings that compress it in seconds."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import checkpoint_makers as make
+import jax
 import numpy as np
 
 from lepton_jax.compression import receipt as receipts
@@ -13,6 +15,7 @@ from lepton_jax.jobs.compress import write_receipt
 VOCAB = 260
 PROSE = Path(__file__).parent / "fixtures" / "parity" / "prose.txt"
 RECEIPT = {"windows": 4, "window_tokens": 32, "prompts": 2, "new_tokens": 6, "repeats": 0}
+CANDIDATES = ("weights=int8", "weights=int4 group=8")
 
 
 def byte_alphabet() -> list[str]:
@@ -71,3 +74,12 @@ def config_file(path: Path, **sections) -> Path:
     settings = {"receipt": RECEIPT, "engine": {"rows": 2, "page_size": 16}} | sections
     path.write_text(f"def get_config(arg=None):\n    return {settings!r}\n")
     return path
+
+
+def process_environment() -> dict[str, str]:
+    """Of a process that finds the programs that this one has compiled: jax keeps them by the number
+    of devices, which is that of conftest.py.
+    """
+    root, devices = str(Path(__file__).parents[1]), str(jax.local_device_count())
+    fixed = {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": devices}
+    return os.environ | fixed

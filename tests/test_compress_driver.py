@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -13,7 +12,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from compress_makers import RECEIPT, config_file, edit_receipt, model_folder
+from compress_makers import (
+    CANDIDATES,
+    RECEIPT,
+    config_file,
+    edit_receipt,
+    model_folder,
+    process_environment,
+)
 
 from lepton_jax import LeptonEngine, compress
 from lepton_jax.checkpoints.load import identify, load
@@ -30,22 +36,52 @@ from lepton_jax.config import (
     RecoverySection,
     RunConfig,
 )
+from lepton_jax.jobs import measures
 from lepton_jax.jobs.verify import failures, report, verify_receipt
 
-ROOT = Path(__file__).parents[1]
 QUICK = ReceiptSection(**RECEIPT | {"prompts": 0})
+# Of one row and one size: what is asked and what is timed share the engine's programs.
+ENGINE = EngineSection(
+    rows=1, page_size=16, num_pages=10, max_len=128, prefill_chunk=128, kv_dtype="int8"
+)
 CONFIG = RunConfig(receipt=QUICK, calibration=CalibrationSection(windows=4, window_tokens=32))
 
 
-def drive(*arguments):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+# Lines of arguments, each in a fork of one process, because importing takes longer than most.
+FORKS = """
+import json, os, runpy, sys
+import lepton_jax.cli, lepton_jax.jobs.compress, lepton_jax.jobs.sweep, lepton_jax.jobs.verify
+codes = []
+for number, arguments in enumerate(json.loads(sys.argv[1])):
+    child = os.fork()
+    if not child:
+        for stream in (1, 2):
+            os.dup2(os.open(f"{number}-{stream}", os.O_WRONLY | os.O_CREAT), stream)
+        sys.argv[1:] = arguments
+        runpy.run_module("lepton_jax.compress", run_name="__main__")
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(json.dumps(codes))
+"""
+
+
+def python(*arguments, **options):
     return subprocess.run(
-        [sys.executable, "-m", "lepton_jax.compress", *map(str, arguments)],
-        env=environment,
+        [sys.executable, *map(str, arguments)],
+        env=process_environment(),
         capture_output=True,
         text=True,
         timeout=300,
+        **options,
     )
+
+
+def drive(folder, *lines):
+    """(exit code, stdout, stderr) of the driver with each of these lines of arguments."""
+    done = python("-c", FORKS, json.dumps(lines), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    codes = json.loads(done.stdout)
+    said = [[(folder / f"{n}-{i}").read_text() for i in (1, 2)] for n in range(len(codes))]
+    return [(code, *texts) for code, texts in zip(codes, said, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +94,22 @@ def whole(model, tmp_path_factory):
     """A compressed model with all that is measured, and its receipt."""
     output = tmp_path_factory.mktemp("whole") / "int8"
     section = ReceiptSection(**RECEIPT | {"repeats": 1})
-    engine = EngineSection(rows=2, page_size=16, kv_dtype="int8")
     seen = []
-    config = RunConfig(receipt=section, engine=engine)
-    made = compress(
-        model, output, preset="int8", config=config, progress=lambda *call: seen.append(call)
-    )
+    config = RunConfig(receipt=section, engine=ENGINE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measures, "_ROWS", ENGINE.rows)
+        made = compress(
+            model, output, preset="int8", config=config, progress=lambda *call: seen.append(call)
+        )
     return output, made, seen
+
+
+@pytest.fixture(scope="module")
+def plain(model, tmp_path_factory):
+    """One with a receipt of no answers and no times."""
+    output = tmp_path_factory.mktemp("plain") / "w8a8"
+    compress(model, output, preset="w8a8", config=CONFIG)
+    return output
 
 
 def weights_of(loaded):
@@ -181,10 +226,8 @@ def test_rows_of_a_receipt_are_made_again(copy, field):
     assert failures(verify_receipt(copy)) == [f"{field} of {path}"]
 
 
-def test_a_receipt_of_other_weights(copy, model, tmp_path):
-    other = tmp_path / "other"
-    compress(model, other, preset="w8a8", config=CONFIG)
-    shutil.copy(other / "receipt.json", copy / "receipt.json")
+def test_a_receipt_of_other_weights(copy, plain):
+    shutil.copy(plain / "receipt.json", copy / "receipt.json")
     assert "weights_sha256" in failures(verify_receipt(copy))
     with pytest.raises(ValueError, match=r"receipt.json is the receipt of other weights"):
         LeptonEngine().load_model(copy)
@@ -196,13 +239,13 @@ def test_verification_needs_the_model_that_was_compressed(whole, tmp_path):
         verify_receipt(whole[0], dense=str(stranger))
 
 
-def test_a_value_that_no_fingerprint_samples_is_seen(whole, model, tmp_path):
+def test_a_value_that_no_fingerprint_samples_is_seen(plain, model, tmp_path):
     other = shutil.copytree(model, tmp_path / "other")
     weights = bytearray((other / "model.safetensors").read_bytes())
     weights[-4] ^= 1  # the last bit of the last float32
     (other / "model.safetensors").write_bytes(weights)
-    assert identify(other) == whole[1]["source"]["fingerprint"]
-    assert failures(verify_receipt(whole[0], dense=str(other))) == ["source's weights"]
+    assert identify(other) == receipts.read(plain)["source"]["fingerprint"]
+    assert failures(verify_receipt(plain, dense=str(other))) == ["source's weights"]
 
 
 def test_calibrated_rules(model, tmp_path):
@@ -230,31 +273,30 @@ def test_dense_weights_go_as_compressed_ones_come(model, tmp_path):
         if stage == "compress":
             live.append(sum(array.nbytes for array in jax.live_arrays()))
 
-    rules = ("head|layers.* -> weights=int8 rounding=gptq",)
+    rules = ("head|layers.* -> weights=int4 group=16 rounding=gptq",)
     config = dataclasses.replace(CONFIG, receipt=ReceiptSection(compare=False))
     made = compress(model, tmp_path / "out", rules=rules, config=config, progress=look)
     sizes = {}
     for row in made["weights"]:
         place = row["path"].partition(".")[2].partition(".")[0] or row["path"]
         sizes[place] = sizes.get(place, 0) + 4 * np.prod(row["shape"])
-    freed = -np.diff(live)  # by the second layer and the head: what int8 leaves, and statistics
+    freed = -np.diff(live)  # by the second layer and the head: what int4 leaves, and statistics
     for found, dense in zip(freed, (sizes["1"], sizes["head"]), strict=True):
         assert found > 0.5 * dense
 
 
 def test_a_budget_becomes_rules_and_an_8_bit_cache_is_measured_too(model, tmp_path):
-    schemes = ("weights=int8 group=8", "weights=int4 group=8", "weights=int4 group=32")
-    asked = CompressionSection(auto_bytes=0.23, candidates=schemes)
+    asked = CompressionSection(auto_bytes=0.23, candidates=CANDIDATES)
     engine = EngineSection(kv_dtype="int8")
     settings = dataclasses.replace(CONFIG, compression=asked, engine=engine)
     made = compress(model, tmp_path / "auto", config=settings)
     found, size = made["sensitivity"], made["size"]
-    assert found["schemes"] == list(schemes)
+    assert found["schemes"] == list(CANDIDATES)
     assert size["device_bytes"] == found["predicted_bytes"] <= 0.23 * size["dense_bytes"]
     assert found["predicted_kl"] == pytest.approx(made["quality"]["kl"]["value"], rel=0.8)
     chosen = scheme_of_each(Recipe.of(rules=made["recipe"]["rules"]).rules, load(model).model.specs)
     for row in found["weights"]:
-        scheme = Recipe.of(rules=(f".* -> {schemes[row['chosen']]}",)).rules[0].action
+        scheme = Recipe.of(rules=(f".* -> {CANDIDATES[row['chosen']]}",)).rules[0].action
         assert chosen[row["path"]] == scheme
     assert len({row["chosen"] for row in found["weights"]}) > 1
     assert made["recipe"]["title"] == "auto_bytes=0.23"
@@ -407,12 +449,12 @@ def test_loading_refuses_options_that_change_nothing(model, fields, says):
         LeptonEngine().load_model(model, config=RunConfig(compression=CompressionSection(**fields)))
 
 
-def test_outputs_that_exist_are_left_alone(model, whole, tmp_path):
+def test_outputs_that_exist_are_left_alone(model, plain, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match=r"out exists: name a new directory or remove it"):
         compress(model, tmp_path / "out", preset="int8", config=CONFIG)
     with pytest.raises(ValueError, match="holds compressed weights"):
-        compress(whole[0], tmp_path / "again", preset="int8", config=CONFIG)
+        compress(plain, tmp_path / "again", preset="int8", config=CONFIG)
 
 
 @pytest.mark.parametrize("compare", [True, False])
@@ -449,7 +491,7 @@ def test_a_killed_process_leaves_nothing_that_loads(model, tmp_path):
     output, mark = tmp_path / "out", tmp_path / "mark"
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, model, output, mark],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        env=process_environment(),
     )
     deadline = time.monotonic() + 240
     while not (mark.exists() and mark.read_text()):
@@ -471,33 +513,44 @@ def test_a_killed_process_leaves_nothing_that_loads(model, tmp_path):
 def test_the_command_line(model, tmp_path):
     file = config_file(tmp_path / "config.py", compression={"preset": "w8a8"})
     flags = [f"--config={file}", f"--config.model.path={model}", "--config.receipt.prompts=0"]
-    done = drive(*flags, f"--config.output={tmp_path / 'out'}")
+    done = python("-m", "lepton_jax.compress", *flags, f"--config.output={tmp_path / 'out'}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("w8a8: KL ") and str(tmp_path / "out") in done.stdout
     assert "compress" in done.stderr
-    done = drive("--verify", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    assert "weights_sha256" in done.stdout and done.stdout.endswith("out: reproduced\n")
-    edit_receipt(tmp_path / "out", lambda r: r["quality"]["kl"].update(value=1.0))
-    done = drive("--verify", tmp_path / "out")
-    assert done.returncode == 1 and "not reproduced: kl" in done.stdout
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        ([], "--config is missing"),
-        (["--config={file}"], "output is empty"),
-        (["--config={file}", "--config.output={out}", "--config.model.path=gone"], "doesn't exist"),
-        (["--verify", "{gone}"], "has no receipt.json"),
-        (["--config={file}", "--dense=gone"], "--dense=gone goes with --verify=DIR alone"),
-        (["--config={file}", "--verify", "{gone}"], "from DIR's receipt: leave out --config"),
-    ],
-)
-def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, arguments, says):
-    names = {"out": tmp_path / "out", "gone": tmp_path / "gone"}
-    names["file"] = config_file(tmp_path / "config.py", compression={"preset": "int8"})
-    done = drive(*(argument.format(**names) for argument in arguments))
-    assert done.returncode == 2
-    assert says in done.stderr and "Traceback" not in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+MISTAKES = [
+    ([], "--config is missing"),
+    (["--config={file}"], "output is empty"),
+    (["--config={file}", "--config.output={out}", "--config.model.path=gone"], "doesn't exist"),
+    (["--verify", "{gone}"], "has no receipt.json"),
+    (["--config={file}", "--dense=gone"], "--dense=gone goes with --verify=DIR alone"),
+    (["--config={file}", "--verify", "{gone}"], "from DIR's receipt: leave out --config"),
+]
+
+
+@pytest.fixture(scope="module")
+def driven(plain, tmp_path_factory):
+    """What the driver makes of each mistake, of a receipt, and of one that was changed."""
+    folder = tmp_path_factory.mktemp("driven")
+    names = {"out": folder / "out", "gone": folder / "gone"}
+    names["file"] = config_file(folder / "config.py", compression={"preset": "int8"})
+    lines = [[argument.format(**names) for argument in arguments] for arguments, _ in MISTAKES]
+    changed = shutil.copytree(plain, folder / "changed")
+    edit_receipt(changed, lambda r: r["quality"]["kl"].update(value=1.0))
+    return drive(folder, *lines, ["--verify", str(plain)], ["--verify", str(changed)])
+
+
+@pytest.mark.parametrize("number", range(len(MISTAKES)))
+def test_a_mistake_is_one_line_and_exit_code_2(driven, number):
+    code, _, said = driven[number]
+    assert code == 2
+    assert MISTAKES[number][1] in said and "Traceback" not in said
+    assert len(said.strip().splitlines()) == 1
+
+
+def test_verification_from_the_command_line(driven):
+    (code, told, said), (changed_code, changed_told, _) = driven[-2:]
+    assert code == 0, said
+    assert "weights_sha256" in told and told.endswith("w8a8: reproduced\n")
+    assert changed_code == 1 and "not reproduced: kl" in changed_told

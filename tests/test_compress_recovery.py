@@ -1,7 +1,6 @@
 """Recovery in the compression driver: killed and given again, receipts, curves, mistakes."""
 
 import dataclasses
-import os
 import shutil
 import signal
 import subprocess
@@ -10,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from compress_makers import RECEIPT, edit_receipt, model_folder
+from compress_makers import RECEIPT, edit_receipt, model_folder, process_environment
 
 from lepton_jax import compress
 from lepton_jax.checkpoints.load import load
@@ -125,7 +124,7 @@ def test_a_killed_recovery_goes_on(model, whole, tmp_path, monkeypatch):
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, model, output, mark],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        env=process_environment(),
     )
     deadline = time.monotonic() + 300
     while not (mark.exists() and mark.read_text()):

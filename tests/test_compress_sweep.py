@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from compress_makers import RECEIPT, model_folder
+from compress_makers import CANDIDATES, RECEIPT, model_folder
 
 from lepton_jax import compress
 from lepton_jax.compression import automatic
@@ -226,14 +226,13 @@ def test_a_sweep_measures_sensitivities_once(model, tmp_path, monkeypatch):
         return measured[-1]
 
     monkeypatch.setattr(automatic, "measure_sensitivity", noted)
-    candidates = ("weights=int8", "weights=int4 group=8")
     budgets = {"small": 0.2, "large": 0.24}
     settings = RunConfig(
         model=ModelSection(path=str(model)),
         receipt=QUICK,
         calibration=CALIBRATION,
         sweep=SweepSection(
-            recipes={n: {"auto_bytes": b, "candidates": candidates} for n, b in budgets.items()}
+            recipes={n: {"auto_bytes": b, "candidates": CANDIDATES} for n, b in budgets.items()}
         ),
         output=str(tmp_path / "sweep"),
     )
