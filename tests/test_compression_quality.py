@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -22,8 +23,13 @@ def compressed(preset="int8"):
     return tuple(compress(path, spec, leaf) for (path, spec), leaf in items)
 
 
+@jax.jit
+def logits_of(leaves, ids):
+    return tiny_models.forward(MODEL, leaves, ids)
+
+
 def log_probs(leaves, ids):
-    logits = np.asarray(tiny_models.forward(MODEL, leaves, jnp.asarray(ids)), np.float64)
+    logits = np.asarray(logits_of(leaves, ids), np.float64)
     top = logits.max(axis=-1, keepdims=True)
     return logits - top - np.log(np.exp(logits - top).sum(axis=-1, keepdims=True))
 
