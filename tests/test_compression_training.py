@@ -84,6 +84,15 @@ def test_it_comes_nearer_and_stays_as_small(train, teacher):
             assert not np.any(np.asarray(dense_of(b))[zeros]), f"{path}: zeros must stay"
 
 
+def test_a_step_is_compiled_once(teacher):
+    """Also where the leaves have been put on a device, as loading does."""
+    placed = jax.device_put(student(), jax.devices()[0])
+    training = Training(MODEL, placed, teacher, dataclasses.replace(QUICK, train="norms", steps=3))
+    compiled = []
+    training.run(listen=lambda step, _: compiled.append(training._update._cache_size()))
+    assert compiled == [1, 1, 1]
+
+
 def test_the_loss_is_kl_and_the_hidden_states_error(teacher):
     before = student()
     ids, hidden = TOKENS[0], teacher.hidden[0]

@@ -117,6 +117,8 @@ class Training:
         is not finite.
         """
         arrays, counters = state or self.start()
+        # What steps give lies there: elsewhere the first would be a program of its own.
+        arrays = jax.device_put(arrays, jax.tree.leaves(self._leaves)[0].sharding)
         began = time.monotonic() - counters.seconds
 
         def timed(counters: Counters) -> Counters:

@@ -5,6 +5,7 @@ else is sparse: `sparse.py`.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, Self
 
@@ -78,8 +79,8 @@ class BitmaskTensor(SparseTensor):
         return cls(packed.reshape(*outs, -1), values, starts.reshape(outs), scale)
 
     def like(self, weights: list[jax.Array], scales: list[Any]) -> list[Self]:
-        kept = max(1, *(int(jnp.sum(w != 0)) for w in weights))
-        return [self.of(w, w != 0, s, kept=kept) for w, s in zip(weights, scales, strict=True)]
+        kept = max(1, *(int(jnp.count_nonzero(w)) for w in weights))
+        return [_of_nonzero(w, s, kept=kept) for w, s in zip(weights, scales, strict=True)]
 
     def planned_piece(self, part: ParamSpec, cut: Cut) -> Self:
         """As if what is kept were spread evenly."""
@@ -104,6 +105,11 @@ class BitmaskTensor(SparseTensor):
             jax.lax.platform_dependent(x, leaf, tpu=_dot_by_outputs, default=_whole_dot),
             leaf.scale,
         )
+
+
+@functools.partial(jax.jit, static_argnames="kept")
+def _of_nonzero(weight: jax.Array, scale: Any, *, kept: int) -> BitmaskTensor:
+    return BitmaskTensor.of(weight, weight != 0, scale, kept=kept)
 
 
 def _whole_dot(x: jax.Array, leaf: BitmaskTensor) -> jax.Array:

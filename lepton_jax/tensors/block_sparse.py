@@ -6,11 +6,13 @@ suit it best: 192x32 on CPU, 128 inputs or more wide on TPU. What else is sparse
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lepton_jax.tensors.cut import Cut
 from lepton_jax.tensors.decompress import in_order
@@ -80,14 +82,11 @@ class BlockSparseTensor(SparseTensor):
 
     def like(self, weights: list[jax.Array], scales: list[Any]) -> list[Self]:
         height, width = self.static()["height"], self.static()["width"]
-        tiles = []
         for weight in weights:
             check_tiles(weight.shape, height, width)
-            columns = weight.shape[-1] // width
-            parts = weight.reshape(-1, height, columns, width)
-            tiles.append(jnp.any(parts != 0, axis=(1, 3)))
-        kept = max(1, *(int(jnp.max(jnp.sum(t, axis=-1))) for t in tiles))
-        return [self.of(w, t, s, kept=kept) for w, t, s in zip(weights, tiles, scales, strict=True)]
+        tiles = [_in_use(weight, height=height, width=width) for weight in weights]
+        kept = max(1, *(int(np.asarray(t).sum(-1).max()) for t in tiles))
+        return [_packed(w, t, s, kept=kept) for w, t, s in zip(weights, tiles, scales, strict=True)]
 
     def planned_piece(self, part: ParamSpec, cut: Cut) -> Self:
         """As if the tiles were spread evenly over the inputs."""
@@ -127,6 +126,16 @@ class BlockSparseTensor(SparseTensor):
         ids = jnp.clip(ids, 0, outputs - 1)
         tiles = take_rows(self.tiles, ids // (outputs // self.tiles.shape[0]))
         return dataclasses.replace(super().taken(ids), tiles=tiles)
+
+
+@functools.partial(jax.jit, static_argnames=("height", "width"))
+def _in_use(weight: jax.Array, *, height: int, width: int) -> jax.Array:
+    """Which tiles of a weight `[*out, I]` aren't all zeros, bool `[O/R, I/C]`."""
+    parts = weight.reshape(-1, height, weight.shape[-1] // width, width)
+    return jnp.any(parts != 0, axis=(1, 3))
+
+
+_packed = jax.jit(BlockSparseTensor.of, static_argnames="kept")
 
 
 def check_tiles(shape: tuple[int, ...], height: int, width: int) -> None:

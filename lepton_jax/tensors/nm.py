@@ -6,6 +6,7 @@ README. What else is sparse: `sparse.py`.
 """
 
 import dataclasses
+import functools
 from typing import Any, Self
 
 import jax
@@ -83,7 +84,7 @@ class NMTensor(SparseTensor):
 
     def like(self, weights: list[jax.Array], scales: list[Any]) -> list[Self]:
         pairs = zip(weights, scales, strict=True)
-        return [self.of(w, w != 0, scale, n=self.n, m=self.m) for w, scale in pairs]
+        return [_of_nonzero(w, scale, n=self.n, m=self.m) for w, scale in pairs]
 
     def static(self) -> dict[str, Any]:
         return dict(n=self.n, m=self.m, values=jnp.dtype(self.values.dtype).name)
@@ -114,6 +115,11 @@ class NMTensor(SparseTensor):
                 dense = jnp.where(index == place, values, dense)
             places.append(dense)
         return places
+
+
+@functools.partial(jax.jit, static_argnames=("n", "m"))
+def _of_nonzero(weight: jax.Array, scale: Any, *, n: int, m: int) -> NMTensor:
+    return NMTensor.of(weight, weight != 0, scale, n=n, m=m)
 
 
 def _one_dot(x: jax.Array, leaf: NMTensor) -> jax.Array:

@@ -45,7 +45,7 @@ class SparseTensor(CompressedTensor):
     def pieces(self, cut: Cut) -> list[Self]:
         """Packed anew: what is kept isn't spread evenly, and a part has its own places."""
         scales = [None] * cut.parts if self.scale is None else cut.split(self.scale)
-        return self.like(cut.split(self.spread()), scales)
+        return self.like(cut.split(_spread(self)), scales)
 
     def astype(self, dtype: Any) -> Self:
         if self.scale is not None:
@@ -65,6 +65,11 @@ class SparseTensor(CompressedTensor):
         wide = self.spread().astype(jnp.float32)
         scale = None if self.scale is None else self.scale[..., None]
         return scaled(wide, scale).astype(dtype)
+
+
+@jax.jit
+def _spread(leaf: SparseTensor) -> jax.Array:
+    return leaf.spread()
 
 
 def values_dot(x: jax.Array, values: jax.Array) -> jax.Array:
