@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import checkpoint_makers as make
-import jax
 import numpy as np
 
 from lepton_jax.compression import receipt as receipts
@@ -77,9 +76,5 @@ def config_file(path: Path, **sections) -> Path:
 
 
 def process_environment() -> dict[str, str]:
-    """Of a process that finds the programs that this one has compiled: jax keeps them by the number
-    of devices, which is that of conftest.py.
-    """
-    root, devices = str(Path(__file__).parents[1]), str(jax.local_device_count())
-    fixed = {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": devices}
-    return os.environ | fixed
+    root = str(Path(__file__).parents[1])
+    return os.environ | {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}

@@ -17,7 +17,10 @@ import pytest
 from lepton_jax import compile_cache
 from lepton_jax.checkpoints.demo import demo_model
 
-jax.config.update("jax_num_cpu_devices", 8)
+DEVICES = 8
+jax.config.update("jax_num_cpu_devices", DEVICES)
+# Also of what tests start: jax keeps compiled programs by the number of devices.
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(DEVICES))
 
 _KEPT = "JAX_COMPILATION_CACHE_DIR"
 if _KEPT not in os.environ:  # the test processes and what they start inherit that of the first
