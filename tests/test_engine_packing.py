@@ -18,16 +18,19 @@ from lepton_jax.engine.request import Chunk, Entry, Plan, Request, Row
 from lepton_jax.engine.row_params import SampleSpec, unpack
 from lepton_jax.engine.rungs import Sizes, ladder
 from lepton_jax.engine.runner import Runner
+from lepton_jax.kernels import attention_xla
 
 TILE, EOS = 4, (2,)
 SPEC = SampleSpec(stochastic=True, stop_ids=2)
 
 
-def make(**sizes) -> Runner:
-    """A runner of programs in tiles of 4; nothing is compiled or allocated here."""
+PAGED = SimpleNamespace(Q_TILE=TILE, cache_layer=lambda *sizes, dtype: (sizes, dtype))
+
+
+def make(backend=PAGED, **sizes) -> Runner:
+    """A runner of programs, by default in tiles of 4; nothing is compiled or allocated here."""
     model, leaves = tiny("llama", layers=1)
     fields = dict(rows=3, page_size=4, num_pages=20, prefill_chunk=16, decode_block=5, max_len=24)
-    backend = SimpleNamespace(Q_TILE=TILE, cache_layer=lambda *sizes, dtype: (sizes, dtype))
     return Runner(
         model,
         leaves,
@@ -174,3 +177,12 @@ def test_a_small_job_needs_few_programs():
     shapes = make(prefill_chunk=512, rows=64).shapes_for(100, 3)
     assert 100 <= max(s.tokens for s in shapes if type(s) is PrefillShape) < 512
     assert 3 <= max(s.rows for s in shapes if type(s) is DecodeShape) < 64
+
+
+@pytest.mark.parametrize("cached", [1, 300, 900])
+def test_what_the_first_beats_need_is_compiled_first(cached):
+    runner = make(attention_xla, prefill_chunk=512, rows=64, max_len=1024)
+    prefill, decode, *others = runner.shapes_for(10**4, 64, cached)
+    assert prefill.tokens > max(s.tokens for s in others if type(s) is PrefillShape)
+    views = {s.view for s in (decode, *others) if type(s) is DecodeShape}
+    assert len(views) > 1 and decode.view == min(view for view in views if view >= cached)

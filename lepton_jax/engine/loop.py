@@ -232,8 +232,9 @@ class Engine:
         others = [(count, asked) for count, asked in workload if not isinstance(asked, ScoreSpec)]
         shapes = []
         if others:
-            free = sum(not asked.guided for _, asked in others)
-            shapes += self.runner.shapes_for(self._prefilled(others), free)
+            free = [count for count, asked in others if not asked.guided]
+            cached = max(free[: self.runner.sizes.rows], default=0)
+            shapes += self.runner.shapes_for(self._prefilled(others), len(free), cached)
         if scored:
             shapes += self.runner.score_shapes_for(self._prefilled(scored))
         self.runner.warm_up([s for s in shapes if only is None or only(s)], wait=wait)

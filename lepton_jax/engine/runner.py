@@ -154,12 +154,15 @@ class Runner:
             spec = dataclasses.replace(spec, guided=words)
         self.spec = self.spec.union(spec)
 
-    def shapes_for(self, prompt_tokens: int, rows: int) -> list[PrefillShape | DecodeShape]:
+    def shapes_for(
+        self, prompt_tokens: int, rows: int, cached: int = 0
+    ) -> list[PrefillShape | DecodeShape]:
         """The programs that a job can reach, those first that its first beats need.
 
         Args:
           prompt_tokens: tokens of all prompts, each rounded up to a tile.
           rows: requests that decode.
+          cached: tokens of the longest of those prompts that decode first.
         """
         prefill = fit(self._prefills, prompt_tokens)
         decode = fit(self.rungs.decode, rows) if rows else 0
@@ -171,7 +174,8 @@ class Runner:
             for size in reversed(self.rungs.decode)
             if size <= decode
         ]
-        return list(dict.fromkeys([prefills[-1], *decodes[:1], *prefills[::-1], *decodes]))
+        first = [self._decode_shape(decode, cached, 0)] if decode else []
+        return list(dict.fromkeys([prefills[-1], *first, *prefills[::-1], *decodes]))
 
     def score_shapes_for(self, prompt_tokens: int) -> list[ScoreShape]:
         """The programs that a job of scoring can reach, by the tokens of all its prompts."""
