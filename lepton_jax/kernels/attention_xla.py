@@ -297,7 +297,7 @@ def _prefill(q, cache, batch, *, scale, window, soft_cap):
     positions = jnp.pad(batch.positions, beyond, constant_values=-1)
 
     def one_tile(index, out, *, size, behind, origin):
-        row = jnp.sum(index >= behind)
+        row = jnp.sum(index >= behind)  # behind: tiles up to the end of each row
         start = origin[row] + size * index
         tile, where, held = (
             jax.lax.dynamic_slice_in_dim(a, start, size) for a in (queries, positions, out)
@@ -334,9 +334,9 @@ def _tiles(batch):
     first = batch.cu_q_lens[:-1]
     queries = jnp.where(batch.kv_lens > 0, batch.cu_q_lens[1:] - first, 0)
     whole, left = queries // _MANY, queries % _MANY
-    short = left <= _MANY // 2
-    few = jnp.where(short, -(-left // _FEW), 0)
-    return (_MANY, first, whole + ~short), (_FEW, first + whole * _MANY, few)
+    many = whole + (left > _MANY // 2)
+    few = jnp.where(many > whole, 0, -(-left // _FEW))
+    return (_MANY, first, many), (_FEW, first + whole * _MANY, few)
 
 
 def _blocks(page_table, page_size):

@@ -62,6 +62,7 @@ class BitmaskTensor(SparseTensor):
         )
 
     @classmethod
+    @functools.partial(jax.jit, static_argnums=0, static_argnames="kept")
     def of(cls, weight: jax.Array, mask: jax.Array, scale: Any = None, *, kept: int) -> Self:
         """The leaf of the values where `mask` is true, at `kept` places; both are `[*out, I]`."""
         *outs, inputs = weight.shape
@@ -80,7 +81,7 @@ class BitmaskTensor(SparseTensor):
 
     def like(self, weights: list[jax.Array], scales: list[Any]) -> list[Self]:
         kept = max(1, *(int(jnp.count_nonzero(w)) for w in weights))
-        return [_of_nonzero(w, s, kept=kept) for w, s in zip(weights, scales, strict=True)]
+        return [self.of(w, w != 0, s, kept=kept) for w, s in zip(weights, scales, strict=True)]
 
     def planned_piece(self, part: ParamSpec, cut: Cut) -> Self:
         """As if what is kept were spread evenly."""
@@ -105,11 +106,6 @@ class BitmaskTensor(SparseTensor):
             jax.lax.platform_dependent(x, leaf, tpu=_dot_by_outputs, default=_whole_dot),
             leaf.scale,
         )
-
-
-@functools.partial(jax.jit, static_argnames="kept")
-def _of_nonzero(weight: jax.Array, scale: Any, *, kept: int) -> BitmaskTensor:
-    return BitmaskTensor.of(weight, weight != 0, scale, kept=kept)
 
 
 def _whole_dot(x: jax.Array, leaf: BitmaskTensor) -> jax.Array:

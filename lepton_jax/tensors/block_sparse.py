@@ -69,6 +69,7 @@ class BlockSparseTensor(SparseTensor):
         )
 
     @classmethod
+    @functools.partial(jax.jit, static_argnums=0, static_argnames="kept")
     def of(cls, weight: jax.Array, kept_tiles: jax.Array, scale: Any = None, *, kept: int) -> Self:
         """The leaf of the tiles of a weight `[*out, I]` where `kept_tiles [O/R, I/C]` is true: at
         `kept` places in each row, or at fewer, and then others, which are zeros, fill it up.
@@ -86,7 +87,7 @@ class BlockSparseTensor(SparseTensor):
             check_tiles(weight.shape, height, width)
         tiles = [_in_use(weight, height=height, width=width) for weight in weights]
         kept = max(1, *(int(np.asarray(t).sum(-1).max()) for t in tiles))
-        return [_packed(w, t, s, kept=kept) for w, t, s in zip(weights, tiles, scales, strict=True)]
+        return [self.of(w, t, s, kept=kept) for w, t, s in zip(weights, tiles, scales, strict=True)]
 
     def planned_piece(self, part: ParamSpec, cut: Cut) -> Self:
         """As if the tiles were spread evenly over the inputs."""
@@ -133,9 +134,6 @@ def _in_use(weight: jax.Array, *, height: int, width: int) -> jax.Array:
     """Which tiles of a weight `[*out, I]` aren't all zeros, bool `[O/R, I/C]`."""
     parts = weight.reshape(-1, height, weight.shape[-1] // width, width)
     return jnp.any(parts != 0, axis=(1, 3))
-
-
-_packed = jax.jit(BlockSparseTensor.of, static_argnames="kept")
 
 
 def check_tiles(shape: tuple[int, ...], height: int, width: int) -> None:

@@ -63,6 +63,7 @@ class NMTensor(SparseTensor):
         )
 
     @classmethod
+    @functools.partial(jax.jit, static_argnums=0, static_argnames=("n", "m"))
     def of(cls, weight: jax.Array, mask: jax.Array, scale: Any = None, *, n: int, m: int) -> Self:
         """The leaf of the values where `mask` is true, both `[*out, I]`; true at most N times in a
         group, and where it is fewer times zeros fill up.
@@ -84,7 +85,7 @@ class NMTensor(SparseTensor):
 
     def like(self, weights: list[jax.Array], scales: list[Any]) -> list[Self]:
         pairs = zip(weights, scales, strict=True)
-        return [_of_nonzero(w, scale, n=self.n, m=self.m) for w, scale in pairs]
+        return [self.of(w, w != 0, scale, n=self.n, m=self.m) for w, scale in pairs]
 
     def static(self) -> dict[str, Any]:
         return dict(n=self.n, m=self.m, values=jnp.dtype(self.values.dtype).name)
@@ -115,11 +116,6 @@ class NMTensor(SparseTensor):
                 dense = jnp.where(index == place, values, dense)
             places.append(dense)
         return places
-
-
-@functools.partial(jax.jit, static_argnames=("n", "m"))
-def _of_nonzero(weight: jax.Array, scale: Any, *, n: int, m: int) -> NMTensor:
-    return NMTensor.of(weight, weight != 0, scale, n=n, m=m)
 
 
 def _one_dot(x: jax.Array, leaf: NMTensor) -> jax.Array:
