@@ -1,7 +1,6 @@
 """A tiny random Llama with a tokenizer of bytes, and settings that compress it in seconds."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,8 +72,3 @@ def config_file(path: Path, **sections) -> Path:
     settings = {"receipt": RECEIPT, "engine": {"rows": 2, "page_size": 16}} | sections
     path.write_text(f"def get_config(arg=None):\n    return {settings!r}\n")
     return path
-
-
-def process_environment() -> dict[str, str]:
-    root = str(Path(__file__).parents[1])
-    return os.environ | {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}

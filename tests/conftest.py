@@ -17,10 +17,9 @@ import pytest
 from lepton_jax import compile_cache
 from lepton_jax.checkpoints.demo import demo_model
 
-DEVICES = 8
-jax.config.update("jax_num_cpu_devices", DEVICES)
+jax.config.update("jax_num_cpu_devices", 8)
 # Also of what tests start: jax keeps compiled programs by the number of devices.
-os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(DEVICES))
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 
 _KEPT = "JAX_COMPILATION_CACHE_DIR"
 if _KEPT not in os.environ:  # the test processes and what they start inherit that of the first

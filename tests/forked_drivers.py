@@ -11,25 +11,29 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": str(Path(__file__).parents[1]),
+    "JAX_PLATFORMS": "cpu",
+}
 _SERVER = """
-import importlib, json, os, sys
-from lepton_jax import cli
+import importlib, json, os, runpy, signal, sys
+import lepton_jax.cli
 
 for name in {imports!r}:
-    importlib.import_module(name)
-from lepton_jax.{driver} import main
+    importlib.import_module("lepton_jax." + name)
 
 for line in sys.stdin:
     folder, said, arguments, variables = json.loads(line)
     child = os.fork()
     if not child:
+        signal.alarm(600)
         for number, name in enumerate((os.devnull, said + "/out", said + "/err")):
             os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
         os.chdir(folder)
         os.environ.update(variables)
-        sys.argv = [{driver!r}, *arguments]
-        cli.run_driver(main)
+        sys.argv[1:] = arguments
+        runpy.run_module("lepton_jax.{driver}", run_name="__main__", alter_sys=True)
+        sys.exit()
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
@@ -38,16 +42,19 @@ for line in sys.stdin:
 def forks_of(
     driver: str, *, imports: tuple[str, ...] = (), before: str = ""
 ) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
-    """A function that runs a driver as `python -m lepton_jax.driver` would, in a folder.
+    """A function that runs a driver in a folder as `python -m lepton_jax.driver` would, for at most
+    ten minutes.
 
-    `before` is run first of all; `imports` are what drivers would import each for themselves.
+    Args:
+      driver: its name.
+      imports: modules of the package that drivers would import each for themselves.
+      before: code that is run first of all.
     """
     code = before + _SERVER.format(driver=driver, imports=imports)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with (
         tempfile.TemporaryDirectory() as scratch,
-        subprocess.Popen([sys.executable, "-c", code], env=environment, **pipes) as server,
+        subprocess.Popen([sys.executable, "-c", code], env=ENVIRONMENT, **pipes) as server,
     ):
 
         def drive(folder: Path, *arguments: str, **variables: str):

@@ -12,14 +12,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from compress_makers import (
-    CANDIDATES,
-    RECEIPT,
-    config_file,
-    edit_receipt,
-    model_folder,
-    process_environment,
-)
+from compress_makers import CANDIDATES, RECEIPT, config_file, edit_receipt, model_folder
+from forked_drivers import ENVIRONMENT, forks_of
 
 from lepton_jax import LeptonEngine, compress
 from lepton_jax.checkpoints.load import identify, load
@@ -45,43 +39,6 @@ ENGINE = EngineSection(
     rows=1, page_size=16, num_pages=10, max_len=128, prefill_chunk=128, kv_dtype="int8"
 )
 CONFIG = RunConfig(receipt=QUICK, calibration=CalibrationSection(windows=4, window_tokens=32))
-
-
-# Lines of arguments, each in a fork of one process, because importing takes longer than most.
-FORKS = """
-import json, os, runpy, sys
-import lepton_jax.cli, lepton_jax.jobs.compress, lepton_jax.jobs.sweep, lepton_jax.jobs.verify
-codes = []
-for number, arguments in enumerate(json.loads(sys.argv[1])):
-    child = os.fork()
-    if not child:
-        for stream in (1, 2):
-            os.dup2(os.open(f"{number}-{stream}", os.O_WRONLY | os.O_CREAT), stream)
-        sys.argv[1:] = arguments
-        runpy.run_module("lepton_jax.compress", run_name="__main__")
-    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-print(json.dumps(codes))
-"""
-
-
-def python(*arguments, **options):
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        env=process_environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        **options,
-    )
-
-
-def drive(folder, *lines):
-    """(exit code, stdout, stderr) of the driver with each of these lines of arguments."""
-    done = python("-c", FORKS, json.dumps(lines), cwd=folder)
-    assert done.returncode == 0, done.stderr
-    codes = json.loads(done.stdout)
-    said = [[(folder / f"{n}-{i}").read_text() for i in (1, 2)] for n in range(len(codes))]
-    return [(code, *texts) for code, texts in zip(codes, said, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -491,7 +448,7 @@ def test_a_killed_process_leaves_nothing_that_loads(model, tmp_path):
     output, mark = tmp_path / "out", tmp_path / "mark"
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, model, output, mark],
-        env=process_environment(),
+        env=ENVIRONMENT,
     )
     deadline = time.monotonic() + 240
     while not (mark.exists() and mark.read_text()):
@@ -513,44 +470,46 @@ def test_a_killed_process_leaves_nothing_that_loads(model, tmp_path):
 def test_the_command_line(model, tmp_path):
     file = config_file(tmp_path / "config.py", compression={"preset": "w8a8"})
     flags = [f"--config={file}", f"--config.model.path={model}", "--config.receipt.prompts=0"]
-    done = python("-m", "lepton_jax.compress", *flags, f"--config.output={tmp_path / 'out'}")
+    command = [sys.executable, "-m", "lepton_jax.compress", *flags]
+    command += [f"--config.output={tmp_path / 'out'}"]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("w8a8: KL ") and str(tmp_path / "out") in done.stdout
     assert "compress" in done.stderr
 
 
-MISTAKES = [
-    ([], "--config is missing"),
-    (["--config={file}"], "output is empty"),
-    (["--config={file}", "--config.output={out}", "--config.model.path=gone"], "doesn't exist"),
-    (["--verify", "{gone}"], "has no receipt.json"),
-    (["--config={file}", "--dense=gone"], "--dense=gone goes with --verify=DIR alone"),
-    (["--config={file}", "--verify", "{gone}"], "from DIR's receipt: leave out --config"),
-]
-
-
 @pytest.fixture(scope="module")
-def driven(plain, tmp_path_factory):
-    """What the driver makes of each mistake, of a receipt, and of one that was changed."""
-    folder = tmp_path_factory.mktemp("driven")
-    names = {"out": folder / "out", "gone": folder / "gone"}
-    names["file"] = config_file(folder / "config.py", compression={"preset": "int8"})
-    lines = [[argument.format(**names) for argument in arguments] for arguments, _ in MISTAKES]
-    changed = shutil.copytree(plain, folder / "changed")
+def drive():
+    """A compressing driver's end in a folder."""
+    with forks_of("compress", imports=("jobs.compress", "jobs.sweep", "jobs.verify")) as drive:
+        yield drive
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "--config is missing"),
+        (["--config={file}"], "output is empty"),
+        (["--config={file}", "--config.output={out}", "--config.model.path=gone"], "doesn't exist"),
+        (["--verify", "{gone}"], "has no receipt.json"),
+        (["--config={file}", "--dense=gone"], "--dense=gone goes with --verify=DIR alone"),
+        (["--config={file}", "--verify", "{gone}"], "from DIR's receipt: leave out --config"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(drive, tmp_path, arguments, says):
+    names = {"out": tmp_path / "out", "gone": tmp_path / "gone"}
+    names["file"] = config_file(tmp_path / "config.py", compression={"preset": "int8"})
+    done = drive(tmp_path, *(argument.format(**names) for argument in arguments))
+    assert done.returncode == 2
+    assert says in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_verification_from_the_command_line(drive, plain, tmp_path):
+    done = drive(tmp_path, "--verify", str(plain))
+    assert done.returncode == 0, done.stderr
+    assert "weights_sha256" in done.stdout and done.stdout.endswith("w8a8: reproduced\n")
+    changed = shutil.copytree(plain, tmp_path / "changed")
     edit_receipt(changed, lambda r: r["quality"]["kl"].update(value=1.0))
-    return drive(folder, *lines, ["--verify", str(plain)], ["--verify", str(changed)])
-
-
-@pytest.mark.parametrize("number", range(len(MISTAKES)))
-def test_a_mistake_is_one_line_and_exit_code_2(driven, number):
-    code, _, said = driven[number]
-    assert code == 2
-    assert MISTAKES[number][1] in said and "Traceback" not in said
-    assert len(said.strip().splitlines()) == 1
-
-
-def test_verification_from_the_command_line(driven):
-    (code, told, said), (changed_code, changed_told, _) = driven[-2:]
-    assert code == 0, said
-    assert "weights_sha256" in told and told.endswith("w8a8: reproduced\n")
-    assert changed_code == 1 and "not reproduced: kl" in changed_told
+    done = drive(tmp_path, "--verify", str(changed))
+    assert done.returncode == 1 and "not reproduced: kl" in done.stdout

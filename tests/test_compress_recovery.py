@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from compress_makers import RECEIPT, edit_receipt, model_folder, process_environment
+from compress_makers import RECEIPT, edit_receipt, model_folder
+from forked_drivers import ENVIRONMENT
 
 from lepton_jax import compress
 from lepton_jax.checkpoints.load import load
@@ -124,7 +125,7 @@ def test_a_killed_recovery_goes_on(model, whole, tmp_path, monkeypatch):
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, model, output, mark],
         cwd=ROOT,
-        env=process_environment(),
+        env=ENVIRONMENT,
     )
     deadline = time.monotonic() + 300
     while not (mark.exists() and mark.read_text()):

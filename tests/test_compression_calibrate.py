@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_models
+from dense_leaves import dense_of
 
 from lepton_jax.compression import calibrate
 from lepton_jax.compression.calibrate import Options, compress_layers
@@ -20,7 +21,7 @@ from lepton_jax.compression.recipe import parse_rule
 from lepton_jax.compression.scheme import Scheme
 from lepton_jax.compression.statistics import act_range, measure, merge, zeros
 from lepton_jax.models.decoder import rms_norm
-from lepton_jax.tensors import CompressedTensor, NMTensor, QTensor
+from lepton_jax.tensors import NMTensor, QTensor
 
 PRODUCTS = r"layers\.\d+\.(qkv|out|gate_up|down|experts_gate_up|experts_down)"
 
@@ -28,11 +29,6 @@ PRODUCTS = r"layers\.\d+\.(qkv|out|gate_up|down|experts_gate_up|experts_down)"
 @pytest.fixture(scope="module")
 def tiny():
     return tiny_models.with_tokens
-
-
-@jax.jit
-def dense_of(leaf):
-    return leaf.dense(jnp.float32) if isinstance(leaf, CompressedTensor) else leaf
 
 
 def without_rounding_of_inputs(leaves):

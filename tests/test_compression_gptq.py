@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from dense_leaves import dense_of
 
 from lepton_jax.compression.gptq import gptq, inverse_factor
 from lepton_jax.compression.quantize import make_leaf, quantize
@@ -26,9 +27,6 @@ def layer(outputs=24, inputs=48, tokens=400, seed=0):
 
 def bf16(number):
     return np.asarray(jnp.asarray(number, jnp.float32).astype(jnp.bfloat16).astype(jnp.float32))
-
-
-widened = jax.jit(lambda leaf: leaf.dense(jnp.float32))
 
 
 def fit(rows, scheme, importance):
@@ -119,14 +117,14 @@ def test_what_is_stored_is_what_was_settled_and_beats_rounding(scheme):
     weight, hessian = layer(seed=2)
     settled = gptq(weight, hessian, scheme, block=16)
     leaf = make_leaf(settled.values, settled.grid, scheme)
-    np.testing.assert_allclose(widened(leaf), settled.weights, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(dense_of(leaf), settled.weights, rtol=1e-6, atol=1e-6)
     plain = quantize(jnp.asarray(weight), dataclasses.replace(scheme, rounding="mse"))
 
     def loss(dense):
         error = np.asarray(dense, np.float64) - weight
         return np.einsum("oi,ij,oj->", error, hessian, error)
 
-    assert loss(settled.weights) < 0.7 * loss(widened(plain))
+    assert loss(settled.weights) < 0.7 * loss(dense_of(plain))
 
 
 def test_uncorrelated_inputs_leave_plain_rounding():
@@ -134,7 +132,7 @@ def test_uncorrelated_inputs_leave_plain_rounding():
     scheme = Scheme("int4", group=16, rounding="gptq")
     settled = gptq(weight, np.eye(48, dtype=np.float32), scheme)
     plain = quantize(jnp.asarray(weight), Scheme("int4", group=16, rounding="mse"))
-    np.testing.assert_allclose(settled.weights, widened(plain), atol=1e-6)
+    np.testing.assert_allclose(settled.weights, dense_of(plain), atol=1e-6)
 
 
 def test_inputs_that_never_came_are_rounded_by_themselves():

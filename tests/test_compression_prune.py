@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from dense_leaves import dense_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -37,9 +38,6 @@ TYPES = {"half": BitmaskTensor, "2:4": NMTensor, "tiles": BlockSparseTensor}
 
 def weight(shape=SHAPE, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-widened = jax.jit(lambda leaf: leaf.dense(jnp.float32))
 
 
 def changed(scheme, **fields):
@@ -94,8 +92,8 @@ def test_sparse_leaves_are_planned_and_stand_for_what_dense_ones_do(name, weight
     leaf = compress_weight(w, scheme)
     assert type(leaf) is TYPES[name]
     assert isinstance(dense, QTensor if weights == "int8" else jax.Array)
-    values = widened(dense) if weights == "int8" else dense
-    np.testing.assert_array_equal(widened(leaf), values)
+    values = dense_of(dense) if weights == "int8" else dense
+    np.testing.assert_array_equal(dense_of(leaf), values)
     assert np.mean(np.asarray(values) != 0) == pytest.approx(0.5, abs=0.02)
     plan = scheme.plan(ParamSpec(SHAPE, jnp.float32, ("a", "b", "embed"), 1))
     assert jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), leaf) == plan.abstract()
@@ -135,7 +133,7 @@ def test_values_on_a_grid_are_stored_as_they_are(name):
     values = jnp.where(mask.reshape(values.shape), values, 0)
     leaf = store_on_grid(values, grid, mask, scheme)
     want = values.reshape(SHAPE) * grid.scale
-    np.testing.assert_array_equal(widened(leaf), want)
+    np.testing.assert_array_equal(dense_of(leaf), want)
 
 
 def test_int4_groups_and_dynamic_activations_go_with_dense_storage():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_models
+from dense_leaves import dense_of
 from engine_reference import tiny
 
 from lepton_jax.checkpoints.loaded import Loaded
@@ -50,11 +51,6 @@ def student():
     """A leaf of each kind."""
     rules = [parse_rule(f"{path} -> {scheme}") for path, (scheme, _) in MIXED.items()]
     return compress_layers(MODEL, dict(LEAVES), TOKENS, rules)[0]
-
-
-@jax.jit
-def dense_of(leaf):
-    return leaf.dense(jnp.float32) if isinstance(leaf, CompressedTensor) else leaf
 
 
 @pytest.mark.parametrize("train", ["all", "lora", "norms"])

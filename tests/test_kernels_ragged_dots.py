@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from dense_leaves import dense_of
 
 from lepton_jax.compression.leaf import compress_weight
 from lepton_jax.compression.scheme import Scheme
@@ -20,9 +21,6 @@ GROUPED = {
 }
 
 
-widened = jax.jit(lambda leaf: leaf.dense(jnp.float32))
-
-
 def weights(kind, shape):
     """An `[E, O, I]` leaf or array, and what it stands for."""
     rng = np.random.default_rng(0)
@@ -33,7 +31,7 @@ def weights(kind, shape):
         group, scheme = GROUPED[kind]
         leaf = compress_weight(jnp.asarray(np.float32(rng.normal(size=(E, *shape)))), scheme)
         assert leaf.group == group
-        return leaf, np.asarray(widened(leaf), np.float64)
+        return leaf, np.asarray(dense_of(leaf), np.float64)
     scale = jnp.asarray(np.float32(rng.uniform(0.5, 1, size=(E, shape[0])) / 64))
     if kind == "float8":
         values = np.float32(rng.normal(size=(E, *shape)) * 64).astype(jnp.float8_e4m3fn)
@@ -42,7 +40,7 @@ def weights(kind, shape):
     values = jnp.asarray(values)
     static = jnp.float32(4 / 127) if kind == "static" else None
     leaf = QTensor(values, scale, 16 if kind in ("int8", "float8") else 8, act_scale=static)
-    return leaf, np.asarray(widened(leaf), np.float64)
+    return leaf, np.asarray(dense_of(leaf), np.float64)
 
 
 def rows(sizes, inputs, spare=0):

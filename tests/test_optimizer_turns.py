@@ -94,7 +94,7 @@ def each_is_tried_once(trials, monkeypatch):
     """Searches here differ in what follows the trials."""
 
     def known(models, config, *rest, **options):
-        key = repr(config.engine)
+        key = repr(config)
         if key not in trials:
             trials[key] = try_out(models, config, *rest, **options)
         return trials[key]

@@ -1,13 +1,12 @@
 """The planning driver from its command line: text, JSON, page, search, exit codes, errors."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from forked_drivers import forks_of
+from forked_drivers import ENVIRONMENT, forks_of
 
 ROOT = Path(__file__).parents[1]
 CONFIG = f"--config={ROOT / 'configs' / 'llama3_70b.py'}"
@@ -17,17 +16,15 @@ FLAGS = (CONFIG, "--noconfig.plan.compile")
 @pytest.fixture(scope="module")
 def plan():
     """A planning driver's end in a folder."""
-    imports = ("lepton_jax.planning.report", "lepton_jax.planning.search")
-    with forks_of("plan", imports=imports) as drive:
+    with forks_of("plan", imports=("planning.report", "planning.search")) as drive:
         yield drive
 
 
 def test_a_plan_is_json_and_a_page_and_says_that_it_fits(tmp_path):
     """In a process of its own, as everyone runs it."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     asked = ("--topology=v5e:2x4", "--json", "--html=plan.html")
     command = [sys.executable, "-m", "lepton_jax.plan", *FLAGS, *asked]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["fits"] and found["mesh"] == {"model": 8, "expert": 1, "data": 1}

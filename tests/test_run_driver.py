@@ -20,7 +20,6 @@ ECHO = """
 import sys, types
 sys.path.insert(0, {tests!r})
 from jobs_fakes import ByteTokenizer, FakeEngine
-from lepton_jax import cli, run
 from lepton_jax.tensors import ParamSpec
 
 class LeptonEngine:
@@ -55,8 +54,7 @@ NEEDED = ("api", "distributed.hosts", "jobs.driver", "jobs.tuning", "jobs.report
 def drive(tmp_path_factory):
     """A driver's end in a folder."""
     no_profiles = str(tmp_path_factory.mktemp("cache"))
-    imports = tuple(f"lepton_jax.{name}" for name in NEEDED)
-    with forks_of("run", imports=imports, before=ECHO.format(tests=str(ROOT / "tests"))) as drive:
+    with forks_of("run", imports=NEEDED, before=ECHO.format(tests=str(ROOT / "tests"))) as drive:
         yield functools.partial(drive, XDG_CACHE_HOME=no_profiles)
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from dense_leaves import dense_of
 
 from lepton_jax.compression.leaf import compress_weight
 from lepton_jax.compression.presets import compressor
@@ -56,11 +57,8 @@ def leaf_of(name):
     return weight if SCHEMES[name] is None else compress_weight(weight, SCHEMES[name])
 
 
-widened = jax.jit(lambda leaf: leaf.dense(jnp.float32))
-
-
 def dense(leaf):
-    return np.asarray(leaf if isinstance(leaf, (jax.Array, np.ndarray)) else widened(leaf))
+    return np.asarray(dense_of(leaf))
 
 
 def padded(array, cut):

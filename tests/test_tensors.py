@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from dense_leaves import dense_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +16,6 @@ from lepton_jax.tensors.decompress import BLOCK, by_outputs
 from lepton_jax.tensors.qtensor import pack_int4
 
 packed_int4 = jax.jit(pack_int4, static_argnums=1)
-dense = jax.jit(lambda leaf: leaf.dense(jnp.float32))
 
 
 def quantized(w, kind):
@@ -83,7 +83,7 @@ def test_einsum_of_qtensors_matches_float64(rows, subscripts, kind):
     got = jax.jit(lambda x, w: einsum(subscripts, x, w))(x, leaf)
     assert got.shape == exact.shape and leaf.shape == w.shape
     assert np.abs(np.asarray(got) - exact).max() <= TOLERANCES[kind] * np.abs(exact).max()
-    np.testing.assert_allclose(dense(leaf), means, rtol=1e-2, atol=1e-6)
+    np.testing.assert_allclose(dense_of(leaf), means, rtol=1e-2, atol=1e-6)
 
 
 def inputs(subscripts, rows):
@@ -136,7 +136,7 @@ def test_packing_keeps_every_value(sizes, seed):
     packed = packed_int4(values, groups)
     assert packed.dtype == jnp.uint8 and packed.nbytes * 2 == values.size
     leaf = QTensor(packed, np.ones((outs, groups), jnp.bfloat16))
-    np.testing.assert_array_equal(dense(leaf), values)
+    np.testing.assert_array_equal(dense_of(leaf), values)
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [("f32", 1e-6), *TOLERANCES.items()])

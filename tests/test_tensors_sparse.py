@@ -32,11 +32,6 @@ KINDS = ["bitmask", "2:4", "4:8", "tiles"]
 DTYPES = ["float32", "bfloat16", "int8"]
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("kept", "n", "m"))
-def made(cls, values, mask, scale=None, **static):
-    return cls.of(values, mask, scale, **static)
-
-
 @jax.jit
 def spread(leaf):
     return leaf.spread()
@@ -65,15 +60,15 @@ def sparse(kind, shape, dtype, seed=0):
     values, scale = random_weight(shape, dtype, seed)
     if kind == "tiles":
         chosen = tile_choice(int(np.prod(shape[:-1])) // 8, shape[-1] // 4, 3, seed)
-        leaf = made(BlockSparseTensor, values, chosen, scale, kept=3)
+        leaf = BlockSparseTensor.of(values, chosen, scale, kept=3)
         mask = np.repeat(np.repeat(chosen, 8, 0), 4, 1).reshape(shape)
     elif kind == "bitmask":
         mask = np.random.default_rng(seed).random(shape) < 0.4
-        leaf = made(BitmaskTensor, values, mask, scale, kept=int(mask.sum()))
+        leaf = BitmaskTensor.of(values, mask, scale, kept=int(mask.sum()))
     else:
         n, m = map(int, kind.split(":"))
         mask = n_of_m_mask(shape, n, m, seed)
-        leaf = made(NMTensor, values, mask, scale, n=n, m=m)
+        leaf = NMTensor.of(values, mask, scale, n=n, m=m)
     wide = np.asarray(values, np.float64) * mask
     return leaf, wide if scale is None else wide * np.asarray(scale, np.float64)[..., None]
 
@@ -166,7 +161,7 @@ def test_bitmask_packing_is_exact(shape, share, dtype, seed):
     values, _ = random_weight(shape, dtype, seed)
     kept = max(1, int(share * values.size))
     mask = np.random.default_rng(seed).permutation(values.size).reshape(shape) < kept
-    leaf = made(BitmaskTensor, values, mask, kept=kept)
+    leaf = BitmaskTensor.of(values, mask, kept=kept)
     kept, stored, before = iter(np.asarray(leaf.values)), np.asarray(leaf.mask), np.asarray(values)
     count = shape[-1] // 8
     for place in np.ndindex(*shape[:-1], count, 8):  # the docstring, spelt out
@@ -188,7 +183,7 @@ def test_n_of_m_packing_is_exact(pattern, dtype, seed):
     (n, m), outs, shape = pattern, 3, (3, 32)
     values, _ = random_weight(shape, dtype, seed)
     mask = n_of_m_mask(shape, n, m, seed)
-    leaf = made(NMTensor, values, mask, n=n, m=m)
+    leaf = NMTensor.of(values, mask, n=n, m=m)
     bits, size, count = (2 if m <= 4 else 4), leaf.indices.shape[-1], shape[-1] // m
     indices, kept, before = map(np.asarray, (leaf.indices, leaf.values, values))
     for out in range(outs):
@@ -207,7 +202,7 @@ def test_tile_packing_is_exact(shape, kept, dtype, seed):
     shape = (outs, 4 * tile_rows, 3 * columns)
     values, _ = random_weight(shape, dtype, seed)
     chosen = tile_choice(outs * tile_rows, columns, kept, seed)
-    leaf = made(BlockSparseTensor, values, chosen, kept=kept)
+    leaf = BlockSparseTensor.of(values, chosen, kept=kept)
     tiles = np.asarray(leaf.tiles)
     stored = np.asarray(leaf.values).reshape(len(tiles), 4, kept, 3)
     before = np.asarray(values).reshape(len(tiles), 4, columns, 3)
@@ -227,7 +222,7 @@ def assert_bits_equal(got, values, mask):
 def test_groups_that_keep_fewer_are_filled_with_zeros():
     mask = np.array([[1, 0, 0, 0, 0, 0, 0, 0] + [0, 1, 1, 0] * 2], bool)
     values = np.arange(1, 17, dtype=np.float32)[None]
-    leaf = made(NMTensor, values, mask, n=2, m=4)
+    leaf = NMTensor.of(values, mask, n=2, m=4)
     np.testing.assert_array_equal(spread(leaf), np.where(mask, values, 0))
 
 
