@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from test_compression_gptq import fit, layer, widened
+from dense_leaves import dense_of
+from test_compression_gptq import fit, layer
 
 from lepton_jax.compression.quantize import make_leaf
 from lepton_jax.compression.scheme import Scheme
@@ -89,7 +90,7 @@ def test_the_mask_has_the_pattern_and_storage_keeps_it(scheme):
         assert np.all(mask.reshape(-1, among).sum(axis=1) == keep)
     if settled.grid is not None:
         leaf = make_leaf(settled.values, settled.grid, scheme)
-        np.testing.assert_allclose(widened(leaf), settled.weights, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(dense_of(leaf), settled.weights, rtol=1e-6, atol=1e-6)
 
 
 def test_what_is_kept_makes_up_for_what_is_not():
