@@ -2,16 +2,21 @@
 
 `enable` is called by the drivers and by `api.py` before anything is compiled. The cache only saves
 time: where it can't be written there is a warning and the run goes on. `counts` says what it saved.
+Programs of engines come through `fetch`, which saves their tracing too (`kept_programs.py`).
 """
 
 import dataclasses
 import logging
 import os
 import tempfile
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
+
+from lepton_jax.kept_programs import KeptPrograms
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +34,8 @@ class CacheCounts:
 
 _counts = CacheCounts()
 _listening = False
+_kept: KeptPrograms | None = None
+_here = threading.local()  # hits of this thread
 
 
 def default_directory() -> Path:
@@ -66,8 +73,46 @@ def enable(directory: str | os.PathLike = "") -> Path | None:
     return chosen
 
 
+def fetch(
+    made_of: str,
+    compile_it: Callable[[str], jax.stages.Compiled],
+    *,
+    devices: Sequence[jax.Device],
+) -> jax.stages.Compiled:
+    """A program that is the same for the same `made_of`: kept by another process, or compiled.
+
+    Args:
+      made_of: all that the program depends on besides the source of this package, versions and
+        flags.
+      compile_it: takes a mark that belongs into the program's name. With it jax's cache has the
+        program only if it is kept here too: what jax fetched can't be kept any more (XLA on CPU
+        loses its functions).
+      devices: that it runs on.
+    """
+    global _kept
+    if _kept is None or jax.process_count() > 1:
+        return compile_it("")
+    try:
+        name = _kept.name(made_of, devices)
+    except OSError as error:
+        log.warning("programs are traced at each start: they can't be kept (%s)", error)
+        _kept = None
+        return compile_it("")
+    program = _kept.find(name, devices)
+    if program is not None:
+        _counts.hits += 1
+        return program
+    before = getattr(_here, "hits", 0)
+    program = compile_it(name[:8])
+    if getattr(_here, "hits", 0) == before:
+        _kept.keep(name, program)
+    return program
+
+
 def _use(directory: str | None) -> None:
     """Tells jax; where it has used another directory before, it must forget that one."""
+    global _kept
+    _kept = KeptPrograms(Path(directory) / "programs") if directory else None
     if directory != jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", directory)
         compilation_cache.reset_cache()
@@ -88,5 +133,6 @@ def _listen() -> None:
 def _count(event: str, **_) -> None:
     if event == _HIT:
         _counts.hits += 1
+        _here.hits = getattr(_here, "hits", 0) + 1
     elif event == _MISS:
         _counts.misses += 1

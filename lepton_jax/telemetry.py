@@ -103,6 +103,7 @@ class BeatStats:
         idled to the end of the block and in the one that was dispatched meanwhile.
       preemptions, prefix_hit_tokens: since the beat before.
       running: rows with a slot, of `slots`; `waiting` have none.
+      tokens_left: the most that a running row may still give.
       free_pages: of the `pages` of the cache.
     """
 
@@ -126,6 +127,7 @@ class BeatStats:
     running: int = 0
     slots: int = 0
     waiting: int = 0
+    tokens_left: int = 0
     free_pages: int = 0
     pages: int = 0
 

@@ -4,7 +4,6 @@ Whatever the batch, the chunks, the pages, the shared beginnings and the blocks:
 """
 
 import dataclasses
-import types
 
 import jax
 import jax.numpy as jnp
@@ -354,8 +353,7 @@ def test_programs_grow_while_rows_run(expected):
 @pytest.mark.parametrize(("num_pages", "preempts"), [(60, False), (30, True)])
 def test_warm_up_counts_what_preempted_rows_compute_again(monkeypatch, num_pages, preempts):
     section = dataclasses.replace(TIGHT, num_pages=num_pages, prefill_chunk=512)
-    lowered = types.SimpleNamespace(compile=lambda: None)
-    monkeypatch.setattr(Runner, "lower", lambda self, shape: lowered)
+    monkeypatch.setattr(Runner, "_fetch", lambda self, shape: None)
     engine = Engine(MODEL, LEAVES, section=section)
     engine.warm_up([(6, SamplingParams(max_tokens=90))] * 2)
     shapes = engine.runner.programs.compiled

@@ -60,6 +60,7 @@ class Beats:
             preemptions=now.preemptions - before.preemptions,
             prefix_hit_tokens=now.prefix_hit_tokens - before.prefix_hit_tokens,
             slots=scheduler.most.live_rows,
+            tokens_left=scheduler.tokens_left,
             **vars(scheduler.load),
         )
         for listener in self.listeners:

@@ -47,6 +47,11 @@ class Programs:
         with self._clock:
             return self._seconds + (time.perf_counter() - self._since if self._busy else 0.0)
 
+    @property
+    def mean_seconds(self) -> float:
+        """That one took until now; 0 before the first."""
+        return self.seconds / len(self.compiled) if self.compiled else 0.0
+
     def warm_up(self, shapes: Sequence[Any], *, wait: bool) -> None:
         """Queues these shapes in their order. `wait`: returns when all are compiled."""
         self._warm = True

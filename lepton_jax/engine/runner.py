@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lepton_jax import compile_cache
 from lepton_jax.engine import packing, scoring, speculation, steps
 from lepton_jax.engine.packing import DecodeShape, PrefillShape
 from lepton_jax.engine.programs import Programs
@@ -102,8 +103,10 @@ class Runner:
         self.leaves, self.backend = tuple(leaves), backend
         self._kv_dtype = kv_dtype
         self._lines = dict(slots=sizes.rows, eos_ids=eos_ids)  # what packing must know of rows
-        lower = weakref.WeakMethod(self.lower)  # in a cycle with them it would outlive its engine
-        self.programs = Programs(lambda shape: lower()(shape).compile(), strict=strict)
+        fetch = weakref.WeakMethod(self._fetch)  # in a cycle with them it would outlive its engine
+        self.programs = Programs(lambda shape: fetch()(shape), strict=strict)
+        self._grown: list[int] = []  # rows of programs besides the rungs, ascending
+        self._last_block = 0, 0  # most cached tokens of a row, tokens of a draft
         self._draft: Model | None = None
         self._draft_leaves, self._draft_kv_dtype = (), None
         self.reset()
@@ -191,6 +194,13 @@ class Runner:
         self.programs.warm_up(shapes, wait=wait)
         self._allocate()
 
+    def grow(self, rows: int) -> None:
+        """Compiles the program of the last block for fewer rows in the background; from when it is
+        there, it runs blocks that fit.
+        """
+        self._grown = sorted({*self._grown, rows})
+        self.programs.warm_up([self._decode_shape(rows, *self._last_block)], wait=False)
+
     def dispatch(self, plan: Plan) -> InFlight:
         """Enqueues the plan's prefill, then its decode block; returns before they have run."""
         self._allocate()
@@ -229,10 +239,10 @@ class Runner:
 
     def _run_block(self, flight: InFlight) -> None:
         plan = flight.plan
-        rows = fit(self.rungs.decode, len(plan.rows))
         cached = max(entry.cached for entry in plan.rows)
         draft = fit(self.drafts, plan.draft) if plan.draft else 0
-        flight.decode_shape = shape = self._decode_shape(rows, cached, draft)
+        self._last_block = cached, draft
+        flight.decode_shape = shape = self._smallest_block(len(plan.rows))
         program = self.programs.get(shape)
         packed = packing.pack_decode(plan, shape, **self._lines)
         if self._scratch_of != (shape.rows, shape.view, shape.tail):
@@ -250,6 +260,17 @@ class Runner:
             memory, self._state, flight.result = program(self.leaves, memory, self._state, packed)
             self._caches, self._scratch = memory
         flight.result.copy_to_host_async()
+
+    def _smallest_block(self, rows: int) -> DecodeShape:
+        """The program of the last block for so many rows; one that `grow` asked for once it is
+        compiled.
+        """
+        regular = fit(self.rungs.decode, rows)
+        for size in self._grown:
+            shape = self._decode_shape(size, *self._last_block)
+            if rows <= size < regular and shape in self.programs.compiled:
+                return shape
+        return self._decode_shape(regular, *self._last_block)
 
     def read(
         self, flight: InFlight
@@ -336,36 +357,47 @@ class Runner:
 
     def lower(self, shape: Shape) -> jax.stages.Lowered:
         """The program of a shape before it is compiled; leaves and devices may be abstract."""
-        if isinstance(shape, ScoreShape):
-            return self._lower_score(shape)
-        prefill = isinstance(shape, PrefillShape)
-        layout = (packing.prefill_layout if prefill else packing.decode_layout)(shape)
-        fixed = dict(model=self.model, backend=self.backend, shape=shape)
-        memory, leaves, place = self._abstract_caches(), self.leaves, self.placement
-        if prefill:
-            step = functools.partial(steps.prefill, **fixed)
-        else:
-            step = functools.partial(steps.decode_block, **fixed)
-            memory = memory, self._abstract_views(shape)
-        if not prefill and shape.draft:
-            step = functools.partial(speculation.speculative_block, **fixed, draft=self._draft)
-            memory, leaves = (*memory, self._abstract_drafting()), leaves + self._draft_leaves
-        leaves = _abstract(leaves)
-        arguments = memory, self._abstract_state(shape.spec), _ints(layout.size)
+        program, arguments = self._program(shape)
+        return program.lower(*arguments)
+
+    def _fetch(self, shape: Shape) -> jax.stages.Compiled:
+        """The compiled program of a shape; an earlier process may have made it."""
+        _, arguments = self._program(shape)
+        avals, tree = jax.tree.flatten(arguments)
+        models = [m.described for m in (self.model, self._draft) if m]
+        return compile_cache.fetch(
+            repr((shape, models, self.backend.__name__, tree, avals)),
+            lambda mark: self._program(shape, mark)[0].lower(*arguments).compile(),
+            devices=self.placement.devices,
+        )
+
+    def _program(self, shape: Shape, mark: str = "") -> tuple[Any, tuple]:
+        """The jitted function of a shape, and its arguments as ShapeDtypeStructs; with a mark in
+        its name.
+        """
+        caches, leaves, place = self._abstract_caches(), self.leaves, self.placement
         kinds = CUT_SPEC, steps.STATE_SPECS, WHOLE_SPEC
+        if isinstance(shape, ScoreShape):
+            step, layout, kinds = scoring.score, scoring.score_layout(shape), kinds[::2]
+            arguments = [caches]
+        elif isinstance(shape, PrefillShape):
+            step, layout = steps.prefill, packing.prefill_layout(shape)
+            arguments = [caches, self._abstract_state(shape.spec)]
+        else:
+            step, layout = steps.decode_block, packing.decode_layout(shape)
+            memory = caches, self._abstract_views(shape)
+            if shape.draft:
+                step = functools.partial(speculation.speculative_block, draft=self._draft)
+                memory, leaves = (*memory, self._abstract_drafting()), leaves + self._draft_leaves
+            arguments = [memory, self._abstract_state(shape.spec)]
+        step = functools.partial(step, model=self.model, backend=self.backend, shape=shape)
+        step.__name__ = f"{step.func.__name__}_{mark}".rstrip("_")
+        leaves, donated = _abstract(leaves), range(1, 1 + len(arguments))
         # Scratch is written only: kept as an argument, it is where the views are made.
         program = place.program(
-            step, (specs_of(leaves), *kinds), kinds, donate=(1, 2), keep_unused=True
+            step, (specs_of(leaves), *kinds), kinds, donate=donated, keep_unused=True
         )
-        return program.lower(leaves, *place.abstract(arguments, kinds))
-
-    def _lower_score(self, shape: ScoreShape):
-        step = functools.partial(scoring.score, model=self.model, backend=self.backend, shape=shape)
-        leaves, place = _abstract(self.leaves), self.placement
-        arguments = self._abstract_caches(), _ints(scoring.score_layout(shape).size)
-        kinds = CUT_SPEC, WHOLE_SPEC
-        program = place.program(step, (specs_of(leaves), *kinds), kinds, donate=(1,))
-        return program.lower(leaves, *place.abstract(arguments, kinds))
+        return program, (leaves, *place.abstract((*arguments, _ints(layout.size)), kinds))
 
     def _looped(self, model: Model, leaves: tuple) -> Model:
         return model.in_loops(leaves, platform=self.placement.devices[0].platform)

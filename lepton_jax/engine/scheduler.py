@@ -138,6 +138,11 @@ class Scheduler:
             pages=sum(pool.num_pages - 1 for pool in self._pools),
         )
 
+    @property
+    def tokens_left(self) -> int:
+        """The most that a row with a slot may still give."""
+        return max((row.limit - len(row.outputs) for row in self._running), default=0)
+
     def add(self, request: Request) -> None:
         """Queues a request. Raises ValueError, with the numbers, on one that can never run."""
         count, pool = len(request.prompt_ids), self._pools[0]

@@ -105,6 +105,7 @@ def open_view(
     index = jnp.maximum(jnp.arange(tokens) - tokens + lengths[:, None], 0)  # [B, tokens]
     page = jnp.take_along_axis(page_table, index // page_size, axis=1)
 
+    @jax.jit  # traced once for all layers
     def side(half, layer):
         here = page + layer * (pages // layers)
         first = (2 * here + half)[:, None] * kv_heads + jnp.arange(kv_heads)[:, None]

@@ -8,6 +8,7 @@ call it inside jit, where it costs tracing time and nothing else. A leaf may be 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -44,15 +45,9 @@ class Model:
         *,
         runs: tuple[int, ...] = (),
     ):
-        decoder = nnx.eval_shape(lambda: Decoder(config, dtype, activation_dtype, axis))
-        graph, state = nnx.split(decoder)
-        variables = dict(nnx.to_flat_state(state))
-        order = sorted(variables, key=lambda path: (path[0] != "embed", path[0] != "layers", path))
-        variables = {path: variables[path] for path in order}
         self.config, self.dtype, self.activation_dtype = config, dtype, activation_dtype
         self.axis, self.runs = axis, runs or (1,) * config.num_layers
-        self._graph = graph
-        self._variables = variables
+        self._graph, self._variables = _split(config, dtype, activation_dtype, axis)
         self.specs: dict[str, ParamSpec] = {
             ".".join(map(str, path)): ParamSpec(
                 shape=tuple(variable.get_value().shape),
@@ -60,7 +55,7 @@ class Model:
                 axes=variable.get_metadata("axes"),
                 inputs=variable.get_metadata("inputs"),
             )
-            for path, variable in variables.items()
+            for path, variable in self._variables.items()
         }
 
     def bind(self, leaves: Sequence[Any]) -> Decoder:
@@ -105,9 +100,24 @@ class Model:
         return Model(self.config, self.dtype, self.activation_dtype, self.axis, runs=runs)
 
     @property
+    def described(self) -> str:
+        """All that its programs depend on besides the leaves: the same text, the same programs."""
+        return repr((self.config, self.dtype, self.activation_dtype, self.axis, self.runs))
+
+    @property
     def heads(self) -> Heads:
         """Of its attention: devices that share the model lay these out together."""
         return Heads(self.config.num_kv_heads, self.config.group, self.config.head_dim)
+
+
+@functools.lru_cache(maxsize=16)
+def _split(config: ModelConfig, dtype: Any, activation_dtype: Any, axis: Axis) -> tuple:
+    """A decoder's graph and its variables by path, without values: nothing writes to either."""
+    decoder = nnx.eval_shape(lambda: Decoder(config, dtype, activation_dtype, axis))
+    graph, state = nnx.split(decoder)
+    variables = dict(nnx.to_flat_state(state))
+    order = sorted(variables, key=lambda path: (path[0] != "embed", path[0] != "layers", path))
+    return graph, {path: variables[path] for path in order}
 
 
 def abstract_model(config: ModelConfig, dtype: Any, activation_dtype: Any) -> Model:

@@ -13,11 +13,11 @@ Read next: `costs.py`, `feedback.py` (who calls this), `simulated_engine.py` (wh
 import dataclasses
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from lepton_jax.engine.knobs import Knobs
 from lepton_jax.optimizer.costs import UNIT, CostMeter, Costs
-from lepton_jax.optimizer.decisions import Decision
+from lepton_jax.optimizer.decisions import PROGRAM, Decision
 from lepton_jax.telemetry import BeatStats
 
 _EVERY = 4  # beats between decisions
@@ -26,6 +26,7 @@ _LEAST_ENDED = 4  # rows whose ends must have been seen
 _WORTH = 0.05  # share of throughput that a change must promise, and that may be lost unseen
 _CALM = 64  # beats without a preemption after which fewer pages are kept in reserve
 _SHARES = (0.6, 0.8, 1.0, 1.2, 1.4)  # of the mean tokens of a prefill
+_PAYS = 2.0  # what a new program must save, beside what compiling it takes: that slows a CPU too
 _LATENCY_SHARE = 0.85  # of the best throughput that is kept where latency is wanted
 
 
@@ -36,11 +37,15 @@ class Machine:
     Attributes:
       knobs: those that were asked for; their values are where it begins, `most` how far it may go.
       prefill_sizes: tokens of the prefill programs, ascending.
+      decode_sizes: rows of the decode programs, ascending.
+      compile_seconds: that a program took so far.
     """
 
     knobs: Knobs
     most: Knobs
     prefill_sizes: tuple[int, ...]
+    decode_sizes: tuple[int, ...] = ()
+    compile_seconds: Callable[[], float] = float
 
 
 @dataclasses.dataclass
@@ -87,6 +92,7 @@ class Controller:
         self._machine, self._prior, self._meter = machine, costs, meter
         self._objective = objective
         self._costs = costs
+        self._grown: set[tuple[int, int]] = set()  # rows and view of programs that were asked for
         self.reset()
 
     def begin(self, knobs: Knobs) -> None:
@@ -116,6 +122,8 @@ class Controller:
             decisions += self._order()
             if beat.waiting:
                 decisions += self._blocks(beat)
+            elif self._meter:
+                decisions += self._program(beat)
         return decisions
 
     def _set(self, name: str, value: float, why: str, **numbers: float) -> Iterator[Decision]:
@@ -193,6 +201,27 @@ class Controller:
             cost = round(flow.beat / flow.step, 1)
             if abs(cost - knobs.beat_cost) > 0.3 * knobs.beat_cost:
                 yield from self._set("beat_cost", cost, "measured", **numbers)
+
+    def _program(self, beat: BeatStats) -> Iterator[Decision]:
+        """A decode program for the rows that are left, where it pays back its compilation."""
+        c, costs, rows = self._counts, self._costs, beat.running
+        asked = {size for size, view in self._grown if view == beat.view}
+        sizes = sorted({*self._machine.decode_sizes, *asked})
+        size = 1 << (rows - 1).bit_length() if rows else 0
+        now = next((s for s in sizes if s >= rows), 0)
+        if not size or 2 * size > now or beat.draft or not beat.steps or c.ended < _LEAST_ENDED:
+            return
+        below = max((s for s in sizes if s < size), default=1)  # until the next program fits
+        steps = min(beat.tokens_left, math.log(rows / below) * c.row_steps / c.ended)
+        before, after = (costs.step_seconds(s, beat.view) for s in (now, size))
+        compiling = self._machine.compile_seconds()
+        saved = (before - after) * (steps - compiling / before) if before > after else 0.0
+        if saved > _PAYS * compiling:
+            self._grown.add((size, beat.view))
+            why = "no row waits, and a decode program for those left pays its compilation back"
+            numbers = dict(rows=rows, steps=steps, step_before=before, step_after=after)
+            numbers |= dict(compile_seconds=compiling, saved_seconds=saved)
+            yield Decision(self.beat, PROGRAM, now, size, why, numbers)
 
     def _flow(self) -> "Flow":
         c, costs, last = self._counts, self._costs, self._last

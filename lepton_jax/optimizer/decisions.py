@@ -4,10 +4,12 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 
+PROGRAM = "decode_program"  # the "knob" of a decision to compile another, by its rows
+
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """A knob that was turned, or speculation switched.
+    """A knob that was turned, speculation switched, or a program compiled.
 
     Attributes:
       beat: of the engine, counted from the beginning of its block of rows.

@@ -16,7 +16,7 @@ from lepton_jax.engine.draft_length import DraftRule
 from lepton_jax.engine.loop import Engine
 from lepton_jax.optimizer.controller import Controller, Machine
 from lepton_jax.optimizer.costs import UNIT, CostMeter, Costs
-from lepton_jax.optimizer.decisions import Decision
+from lepton_jax.optimizer.decisions import PROGRAM, Decision
 from lepton_jax.telemetry import BeatStats
 
 _KEPT = 10_000  # decisions in memory; a log file has them all
@@ -54,16 +54,23 @@ class Feedback:
             can't be written.
           replica: the engine's number, where there are several.
         """
-        scheduler = engine.scheduler
+        scheduler, runner = engine.scheduler, engine.runner
         self.decisions: list[Decision] = []
         self.count = 0
-        self._scheduler, self._log = scheduler, Path(log) if log else None
+        self._scheduler, self._runner = scheduler, runner
+        self._log = Path(log) if log else None
         if self._log:
             self._log.open("a", encoding="utf-8").close()
         self._replica, self._own, self._block = replica, scheduler.knobs, 0
         self._switches = _Switches(engine.drafts)
         self._controller = Controller(
-            Machine(scheduler.knobs, scheduler.most, tuple(engine.runner.rungs.prefill)),
+            Machine(
+                scheduler.knobs,
+                scheduler.most,
+                prefill_sizes=tuple(runner.rungs.prefill),
+                decode_sizes=tuple(runner.rungs.decode),
+                compile_seconds=lambda: runner.programs.mean_seconds,
+            ),
             costs=costs,
             meter=CostMeter() if timed else None,
             objective=objective,
@@ -93,7 +100,10 @@ class Feedback:
     def take(self, beat: BeatStats) -> None:
         """Decides after a beat."""
         for decision in self._controller.decide(beat):
-            self._scheduler.turn(**{decision.knob: decision.after})
+            if decision.knob == PROGRAM:
+                self._runner.grow(int(decision.after))
+            else:
+                self._scheduler.turn(**{decision.knob: decision.after})
             self._keep(decision)
         for decision in self._switches.after(beat, number=self._controller.beat):
             self._keep(decision)

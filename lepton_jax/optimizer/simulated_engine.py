@@ -70,13 +70,19 @@ class SimulatedEngine:
         *,
         noise: Callable[[random.Random], float] = lambda _: 1.0,
         seed: int = 0,
+        compile_seconds: float = 10.0,
     ):
-        """`costs` may be a function of the clock; `noise` gives a factor for a program's time."""
+        """`costs` may be a function of the clock; `noise` gives a factor for a program's time. A
+        new program is there `compile_seconds` after it was asked for; none slows the others.
+        """
         self.seconds, self.tokens, self.beats = 0.0, 0, 0
         self._sizes, self._noise, self._random = sizes, noise, random.Random(seed)
         self._costs = costs if callable(costs) else lambda _: costs
         self.scheduler = Scheduler(sizes, q_tile=sizes.tile, prefix_cache=sizes.prefix_cache)
-        self.runner = self  # a Feedback reads `engine.runner.rungs`
+        self.runner = self.programs = self  # what a Feedback asks of an engine's runner
+        self.mean_seconds = compile_seconds  # of a program
+        self._grown: dict[tuple[int, int], float] = {}  # by rows and view, when they are compiled
+        self._view = 0  # of the last block
         self.rungs = Rungs.of(sizes, tile=sizes.tile, has_views=sizes.has_views)
         self.drafts = DraftRule((), self.rungs.decode)
         self._beats = Beats(self.scheduler)
@@ -105,6 +111,10 @@ class SimulatedEngine:
         params = SamplingParams(max_tokens=max(1, row.limit))
         self.scheduler.add(Request(name, row.prompt_ids, params, scoring=row.scoring))
         self._rows[name], self._produced[name] = row, 0
+
+    def grow(self, rows: int) -> None:
+        """As `Runner.grow`."""
+        self._grown.setdefault((rows, self._view), self.seconds + self.mean_seconds)
 
     def step(self) -> list[StepOutput]:
         """One beat, as `Engine.step`."""
@@ -137,9 +147,13 @@ class SimulatedEngine:
                         self._produced[chunk.row.request.id] = len(chunk.row.outputs) + 1
         if plan.rows:
             result, flight.steps = self._decode(plan)
-            rows = fit(self.rungs.decode, len(plan.rows))
             views = self.rungs.views
             view = fit(views, max(entry.cached for entry in plan.rows)) if views else 0
+            grown = [
+                size for (size, v), at in self._grown.items() if v == view and at <= self.seconds
+            ]
+            rows = fit(sorted([*self.rungs.decode, *grown]), len(plan.rows))
+            self._view = view
             flight.decode_shape = DecodeShape(rows, self._sizes.decode_block, 0, _SPEC, view)
             flight.tokens = flight.rounds = int(result.count.sum())
             seconds = costs.decode_seconds(flight.steps, rows, view)

@@ -1,0 +1,120 @@
+"""Executables kept between processes by what they are made of: a second start traces nothing.
+
+jax's own cache is asked with a program that was traced and lowered already, which takes longer than
+fetching it. Here the key is what a program is made from: the source of this package, the versions
+and flags of what compiles it, the devices, and what the caller names. Files are as private as jax's
+own: who can write them can run code in this process.
+"""
+
+import hashlib
+import importlib.metadata
+import logging
+import os
+import pickle
+import platform
+import shutil
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from jax.experimental import serialize_executable
+
+from lepton_jax.whole_file import write_whole
+
+log = logging.getLogger(__name__)
+
+_FOLDERS = 4  # sources, versions and flags whose programs are kept, those that were used last
+_PACKAGES = ("jax", "jaxlib", "flax", "libtpu", "jax-cuda12-pjrt", "jax-cuda13-pjrt")
+_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+
+
+class KeptPrograms:
+    """Compiled programs as files: `directory/ENVIRONMENT/PROGRAM`, both named by digests."""
+
+    def __init__(self, directory: Path):
+        self._directory = directory
+        self._folder: Path | None = None
+        self._lock = threading.Lock()
+
+    def name(self, made_of: str, devices: Sequence[jax.Device]) -> str:
+        """Of the program for which a text says all that it depends on besides the environment."""
+        settings = sorted((k, v) for k, v in jax.config.values.items() if "cache" not in k)
+        ids = [device.id for device in devices]
+        return _digest(self._environment().name, made_of, repr((settings, ids)))
+
+    def find(self, name: str, devices: Sequence[jax.Device]) -> jax.stages.Compiled | None:
+        """None where it isn't kept, or what is kept isn't what was written."""
+        path = self._environment() / name
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        try:
+            digest, payload = content[:64], content[64:]
+            if _digest_of(payload).encode() != digest:
+                raise ValueError("its digest is another")
+            return serialize_executable.deserialize_and_load(
+                *pickle.loads(payload), backend=devices[0].client, execution_devices=devices
+            )
+        except Exception as error:  # whatever a bad disk or another machine left
+            log.warning("a kept program is of no use and compiled again: %s (%s)", path, error)
+            return None
+
+    def keep(self, name: str, program: jax.stages.Compiled) -> None:
+        """Where that fails, the next process compiles it again."""
+        try:
+            payload = pickle.dumps(serialize_executable.serialize(program))
+            write_whole(self._environment() / name, _digest_of(payload).encode() + payload)
+        except Exception as error:  # of a backend that can't, or a full disk
+            log.info("a program is not kept: %s", error)
+
+    def _environment(self) -> Path:
+        """The folder of programs made by this source, with these versions and flags."""
+        with self._lock:
+            if self._folder is None:
+                folder = self._directory / _digest(*_environment())
+                folder.mkdir(parents=True, exist_ok=True)
+                os.utime(folder)
+                used = sorted(self._directory.iterdir(), key=lambda path: path.stat().st_mtime)
+                for path in used[:-_FOLDERS]:
+                    shutil.rmtree(path, ignore_errors=True)
+                self._folder = folder
+            return self._folder
+
+
+def _environment() -> list[str]:
+    """What programs depend on, whichever they are."""
+    package = Path(__file__).parent
+    sources = sorted(package.rglob("*.py"))
+    devices = jax.devices()
+    return [
+        *(f"{path.relative_to(package)} {_digest_of(path.read_bytes())}" for path in sources),
+        *(f"{name} {_version(name)}" for name in _PACKAGES),
+        *(f"{name} {os.environ.get(name)}" for name in _VARIABLES),
+        f"{devices[0].client.platform_version} {[device.device_kind for device in devices]}",
+        _processor(),
+    ]
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _processor() -> str:
+    """Its kind and, on Linux, its instructions."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text("utf-8").splitlines() if cpuinfo.exists() else []
+    told = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
+    return " ".join([platform.machine(), platform.processor(), *sorted(told)])
+
+
+def _digest(*texts: str) -> str:
+    return _digest_of("\n".join(texts).encode())
+
+
+def _digest_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
