@@ -96,6 +96,26 @@ def test_matches_reference(kind, window, soft_cap, dtype):
     np.testing.assert_allclose(got, expected, atol=2e-6 if dtype == "float32" else 2e-2)
 
 
+@pytest.mark.parametrize(("window", "soft_cap"), [(0, 0.0), (9, 3.0)])
+def test_rows_that_are_visited_with_others_as_long_get_what_they_get_alone(window, soft_cap):
+    rng = np.random.default_rng(3)
+    lengths = np.int32([150, 3, 64, 7, 0, 1, 159, 80, 2, 2, 9, 30, 31, 32, 33, 100])
+    idle = np.arange(16) % 5 == 4
+    table = np.int32(rng.integers(1, PAGES, (16, 20)))
+    cache = np.float32(rng.normal(size=(PAGES, 2, K, Z, H)))
+    q = np.float32(rng.normal(size=(16, K, G, H)))
+    options = dict(decode=True, scale=0.3, window=window, soft_cap=soft_cap)
+    attend = jax.jit(functools.partial(attention_xla.attend, **options))
+    got = attend(q, cache, decode_batch(jnp.asarray(lengths), ~idle, table))
+    one = jax.jit(
+        lambda q, n, table: attend(q[None], cache, decode_batch(n[None], True, table[None]))
+    )
+    for row in np.flatnonzero(~idle):
+        alone = one(q[row], lengths[row], table[row])[0]
+        np.testing.assert_allclose(got[row], alone, atol=2e-6)
+    np.testing.assert_array_equal(got[idle], 0)
+
+
 def test_idle_rows_change_nothing_but_the_null_page():
     rng = np.random.default_rng(0)
     table, lengths = page_table(rng, 2), np.int32([9, 4])
