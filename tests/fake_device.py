@@ -61,10 +61,19 @@ class FakeDevice:
         self.lines: dict[int, Line] = {}
         self.plans: list[Plan] = []
 
-    def run(self, plan: Plan) -> BlockResult | None:
+    def run(self, plan: Plan) -> tuple[BlockResult | None, None, BlockResult | None]:
+        """What `Runner.read` gives."""
         self.plans.append(plan)
         self._prefill(plan.chunks)
-        return self._decode(plan) if plan.rows else None
+        sampled = self._sampled(plan.chunks) if plan.chunks else None
+        return self._decode(plan) if plan.rows else None, None, sampled
+
+    def _sampled(self, chunks: tuple[Chunk, ...]) -> BlockResult:
+        """A line for each chunk; of one that isn't final it says nothing that may be used."""
+        lines = [self.lines[chunk.slot] if chunk.final else None for chunk in chunks]
+        tokens = np.array([[line.token if line else -7] for line in lines], np.int32)
+        finish = [line.finish if line else STOPPED for line in lines]
+        return _result(tokens, count=[0] * len(lines), finish=finish)
 
     def _prefill(self, chunks: tuple[Chunk, ...]) -> None:
         assert len({chunk.slot for chunk in chunks}) == len(chunks)
@@ -95,14 +104,8 @@ class FakeDevice:
                     tokens[number, place : place + len(new)] = new
                     for page in pages:
                         assert writers.setdefault(page, number) == number, f"two write page {page}"
-        return BlockResult(
-            tokens=tokens,
-            count=np.array([n.produced - b for n, b in zip(lines, before, strict=True)]),
-            finish=np.array([line.finish for line in lines]),
-            logprob=-tokens.astype(np.float32),
-            top_ids=np.stack([tokens + n for n in range(_TOPS)], -1),
-            top_logprobs=np.stack([-tokens - float(n) for n in range(_TOPS)], -1),
-        )
+        count = [line.produced - b for line, b in zip(lines, before, strict=True)]
+        return _result(tokens, count=count, finish=[line.finish for line in lines])
 
     def _verify(
         self, line: Line, entry: Entry, draft: int
@@ -147,6 +150,18 @@ class FakeDevice:
             line.finish = LENGTH
 
 
+def _result(tokens: np.ndarray, *, count: list[int], finish: list[int]) -> BlockResult:
+    """With log-probabilities that follow from the tokens."""
+    return BlockResult(
+        tokens=tokens,
+        count=np.array(count),
+        finish=np.array(finish),
+        logprob=-tokens.astype(np.float32),
+        top_ids=np.stack([tokens + n for n in range(_TOPS)], -1),
+        top_logprobs=np.stack([-tokens - float(n) for n in range(_TOPS)], -1),
+    )
+
+
 class FakeEngine:
     """The loop over a scheduler and the fake device, of `Sizes`."""
 
@@ -157,7 +172,7 @@ class FakeEngine:
         self.device = FakeDevice(page_size=sizes["page_size"], tile=q_tile)
         self.outputs: dict[str, list[int]] = {}
         self.reasons: dict[str, str] = {}
-        self._in_flight: tuple[Plan, BlockResult | None] | None = None
+        self._in_flight: tuple | None = None  # a plan and what it gave
 
     def add(self, *requests: Request) -> None:
         for r in requests:
@@ -172,7 +187,7 @@ class FakeEngine:
             padded = sum(-(-len(c.tokens) // self.tile) * self.tile for c in plan.chunks)
             assert padded <= chunk, f"{padded} padded tokens in a program of {chunk}"
             assert all(c.tokens for c in plan.chunks)
-        flight = (plan, self.device.run(plan)) if plan else None
+        flight = (plan, *self.device.run(plan)) if plan else None
         done, self._in_flight = self._in_flight, flight
         for output in self.scheduler.commit(*done) if done else ():
             assert output.request_id not in self.reasons, "output after the end"

@@ -50,6 +50,34 @@ def test_new_rows_go_first_and_decode_together():
     assert e.scheduler.counters.prompt_tokens == 24
 
 
+def test_first_tokens_come_with_the_prefill_where_the_block_comes_later():
+    e = engine(rows=3)
+    a, b, c = (request(n, [i] * 8, max_tokens=5, **NEVER) for i, n in enumerate("abc", 1))
+    e.add(a, b, c)
+    seen = []
+    while e.has_work:
+        e.beat()
+        seen.append([len(e.outputs[n]) for n in "abc"])
+    # Prefills of a, of b, of c with the block of all, and its tokens: those of c with its first.
+    assert seen == [[0, 0, 0], [1, 0, 0], [1, 1, 0], [5, 5, 5]]
+    finished_as_alone(e, a, b, c)
+
+
+def test_a_row_that_its_first_token_ends_is_over_before_its_block_is_read():
+    e = engine(rows=3)
+    a = request("a", [1] * 8, max_tokens=9)
+    first = expected_tokens(a, e.max_len)[0][0]
+    a = request("a", [1] * 8, max_tokens=9, stop_token_ids=(first,), logprobs=1)
+    b, c = (request(n, [i] * 8, max_tokens=5, **NEVER) for i, n in enumerate("bc", 2))
+    e.add(a, b, c)
+    e.beat()
+    e.beat()
+    assert (e.outputs["a"], e.reasons) == ([first], {"a": "stop"})
+    assert names(e.beat()) == ("c", "bc")
+    e.run()
+    finished_as_alone(e, a, b, c)
+
+
 def test_outputs_come_one_beat_late_and_the_entry_token_once():
     e = engine(rows=1)
     a = request("a", [1], max_tokens=9, **NEVER)
@@ -316,7 +344,7 @@ def test_logprobs_are_those_of_the_new_tokens_and_as_many_as_asked():
         e = engine()
         e.add(request("a", [1], max_tokens=3, logprobs=wanted, **NEVER))
         plan = e.scheduler.schedule()
-        (output,) = e.scheduler.commit(plan, e.device.run(plan))
+        (output,) = e.scheduler.commit(plan, *e.device.run(plan))
         if wanted is None:
             assert output.logprobs is None
         else:

@@ -136,7 +136,7 @@ def prefill_layout(shape: PrefillShape) -> Layout:
 
 
 def sampled_layout(shape: PrefillShape) -> Layout:
-    """Device to host, of a guided prefill: what it sampled, as a block of no steps would say it."""
+    """Device to host, of a prefill: what it sampled, as a block of no steps would say it."""
     R, tops = shape.rows, shape.spec.logprobs
     pieces = dict(tokens=(R, 1), finish=(R,))
     if tops >= 0:
@@ -235,7 +235,7 @@ def read_block(buffer: np.ndarray, shape: DecodeShape, plan: Plan) -> tuple[Bloc
 
 
 def read_sampled(buffer: np.ndarray, shape: PrefillShape, plan: Plan) -> BlockResult:
-    """What a guided prefill sampled, a line for each chunk."""
+    """What a prefill sampled, a line for each chunk."""
     pieces = sampled_layout(shape).split(buffer)
     pieces["count"] = np.zeros_like(pieces["finish"])
     return _block_result(pieces, len(plan.chunks))

@@ -37,8 +37,8 @@ MOST_VIEW_BYTES = 256 << 20  # a block's copy of its rows' cache is at most this
 
 @dataclasses.dataclass
 class InFlight:
-    """A dispatched plan; `ran`, `scores` and `result` are device arrays that will be ready when the
-    programs are.
+    """A dispatched plan; `sampled`, `scores` and `result` are device arrays that will be ready when
+    the programs are.
 
     `prefill_places` is the size of its prefill program. `read` fills in the seconds, those that the
     device had nothing to do before (`gap_seconds`) among them, and the `steps` and `tokens` of its
@@ -54,7 +54,7 @@ class InFlight:
     steps: int = 0
     tokens: int = 0
     rounds: int = 0
-    ran: jax.Array | None = None
+    sampled: jax.Array | None = None
     prefill_shape: PrefillShape | None = None
     score_shape: ScoreShape | None = None
     scores: jax.Array | None = None
@@ -231,9 +231,10 @@ class Runner:
         shape = self._prefill_shape(fit(self._prefills, tokens))
         packed = packing.pack_prefill(flight.plan, shape, tile=self.backend.Q_TILE, **self._lines)
         program = self.programs.get(shape)
-        self._caches, self._state, flight.ran = program(
+        self._caches, self._state, flight.sampled = program(
             self.leaves, self._caches, self._state, packed
         )
+        flight.sampled.copy_to_host_async()
         flight.prefill_shape = shape
         return shape.tokens
 
@@ -275,8 +276,8 @@ class Runner:
     def read(
         self, flight: InFlight
     ) -> tuple[BlockResult | None, ScoreResult | None, BlockResult | None]:
-        """Waits for a plan; the results of its decode block, of its prompts to score and of a
-        prefill of guided rows, each None where it had none.
+        """Waits for a plan; the results of its decode block, of its prompts to score and of its
+        prefill, each None where it had none.
         """
         scores, sampled = None, None
         if self._last_done:
@@ -286,11 +287,10 @@ class Runner:
             flight.prefill_seconds = self._lap(flight)
             hidden_size = self.model.config.hidden_size
             scores = scoring.read_scores(buffer, flight.score_shape, hidden_size)
-        if flight.ran is not None:
-            buffer = np.asarray(flight.ran)
+        if flight.sampled is not None:
+            buffer = np.asarray(flight.sampled)
             flight.prefill_seconds = self._lap(flight)
-            if flight.prefill_shape.spec.guided:
-                sampled = packing.read_sampled(buffer, flight.prefill_shape, flight.plan)
+            sampled = packing.read_sampled(buffer, flight.prefill_shape, flight.plan)
         result = None
         if flight.result is not None:
             buffer = np.asarray(flight.result)

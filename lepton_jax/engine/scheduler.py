@@ -197,14 +197,16 @@ class Scheduler:
     ) -> list[StepOutput]:
         """Takes in what a plan produced, less what it produced for rows that ended meanwhile.
 
-        `sampled`: what its prefill gave, a line a chunk, where some rows are guided.
+        `sampled`: what its prefill gave, a line a chunk. Where it isn't told, rows get their first
+        token with their first block.
         """
         self._unread -= 1
-        scored = self._take_scores(plan, scores) if plan.scoring else []
+        outputs = self._take_scores(plan, scores) if plan.scoring else []
+        if sampled is not None:
+            outputs += self._take_sampled(plan, sampled)
         live = [(n, entry.row) for n, entry in enumerate(plan.rows) if not entry.row.finished]
-        outputs = [self._take(row, result, line=line, plan=plan) for line, row in live]
-        done = [output for output in outputs if output.token_ids or output.finish_reason]
-        return scored + self._take_guided(plan, sampled) + done
+        taken = [self._take(row, result, line=line, plan=plan) for line, row in live]
+        return outputs + [output for output in taken if output.token_ids or output.finish_reason]
 
     # Room
 
@@ -411,11 +413,30 @@ class Scheduler:
             )
         return StepOutput(row.request.id, ids, logprobs, reason)
 
-    def _take_guided(self, plan: Plan, sampled: BlockResult | None) -> list[StepOutput]:
-        """A token, and those that must follow it, of each guided row whose known tokens ended."""
-        lines = [(n, chunk.row) for n, chunk in enumerate(plan.chunks) if chunk.final]
-        guided = [(n, row) for n, row in lines if row.request.guide is not None]
-        return [self._guide(row, sampled, n) for n, row in guided if not row.finished]
+    def _take_sampled(self, plan: Plan, sampled: BlockResult) -> list[StepOutput]:
+        """A token of each row whose known tokens ended and that no block of this plan goes on with;
+        of a guided one also those that must follow it.
+        """
+        going_on = {entry.row.request.id for entry in plan.rows}
+        outputs = []
+        for line, chunk in enumerate(plan.chunks):
+            row = chunk.row
+            if not chunk.final or row.finished or row.request.id in going_on:
+                continue
+            guided = row.request.guide is not None
+            outputs.append((self._guide if guided else self._begin)(row, sampled, line))
+        return outputs
+
+    def _begin(self, row: Row, sampled: BlockResult, line: int) -> StepOutput:
+        """Takes a row's first token; its next block may be in flight."""
+        ids, logprobs, reason = _read(sampled, line, row, range(1))
+        row.entering = False
+        row.outputs += ids
+        row.recount()
+        self.counters.generated_tokens += len(ids)
+        if reason:
+            self._finish(row)
+        return StepOutput(row.request.id, ids, logprobs, reason)
 
     def _guide(self, row: Row, sampled: BlockResult, line: int) -> StepOutput:
         """Takes a guided row's token; what it must go on with becomes known, to be prefilled."""

@@ -149,8 +149,7 @@ def prefill(
 ) -> tuple[tuple, RowState, jax.Array]:
     """Computes packed prompt chunks; rows whose prompt ends here get their next token in `state`.
 
-    The third result is what was sampled, laid out by `packing.sampled_layout`, where the shape is
-    guided; otherwise it is the number of rows, there to be waited for.
+    The third result is what was sampled, laid out by `packing.sampled_layout`.
     """
     inputs = packing.prefill_layout(shape).split(packed)
     decoder = model.bind(leaves)
@@ -183,9 +182,7 @@ def prefill(
     lines = lines.sampled(new, running=final, limit=inputs["limit"])
     lines = _count_sampled(lines, counted=final, axis=model.axis)
     state = state.put(jnp.where(final, slots, state.tokens.shape[0]), lines)
-    if shape.spec.guided:
-        return caches, state, _sampled_lines(lines, shape)
-    return caches, state, inputs["num_seqs"] + 0 * state.tokens[0]
+    return caches, state, _sampled_lines(lines, shape)
 
 
 def _allowed(inputs: dict, share: int, axis: Axis) -> jax.Array | None:
