@@ -80,6 +80,7 @@ def fetch(
     devices: Sequence[jax.Device],
 ) -> jax.stages.Compiled:
     """A program that is the same for the same `made_of`: kept by another process, or compiled.
+    Where several hosts run it, it is compiled.
 
     Args:
       made_of: all that the program depends on besides the source of this package, versions and

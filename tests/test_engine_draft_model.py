@@ -108,7 +108,7 @@ def test_an_engine_without_its_draft_model_serves_nothing():
         engine.add_request("a", *REQUESTS["greedy"])
 
 
-@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="the XLA of jax 0.8.1 copies it")
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="XLA copies it up to jax 0.10.2")
 def test_a_single_rows_block_copies_no_cache_of_the_draft_model():
     # So many pages a row that attention looks at them in a loop: it and the cache that goes on
     # were two readers of one token's write.
