@@ -8,11 +8,15 @@ jax.
 
 import dataclasses
 import importlib
+import os
 import resource
 import sys
+import time
 import types
 from collections.abc import Mapping
 from pathlib import Path
+
+_IMPORTED = time.monotonic()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,6 +221,16 @@ def peak_memory_bytes() -> int:
                 return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def running_seconds() -> float:
+    """Since this process began; since this module was imported where the system doesn't tell."""
+    try:
+        after_name = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        began = int(after_name[19]) / os.sysconf("SC_CLK_TCK")  # seconds after the system's start
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - began
+    except (OSError, AttributeError):
+        return time.monotonic() - _IMPORTED
 
 
 class ScalarLog:

@@ -74,6 +74,9 @@ def test_timing_counts_each_kind_of_token(loaded):
     assert timing.tokens == 3 * (9 - 3)  # the first block: an entry token and two steps
     assert 0 < timing.seconds < 60
     assert decode.run(DECODE.prompts(1, vocab)).tokens == timing.tokens
+    one_by_one = dataclasses.replace(SECTION, prefill_chunk=8)
+    late = benchmark.Bench(loaded, one_by_one, workload=DECODE)  # first tokens come in two beats
+    assert late.run(DECODE.prompts(0, vocab)).tokens == timing.tokens
     prefill = benchmark.Bench(loaded, SECTION, workload=PREFILL)
     assert prefill.run(PREFILL.prompts(0, vocab)).tokens == 20
 

@@ -9,7 +9,7 @@ from jobs_fakes import ByteTokenizer, FakeEngine, Killed, MortalEngine, job_conf
 from jobs_fakes import run_job as run
 
 from lepton_jax.config import ModelSection, OptimizerSection, RunConfig
-from lepton_jax.jobs import row_bar
+from lepton_jax.jobs import driver, row_bar
 from lepton_jax.jobs.driver import Job
 from lepton_jax.jobs.files.places import JobError
 from lepton_jax.jobs.generate import GenerateMode
@@ -77,6 +77,17 @@ def test_tokens_alone_draw_the_bar(capsys):
         bar.add_beat(40, 2)
         said = capsys.readouterr().err
     assert "0/9" in said and "tokens/s" in said
+
+
+def test_the_first_tokens_are_timed_not_the_first_row(tmp_path, monkeypatch):
+    clock = iter((1.5, 2.5))
+    monkeypatch.setattr(driver, "running_seconds", lambda: next(clock))
+    write_rows(tmp_path, ["{", *PROMPTS])  # answered before the engine has begun
+    _, tally = run(config_for(tmp_path))
+    assert tally.first_seconds == 1.5
+    write_rows(tmp_path, ["{"])
+    _, tally = run(config_for(tmp_path, restart=True))
+    assert tally.first_seconds is None
 
 
 def test_bad_rows_become_error_rows_and_the_others_are_untouched(tmp_path):

@@ -4,6 +4,9 @@ import dataclasses
 import json
 import math
 import os
+import subprocess
+import sys
+import time
 import types
 
 import jax
@@ -32,6 +35,7 @@ from lepton_jax.telemetry import (
     device_peaks,
     peak_memory_bytes,
     roofline,
+    running_seconds,
 )
 from lepton_jax.tensors import ParamSpec, QTensor
 
@@ -208,7 +212,7 @@ def test_what_is_int8_say_the_leaves():
 
 
 def test_a_summary_names_what_the_job_did(tmp_path):
-    tally = Tally(rows=0, resumed=1, seconds=2.5)
+    tally = Tally(rows=0, resumed=1, seconds=2.5, first_seconds=7.1234)
     framing = PlainFraming(several_files=False)
     tally.count({"id": "a", "text": "x", "prompt_tokens": 3, "completion_tokens": 4}, framing)
     tally.count({"id": "b", "error": {"type": "refused", "message": ""}}, framing)
@@ -223,6 +227,7 @@ def test_a_summary_names_what_the_job_did(tmp_path):
         "prompt_tokens": 3,
         "generated_tokens": 4,
         "seconds": 2.5,
+        "first_token_seconds": 7.123,
         "prefill_tokens_per_second": 450,
         "decode_tokens_per_second": 600,
         "programs": 4,
@@ -236,9 +241,23 @@ def test_a_summary_names_what_the_job_did(tmp_path):
     text = summary_text(summary)
     assert "2 (1 errors, 1 from an interrupted run)" in text
     assert "600 tokens/s" in text
+    assert "7.1 s after the program's start" in text
+    assert "first tokens" not in summary_text(summarize(Tally(), STATS, cost=COST, output="out"))
     if jax.default_backend() == "cpu":
         assert summary["roofline"] is None
         assert "not known" in text
+
+
+def test_seconds_of_a_process_count_from_its_start():
+    code = "import time; time.sleep(0.6); from lepton_jax import telemetry as t; "
+    code += "print(t.running_seconds(), time.time())"
+    began = time.time()
+    shown = subprocess.check_output([sys.executable, "-c", code], text=True)
+    running, at = map(float, shown.split())
+    assert 0.6 < running <= at - began + 0.02  # the system counts in hundredths
+    before = running_seconds()
+    time.sleep(0.05)
+    assert running_seconds() - before >= 0.04
 
 
 def test_answers_that_had_no_room_are_counted():

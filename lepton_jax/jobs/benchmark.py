@@ -65,8 +65,8 @@ class Bench:
     def run(self, prompts: Sequence[Sequence[int]]) -> Timing:
         """Serves all prompts and times it. Raises RuntimeError on a wrong count of tokens.
 
-        Decode is timed between two moments that a caller sees: the first block's tokens have come,
-        which aren't counted; the last token has come.
+        Decode is timed between two moments that a caller sees: tokens of every row have come, which
+        aren't counted; the last token has come.
         """
         work, start = self.workload, time.perf_counter()
         counts = dict.fromkeys(self.add(prompts), 0)
@@ -74,7 +74,7 @@ class Bench:
         while self.engine.has_work:
             for output in self.engine.step():
                 counts[output.request_id] += len(output.token_ids)
-            if work.kind == "decode" and not before:
+            if work.kind == "decode" and not before and all(counts.values()):
                 before, began = sum(counts.values()), time.perf_counter()
         end = time.perf_counter()
         wrong = {i: count for i, count in counts.items() if count != work.new}

@@ -42,7 +42,7 @@ from lepton_jax.jobs.rows import BadRow, Row, RowError, read_rows
 from lepton_jax.jobs.session import Engine
 from lepton_jax.jobs.trace import Trace
 from lepton_jax.optimizer.trial import look_ahead
-from lepton_jax.telemetry import scalar_writers
+from lepton_jax.telemetry import running_seconds, scalar_writers
 from lepton_jax.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -62,6 +62,8 @@ _ANSWERS = ("max_len", "kv_dtype")  # fields of the engine on which more than ro
 class Tally:
     """What a job has done; `resumed` of the rows by an earlier run, `seconds` of this one.
 
+    `first_seconds` are those that the process had run when the first tokens came, loading and
+    compiling too; None where none did.
     `prompt_tokens` and `generated_tokens` are those of the rows in the output, `preview` its first
     rows as (id, text), `grades` the sum over the `graded` rows, `alerts` those of this run. `cut`
     counts answers that ended for want of room; `logprob`, `tokens` and `bytes` are of the texts of
@@ -73,6 +75,7 @@ class Tally:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     seconds: float = 0.0
+    first_seconds: float | None = None
     error_types: Counter = dataclasses.field(default_factory=Counter)
     preview: list[tuple[Any, str]] = dataclasses.field(default_factory=list)
     graded: int = 0
@@ -299,6 +302,7 @@ class Job:
             if trace:
                 trace.close()
         self.tally.seconds = time.perf_counter() - started
+        self.tally.first_seconds = beats.first_seconds
         self.tally.alerts = self._alerts.count if self._alerts else 0
         return self.tally
 
@@ -379,7 +383,9 @@ class Job:
 
 
 class _Beats:
-    """Feeds a session and takes its results, in order or as they come."""
+    """Feeds a session and takes its results, in order or as they come; `first_seconds` as in
+    `Tally`.
+    """
 
     def __init__(
         self,
@@ -394,6 +400,7 @@ class _Beats:
         self._engine, self._session, self._block = engine, session, block
         self._look_ahead, self._in_order, self._trace = look_ahead, in_order, trace
         self._block_at_hand = -1
+        self.first_seconds: float | None = None
 
     def results(
         self, rows: Iterable[Row | BadRow | Pending], bar: RowBar
@@ -434,6 +441,8 @@ class _Beats:
                     waiting[number] = row, progress.row
                     if self._trace:
                         self._trace.end(progress.key, progress.row)
+            if tokens and self.first_seconds is None:
+                self.first_seconds = running_seconds()
             if self._trace:
                 self._trace.beat(last=not (more or session.has_work))
             if self._in_order:

@@ -52,8 +52,9 @@ _PAGE = """<h1>{{ s.output }}</h1>
 def report_page(summary: Mapping[str, Any], trace: Trace) -> str:
     """The page of a finished job, of its summary (`summary.summarize`) and its trace."""
     names = (
-        "rows errors resumed_rows cut_answers prompt_tokens generated_tokens seconds programs "
-        "late_compiles compile_seconds prefix_hit_tokens preemptions peak_memory_bytes device"
+        "rows errors resumed_rows cut_answers prompt_tokens generated_tokens seconds "
+        "first_token_seconds programs late_compiles compile_seconds prefix_hit_tokens preemptions "
+        "peak_memory_bytes device"
     ).split()
     return render(
         _PAGE,

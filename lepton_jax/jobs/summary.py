@@ -114,6 +114,7 @@ def summarize(
         "prompt_tokens": tally.prompt_tokens,
         "generated_tokens": tally.generated_tokens,
         "seconds": round(tally.seconds, 3),
+        "first_token_seconds": _rounded(tally.first_seconds, 3),
         "prefill_tokens_per_second": _rounded(engine.prefill_rate, 1),
         "decode_tokens_per_second": _rounded(engine.decode_rate, 1),
         "compile_seconds": round(engine.compile_seconds, 3),
@@ -172,6 +173,7 @@ def summary_text(summary: Mapping[str, Any]) -> str:
         *_cascade_lines(s["cascade"]),
         ("tokens", f"{s['prompt_tokens']:,} of prompts, {s['generated_tokens']:,} generated"),
         ("time", f"{s['seconds']:.1f} s"),
+        *_first_tokens(s["first_token_seconds"]),
         ("prefill", _rate(s["prefill_tokens_per_second"])),
         ("decode", _rate(s["decode_tokens_per_second"])),
         ("programs", programs),
@@ -224,6 +226,12 @@ def _cascade_lines(cascade: Mapping[str, Any] | None) -> list[tuple[str, str]]:
         share = f"about {cascade['of_dense_time']:.2f} of what the dense model would take alone"
         lines.append(("time beside", share))
     return lines
+
+
+def _first_tokens(seconds: float | None) -> list[tuple[str, str]]:
+    if seconds is None:
+        return []
+    return [("  first tokens", f"{seconds:.1f} s after the program's start")]
 
 
 def _preemptions(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
