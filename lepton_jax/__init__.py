@@ -3,8 +3,8 @@
     from lepton_jax import LeptonEngine, SamplingParams
 
 The way of a prompt: `jobs` -> `text` -> `engine` -> `models` on `kernels` and `tensors`. Drivers
-are `lepton_jax.run`, `lepton_jax.compress` and `lepton_jax.bench`. The package loads no jax until
-the engine is named.
+are `lepton_jax.run`, `compress`, `plan`, `tune` and `bench`. The package loads no jax until the
+engine is named.
 """
 
 from lepton_jax.config import (

@@ -59,7 +59,14 @@ from lepton_jax.jobs.row_bar import RowBar
 from lepton_jax.jobs.rows import Prompts
 from lepton_jax.jobs.score import ScoreMode, score_fields
 from lepton_jax.jobs.scoring import ChoosingMode, score_all
-from lepton_jax.jobs.session import Completion, Delta, Params, Session, params_of_each
+from lepton_jax.jobs.session import (
+    Completion,
+    Delta,
+    OneAsker,
+    Params,
+    Session,
+    params_of_each,
+)
 from lepton_jax.optimizer.costs import Costs, assumed, settled
 from lepton_jax.optimizer.feedback import Feedbacks, listen_to
 from lepton_jax.optimizer.profile import Profile, require_profile
@@ -95,6 +102,7 @@ class LeptonEngine:
         self.promise: Promise | None = None
         self._dense: LeptonEngine | None = None
         self._open: Session | None = None  # the last one
+        self._asker = OneAsker()
         self._modes: dict[tuple[str, ScoringSection], CascadeMode] = {}
         self._actors: RayActors | None = None
         self.loaded: checkpoints.Loaded | None = None
@@ -314,7 +322,7 @@ class LeptonEngine:
         Raises ValueError (RowError) on a prompt that can't be served.
         """
         answers: dict[str, Completion] = {}
-        with closing(self._session()) as session:
+        with self._asker, closing(self._session()) as session:
             keys = self._add(session, prompts, params, tools)
             with RowBar(len(keys), shown=progress) as bar:
                 for delta in session.deltas():
@@ -331,10 +339,16 @@ class LeptonEngine:
 
         Asked as `generate` is. Until it is exhausted or closed nothing else can be asked.
         """
-        with closing(self._session()) as session:
-            index = {key: i for i, key in enumerate(self._add(session, prompts, params, tools))}
-            for delta in session.deltas():
-                yield index[delta.key], delta
+        with self._asker:
+            session = self._session()
+        with closing(session):
+            with self._asker:
+                index = {key: i for i, key in enumerate(self._add(session, prompts, params, tools))}
+            while session.has_work:
+                with self._asker:
+                    deltas = session.step()
+                for delta in deltas:
+                    yield index[delta.key], delta
 
     def score(
         self,
@@ -346,11 +360,12 @@ class LeptonEngine:
 
         Args:
           items: texts, (context, continuation), or mappings such as {"context", "choices"}; or a
-            single text or mapping.
+            single one of these.
           progress: as in `generate`.
         """
         mode = self._chooses("score", self._config.scoring)
-        works = [mode.parse(score_fields(item)) for item in _listed(items)]
+        pair = isinstance(items, tuple) and len(items) == 2 and isinstance(items[0], str)
+        works = [mode.parse(score_fields(item)) for item in ([items] if pair else _listed(items))]
         return self._score_all(mode, works, progress=progress)
 
     def predict(
@@ -507,7 +522,8 @@ class LeptonEngine:
 
     def _score_all(self, mode: Mode, works: Sequence, *, progress: bool = False) -> list[dict]:
         keyed = {f"row-{next(self._numbers)}": work for work in works}
-        return score_all(mode, keyed, *self._started(), progress=progress)
+        with self._asker:
+            return score_all(mode, keyed, *self._started(), progress=progress)
 
     def _started(self) -> tuple[TokenEngine, tokenizers.Tokenizer]:
         self._need_idle()

@@ -8,15 +8,17 @@ Programs of engines come through `fetch`, which saves their tracing too (`kept_p
 import dataclasses
 import logging
 import os
+import secrets
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from lepton_jax.kept_programs import KeptPrograms
+from lepton_jax.kept_programs import KeptProgram, KeptPrograms
 
 log = logging.getLogger(__name__)
 
@@ -48,10 +50,14 @@ def enable(directory: str | os.PathLike = "") -> Path | None:
     """Keeps compiled programs in a directory (by default `default_directory()`).
 
     A directory that jax was already told to use stays, unless another is given. Returns the
-    directory, or None with a warning where it can't be written; never raises for that.
+    directory, or None with a warning where it can't be written; never raises for that. A URL, such
+    as gs://, is jax's business: nothing of ours is kept there, and None comes back.
     """
     _listen()
     chosen = directory or jax.config.jax_compilation_cache_dir
+    if "://" in str(chosen):
+        _use(str(chosen))
+        return None
     try:
         chosen = Path(chosen or default_directory())
         chosen.mkdir(parents=True, exist_ok=True)
@@ -78,9 +84,9 @@ def fetch(
     compile_it: Callable[[str], jax.stages.Compiled],
     *,
     devices: Sequence[jax.Device],
-) -> jax.stages.Compiled:
+) -> KeptProgram:
     """A program that is the same for the same `made_of`: kept by another process, or compiled.
-    Where several hosts run it, it is compiled.
+    Where several hosts run it, or jax's cache is switched off, it is compiled.
 
     Args:
       made_of: all that the program depends on besides the source of this package, versions and
@@ -91,29 +97,41 @@ def fetch(
       devices: that it runs on.
     """
     global _kept
-    if _kept is None or jax.process_count() > 1:
-        return compile_it("")
+    kept = _kept if jax.config.jax_enable_compilation_cache else None  # others may change it
+    if kept is None or jax.process_count() > 1:
+        return _compiled(compile_it, "")[0]
     try:
-        name = _kept.name(made_of, devices)
+        name = kept.name(made_of, devices)
     except OSError as error:
         log.warning("programs are traced at each start: they can't be kept (%s)", error)
         _kept = None
-        return compile_it("")
-    program = _kept.find(name, devices)
-    if program is not None:
+        return _compiled(compile_it, "")[0]
+    found = kept.find(name, devices)
+    if found is not None:
         _counts.hits += 1
-        return program
-    before = getattr(_here, "hits", 0)
-    program = compile_it(name[:8])
-    if getattr(_here, "hits", 0) == before:
-        _kept.keep(name, program)
-    return program
+        return found
+    made, is_new = _compiled(compile_it, name[:8])
+    if not is_new:  # it was kept once, and is lost
+        made, is_new = _compiled(compile_it, secrets.token_hex(4))
+    if is_new:
+        kept.keep(name, made)
+    return made
+
+
+def _compiled(
+    compile_it: Callable[[str], jax.stages.Compiled], mark: str
+) -> tuple[KeptProgram, bool]:
+    """With that mark, and whether it was compiled here rather than found in jax's cache."""
+    hits, began = getattr(_here, "hits", 0), time.perf_counter()
+    made = KeptProgram(compile_it(mark), time.perf_counter() - began)
+    return made, getattr(_here, "hits", 0) == hits
 
 
 def _use(directory: str | None) -> None:
     """Tells jax; where it has used another directory before, it must forget that one."""
     global _kept
-    _kept = KeptPrograms(Path(directory) / "programs") if directory else None
+    local = directory and "://" not in directory
+    _kept = KeptPrograms(Path(directory) / "programs") if local else None
     if directory != jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", directory)
         compilation_cache.reset_cache()

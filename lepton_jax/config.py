@@ -1,10 +1,10 @@
 """What a run is configured by: frozen sections, each field with its documentation.
 
 The drivers turn a config file and flags into a `RunConfig` (`cli.py`); nothing below a driver reads
-flags or environment variables. An unknown name is refused with the nearest known one. Values are
-checked where they are made (`__post_init__`), so a bad one is named before anything is loaded.
-Sections of jobs are in `config_jobs.py`, those of compression in `config_compression.py`; how
-fields are documented and checked: `config_fields.py`.
+flags, nor environment variables but those that say where caches lie. An unknown name is refused
+with the nearest known one. Values are checked where they are made (`__post_init__`), so a bad one
+is named before anything is loaded. Sections of jobs are in `config_jobs.py`, those of compression
+in `config_compression.py`; how fields are documented and checked: `config_fields.py`.
 """
 
 import dataclasses
@@ -36,6 +36,7 @@ OBJECTIVES = ("throughput", "latency", "cost")
 _MOST = config_fields.MOST
 _MOST_ANSWERS = 256
 _MOST_BIAS = 1e6
+_HOTTEST = 1e30  # also as float32 neither it nor its inverse is infinite or 0
 _MOST_PORT = 65534  # the next one is used too
 _CONSTRAINTS = ("choices", "regex", "json_schema")  # of which an answer has one at most
 
@@ -264,11 +265,12 @@ class SamplingParams:
         object.__setattr__(self, "logit_bias", self._bias())
         _check(self, "max_tokens", 1 <= self.max_tokens <= _MOST, f"1 to {_MOST}")
         _check(self, "min_tokens", 0 <= self.min_tokens <= self.max_tokens, "0 to max_tokens")
-        _check(self, "temperature", 0 <= self.temperature < math.inf, "0 or more")
+        _check(self, "temperature", 0 <= self.temperature <= _HOTTEST, f"0 to {_HOTTEST:g}")
         _check(self, "top_k", 0 <= self.top_k <= _MOST, f"0 (off) to {_MOST}")
         _check(self, "top_p", 0 < self.top_p <= 1, "more than 0, at most 1")
         _check(self, "min_p", 0 <= self.min_p <= 1, "0 (off) to 1")
-        _check(self, "repetition_penalty", 0 < self.repetition_penalty < math.inf, "more than 0")
+        good = 1 / _HOTTEST <= self.repetition_penalty <= _HOTTEST
+        _check(self, "repetition_penalty", good, f"{1 / _HOTTEST:g} to {_HOTTEST:g}")
         for name in ("presence_penalty", "frequency_penalty"):
             _check(self, name, -2 <= getattr(self, name) <= 2, "-2 to 2")
         _check(self, "n", 1 <= self.n <= _MOST_ANSWERS, f"1 to {_MOST_ANSWERS}")

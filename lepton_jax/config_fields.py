@@ -10,6 +10,7 @@ T = TypeVar("T")
 
 A_LIST = "\"('yes','no')\" on the command line, or the flag repeated"  # how to give texts
 MOST = 2**31 - 1  # counts travel to the device as int32
+_PREFIXES = {"SamplingParams": "sampling.", "RunConfig": ""}  # of a field; else a section's name
 
 
 def doc(default: Any, text: str) -> Any:
@@ -20,12 +21,14 @@ def doc(default: Any, text: str) -> Any:
 
 
 def check(section: object, name: str, allowed: bool, expected: str) -> None:
-    """Raises ValueError, naming section, field, value and what is expected, unless `allowed`."""
+    """Raises ValueError, naming the field as flags do, value and what is expected, unless
+    `allowed`.
+    """
     if not allowed:
+        kind = type(section).__name__
+        prefix = _PREFIXES.get(kind, f"{kind.removesuffix('Section').lower()}.")
         value = getattr(section, name)
-        raise ValueError(
-            f"{type(section).__name__}: {name}={value!r} is not allowed: want {expected}"
-        )
+        raise ValueError(f"{prefix}{name}={value!r} is not allowed: want {expected}")
 
 
 def check_types(section: object) -> None:

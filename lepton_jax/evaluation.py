@@ -131,10 +131,7 @@ class LeptonLM(TemplateLM):
         Raises ValueError on options that are lm_eval's for other tokenizers.
         """
         refuse_unknown(unused, (), where="tok_encode")
-        ids = self.tokenizer.encode(string, add_special=add_special_tokens is not False)
-        if len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_id:
-            return ids[1:]  # the text is a chat that begins with it
-        return ids
+        return self.tokenizer.encode(string, add_special=add_special_tokens is not False)
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False

@@ -6,12 +6,14 @@ and flags of what compiles it, the devices, and what the caller names. Files are
 own: who can write them can run code in this process.
 """
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import logging
 import os
 import pickle
 import platform
+import re
 import shutil
 import threading
 from collections.abc import Sequence
@@ -25,8 +27,18 @@ from lepton_jax.whole_file import write_whole
 log = logging.getLogger(__name__)
 
 _FOLDERS = 4  # sources, versions and flags whose programs are kept, those that were used last
+_MOST_BYTES = 2 << 30  # of the programs of each
 _PACKAGES = ("jax", "jaxlib", "flax", "libtpu", "jax-cuda12-pjrt", "jax-cuda13-pjrt")
+_DIGEST = re.compile("[0-9a-f]{64}")
 _VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptProgram:
+    """A compiled program, and the seconds that compiling it took where that was done."""
+
+    program: jax.stages.Compiled
+    seconds: float
 
 
 class KeptPrograms:
@@ -43,54 +55,95 @@ class KeptPrograms:
         ids = [device.id for device in devices]
         return _digest(self._environment().name, made_of, repr((settings, ids)))
 
-    def find(self, name: str, devices: Sequence[jax.Device]) -> jax.stages.Compiled | None:
+    def find(self, name: str, devices: Sequence[jax.Device]) -> KeptProgram | None:
         """None where it isn't kept, or what is kept isn't what was written."""
         path = self._environment() / name
         try:
             content = path.read_bytes()
-        except FileNotFoundError:
-            return None
-        try:
+            os.utime(path)
             digest, payload = content[:64], content[64:]
             if _digest_of(payload).encode() != digest:
                 raise ValueError("its digest is another")
-            return serialize_executable.deserialize_and_load(
-                *pickle.loads(payload), backend=devices[0].client, execution_devices=devices
+            seconds, parts = pickle.loads(payload)
+            program = serialize_executable.deserialize_and_load(
+                *parts, backend=devices[0].client, execution_devices=devices
             )
+            return KeptProgram(program, seconds)
+        except FileNotFoundError:
+            return None
         except Exception as error:  # whatever a bad disk or another machine left
             log.warning("a kept program is of no use and compiled again: %s (%s)", path, error)
             return None
 
-    def keep(self, name: str, program: jax.stages.Compiled) -> None:
-        """Where that fails, the next process compiles it again."""
+    def keep(self, name: str, program: KeptProgram) -> None:
+        """Where that fails there is a warning, and the next process compiles it again."""
         try:
-            payload = pickle.dumps(serialize_executable.serialize(program))
-            write_whole(self._environment() / name, _digest_of(payload).encode() + payload)
+            parts = serialize_executable.serialize(program.program)
+            payload = pickle.dumps((program.seconds, parts))
+            folder = self._environment()
+            write_whole(folder / name, _digest_of(payload).encode() + payload)
+            _make_room(folder)
         except Exception as error:  # of a backend that can't, or a full disk
-            log.info("a program is not kept: %s", error)
+            log.warning("a program is not kept for the next start: %s", error)
 
     def _environment(self) -> Path:
         """The folder of programs made by this source, with these versions and flags."""
         with self._lock:
             if self._folder is None:
-                folder = self._directory / _digest(*_environment())
+                folder = self._directory / _digest(*_LOADED, *_environment())
                 folder.mkdir(parents=True, exist_ok=True)
                 os.utime(folder)
-                used = sorted(self._directory.iterdir(), key=lambda path: path.stat().st_mtime)
-                for path in used[:-_FOLDERS]:
+                ours = [p for p in self._directory.iterdir() if _DIGEST.fullmatch(p.name)]
+                for path in _oldest_first(ours)[:-_FOLDERS]:
                     shutil.rmtree(path, ignore_errors=True)
                 self._folder = folder
             return self._folder
 
 
-def _environment() -> list[str]:
-    """What programs depend on, whichever they are."""
+def _make_room(folder: Path) -> None:
+    """Removes what was found least recently, as far as all together are too large."""
+    files = _oldest_first(list(folder.iterdir()))
+    excess = sum(map(_size, files)) - _MOST_BYTES
+    for path in files:
+        if excess <= 0:
+            return
+        excess -= _size(path)
+        path.unlink(missing_ok=True)
+
+
+def _oldest_first(paths: Sequence[Path]) -> list[Path]:
+    """By when they were used; another process may have taken some away meanwhile."""
+
+    def used(path: Path) -> float:
+        try:
+            return path.stat().st_mtime
+        except FileNotFoundError:
+            return 0.0
+
+    return sorted(paths, key=used)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _loaded() -> list[str]:
+    """The source and the versions that this process runs: later ones on disk aren't its own."""
     package = Path(__file__).parent
     sources = sorted(package.rglob("*.py"))
-    devices = jax.devices()
     return [
         *(f"{path.relative_to(package)} {_digest_of(path.read_bytes())}" for path in sources),
         *(f"{name} {_version(name)}" for name in _PACKAGES),
+    ]
+
+
+def _environment() -> list[str]:
+    """What else programs depend on, whichever they are."""
+    devices = jax.devices()
+    return [
         *(f"{name} {os.environ.get(name)}" for name in _VARIABLES),
         f"{devices[0].client.platform_version} {[device.device_kind for device in devices]}",
         _processor(),
@@ -105,11 +158,13 @@ def _version(package: str) -> str:
 
 
 def _processor() -> str:
-    """Its kind and, on Linux, its instructions."""
+    """Its kind, how many cores this process may use and, on Linux, their instructions."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count()
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text("utf-8").splitlines() if cpuinfo.exists() else []
     told = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
-    return " ".join([platform.machine(), platform.processor(), *sorted(told)])
+    return " ".join([platform.machine(), platform.processor(), f"{cores} cores", *sorted(told)])
 
 
 def _digest(*texts: str) -> str:
@@ -118,3 +173,6 @@ def _digest(*texts: str) -> str:
 
 def _digest_of(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+_LOADED = _loaded()

@@ -103,8 +103,9 @@ class BeatStats:
         gave, in `rounds` steps of rows.
       tokens: all new ones of the beat, those sampled at the end of a prefill too.
       gap_seconds: that the device had nothing to do before.
-      ended: rows that the beat ended; `stopped` of them before their limit, so that their slots
-        idled to the end of the block and in the one that was dispatched meanwhile.
+      ended: rows that the beat ended; `stopped` of them before their limit, and `idled` of these in
+        its block, so that their slots idled to its end and in the block that was dispatched
+        meanwhile. The others' only token came with their prefill.
       preemptions, prefix_hit_tokens: since the beat before.
       running: rows with a slot, of `slots`; `waiting` have none.
       tokens_left: the most that a running row may still give.
@@ -126,6 +127,7 @@ class BeatStats:
     tokens: int = 0
     ended: int = 0
     stopped: int = 0
+    idled: int = 0
     preemptions: int = 0
     prefix_hit_tokens: int = 0
     running: int = 0

@@ -10,7 +10,8 @@ usage: scripts/launch_tpu_pod.sh TPU ZONE FOLDER -- FLAGS OF lepton_jax.run
   TPU     name of the TPU VM, as in gcloud compute tpus tpu-vm list
   ZONE    its zone
   FOLDER  the checkout on every host, with its .venv (scripts/quickstart.sh makes it; then on every
-          host .venv/bin/pip install 'jax[tpu]')
+          host, in FOLDER: .venv/bin/pip install 'jax[tpu]' -e '.[remote,hub]' gcsfs, where remote
+          and gcsfs are for gs://, hub for hf:org/name)
 
 Adds --config.hosts.coordinator=auto; mesh.model must be the number of chips of the slice, and
 every host must be able to read job.input (gs:// or a path on a shared disk) and model.path (a path

@@ -7,7 +7,9 @@ import gc
 import json
 import re
 import shutil
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -166,6 +168,39 @@ def test_nothing_is_asked_beside_an_open_stream(tiny):
     next(stream)
     stream.close()
     assert tiny.generate("one two", LONG) == [expected]
+
+
+def test_a_second_thread_is_refused_and_takes_nothing(tiny, monkeypatch):
+    (expected,) = tiny.generate("one two", LONG)
+    began, go_on, step = threading.Event(), threading.Event(), tiny.engine.step
+
+    def held():
+        began.set()
+        assert go_on.wait(60)
+        return step()
+
+    monkeypatch.setattr(tiny.engine, "step", held)
+    with ThreadPoolExecutor(1) as other:
+        answer = other.submit(tiny.generate, "one two", LONG)
+        assert began.wait(60)
+        for ask in (
+            lambda: tiny.generate("three"),
+            lambda: next(tiny.stream("three")),
+            lambda: tiny.embed("three"),
+        ):
+            with pytest.raises(RuntimeError, match="another thread is asking this engine: wait"):
+                ask()
+        go_on.set()
+        assert answer.result(60) == [expected]
+    assert tiny.generate("one two", LONG) == [expected]
+
+
+def test_a_pair_may_be_scored_alone(tiny):
+    (alone,), (listed,) = tiny.score(("one", " two")), tiny.score([("one", " two")])
+    (other,) = tiny.score([("two", " one")])
+    assert alone["logprob"] == listed["logprob"] != other["logprob"]
+    with pytest.raises(ValueError, match=r"\('a', 'b', 'c'\) can't be scored: want a text, \(con"):
+        tiny.score([("a", "b", "c")])
 
 
 def test_each_prompt_may_have_params_of_its_own(tiny):

@@ -175,7 +175,7 @@ def test_mistakes_are_named_before_anything_is_read(model, tmp_path, monkeypatch
     with pytest.raises(ValueError, match=r"1000000 windows of 32 tokens need 32000000 tokens"):
         compress(model, tmp_path / "out", config=dataclasses.replace(CONFIG, recovery=few))
     for field, value in (("train", "some"), ("learning_rate", 0), ("minutes", -1), ("steps", 0)):
-        with pytest.raises(ValueError, match=f"RecoverySection: {field}="):
+        with pytest.raises(ValueError, match=f"recovery.{field}="):
             RecoverySection(**{field: value})
     with pytest.raises(ValueError, match=r"held_out=8 is not allowed: want fewer than .*windows=8"):
         RecoverySection(train="all", windows=8)

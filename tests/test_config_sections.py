@@ -88,6 +88,9 @@ def test_the_package_exports_what_settings_in_python_need():
         (SamplingParams, {"logit_bias": {"three": 1.0}}),
         (SamplingParams, {"logit_bias": [3]}),
         (SamplingParams, {"seed": "x"}),
+        (SamplingParams, {"temperature": 1e31}),
+        (SamplingParams, {"repetition_penalty": 10**400}),
+        (SamplingParams, {"repetition_penalty": 1e-40}),
         (SamplingParams, {"n": 257}),
         (SamplingParams, {"stop": [""]}),
         (SamplingParams, {"stop": 3}),
@@ -99,7 +102,8 @@ def test_the_package_exports_what_settings_in_python_need():
 )
 def test_a_value_that_is_not_allowed_is_named(section, values):
     (name,) = values
-    with pytest.raises(ValueError, match=f"{name}=.* is not allowed: want "):
+    flags = {SamplingParams: "sampling"}.get(section, section.__name__.lower()[: -len("section")])
+    with pytest.raises(ValueError, match=rf"^{flags}\.{name}=.* is not allowed: want "):
         section(**values)
 
 

@@ -20,6 +20,7 @@ from lepton_jax.engine.programs import LateCompileError
 from lepton_jax.engine.request import StepOutput
 from lepton_jax.engine.row_params import SampleSpec
 from lepton_jax.engine.runner import Runner
+from lepton_jax.kept_programs import KeptProgram
 from lepton_jax.models.build import Model
 
 MAX_LEN = 112
@@ -353,7 +354,7 @@ def test_programs_grow_while_rows_run(expected):
 @pytest.mark.parametrize(("num_pages", "preempts"), [(60, False), (30, True)])
 def test_warm_up_counts_what_preempted_rows_compute_again(monkeypatch, num_pages, preempts):
     section = dataclasses.replace(TIGHT, num_pages=num_pages, prefill_chunk=512)
-    monkeypatch.setattr(Runner, "_fetch", lambda self, shape: None)
+    monkeypatch.setattr(Runner, "_fetch", lambda self, shape: KeptProgram(None, 0.0))
     engine = Engine(MODEL, LEAVES, section=section)
     engine.warm_up([(6, SamplingParams(max_tokens=90))] * 2)
     shapes = engine.runner.programs.compiled
@@ -363,10 +364,10 @@ def test_warm_up_counts_what_preempted_rows_compute_again(monkeypatch, num_pages
 
 def test_bad_requests_are_refused_and_leave_no_trace(tight):
     bad = [
-        ("token id 72 is outside the model's vocabulary of 72", [5, VOCAB], {}),
-        ("token id -1 is outside", [-1], {}),
-        ("token id 99 is outside", [5], {"stop_token_ids": (99,)}),
-        ("token id 300 is outside", [5], {"logit_bias": {300: 1.0}}),
+        ("the prompt has token id 72, which is outside the model's voc.* of 72", [5, VOCAB], {}),
+        ("sampling.stop_token_ids has token id 72", [5], {"stop_token_ids": [VOCAB]}),
+        ("sampling.logit_bias has token id 72", [5], {"logit_bias": {VOCAB: 1.0}}),
+        ("the prompt has token id -1, which is outside", [-1], {}),
         ("no tokens", [], {}),
         (f"{MAX_LEN} tokens, but engine.max_len={MAX_LEN}", ids(MAX_LEN, 1), {}),
     ]

@@ -6,6 +6,7 @@ import time
 import pytest
 
 from lepton_jax.engine.programs import LateCompileError, Programs
+from lepton_jax.kept_programs import KeptProgram
 
 
 class Compiler:
@@ -20,7 +21,7 @@ class Compiler:
             assert self.release.wait(10)
         if shape == "bad":
             raise MemoryError("no room for the program")
-        return f"program {shape}"
+        return KeptProgram(f"program {shape}", 3.0)
 
 
 def test_waiting_compiles_everything_once():
@@ -69,6 +70,19 @@ def test_a_failed_compilation_reaches_who_needs_it(wait):
         programs.get("bad")
     with pytest.raises(MemoryError, match="no room"):
         programs.get("bad")
+
+
+def test_what_nobody_needs_is_compiled_beside_the_rest(caplog):
+    programs = Programs(Compiler())
+    programs.add("a")
+    assert programs.get("a") == "program a" and programs.mean_seconds == 3.0
+    programs.add("a")
+    programs.add("bad")
+    deadline = time.monotonic() + 10
+    while "no room" not in caplog.text and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert "saved time can't be had: bad" in caplog.text and "no room" in caplog.text
+    assert programs.get("b") == "program b" and programs.late == 0  # nothing was warmed up
 
 
 def test_closing_drops_what_has_not_begun():

@@ -243,6 +243,24 @@ def test_bad_rows_of_csv_are_named_by_their_line(tmp_path):
     assert rows[5]["id"] == "8"
 
 
+def test_cells_and_kept_values_may_be_nested_only_so_far(tmp_path):
+    deep = "[" * 129 + "]" * 129
+    (tmp_path / "in.csv").write_text(
+        f'id,messages\na,{deep}\nb,"[{{""role"": ""user"", ""content"": ""x""}}]"\n'
+    )
+    output, tally = run_job(job_config(tmp_path / "in.csv", tmp_path / "out.jsonl"))
+    first, second = map(json.loads, output.read_text().splitlines())
+    assert tally.errors == 1 and "more than 128" in first["error"]["message"]
+    assert second["text"] == "u:x;"
+    line = '{"id": "%s", "prompt": "x", "note": %s}\n'
+    (tmp_path / "in.jsonl").write_text(line % ("a", deep[1:-1]) + line % ("b", deep[2:-2]))
+    config = job_config(tmp_path / "in.jsonl", tmp_path / "kept.jsonl", keep="note")
+    output, tally = run_job(config)
+    first, second = map(json.loads, output.read_text().splitlines())
+    assert tally.errors == 1 and "more than 128" in first["error"]["message"]
+    assert json.dumps(second["note"]) == deep[2:-2]
+
+
 def test_kept_values_that_json_cannot_hold_become_what_it_can(tmp_path):
     rows = [{"prompt": "x", "when": pandas.Timestamp("2024-05-06"), "size": float("nan")}]
     pandas.DataFrame(rows).to_parquet(tmp_path / "in.parquet")

@@ -202,6 +202,16 @@ def test_tools_go_to_the_chat_template(tmp_path):
     assert line["response"]["body"]["choices"][0]["message"]["content"] == "clock!u:hi;"
 
 
+def test_what_is_no_text_costs_no_other_row(tmp_path):
+    schema = {"properties": {"\ud800": {"typo": 1}}}
+    asked = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    wrong = request("b", response_format=asked)
+    lines, tally = answers(tmp_path, request("a", model="\ud800"), wrong, request("c"))
+    assert tally.errors == 1 and len(lines) == 3
+    assert lines[0]["response"]["body"]["model"] == "?"
+    assert "'typo' is no keyword" in lines[1]["response"]["body"]["error"]["message"]
+
+
 def test_content_in_parts_is_one_text(tmp_path):
     parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
     (line,), _ = answers(tmp_path, request("a", messages=[{"role": "user", "content": parts}]))

@@ -50,6 +50,8 @@ def test_sampling_of_a_row_goes_over_the_defaults(tmp_path):
         (b"[" * 100_000, "invalid_json", "not valid JSON"),
         ([1], "invalid_row", "list"),
         ({"id": "a", "promt": "x"}, "invalid_row", "did you mean 'prompt'"),
+        ({"id": "a", "promt": "x"}, "invalid_row", "by --config.job.columns=other=promt"),
+        (b'{"a": ' * 129 + b"1" + b"}" * 129, "invalid_json", "more than 128 objects and lists"),
         ({"id": "a"}, "invalid_row", "none of prompt, messages, prompt_tokens"),
         ({"id": "a", "prompt": "x", "messages": []}, "invalid_row", "prompt and messages"),
         ({"id": "a", "prompt": ""}, "invalid_row", "prompt is empty"),
@@ -72,6 +74,11 @@ def test_sampling_of_a_row_goes_over_the_defaults(tmp_path):
         ({"id": "a", "prompt": "x", "sampling": {"top_p": 0}}, "invalid_sampling", "top_p=0"),
         (b'{"prompt": "x", "sampling": {"temperature": NaN}}', "invalid_sampling", "nan"),
         ({"id": "a", "prompt": "x", "sampling": {"stop": [1]}}, "invalid_sampling", "stop=[1]"),
+        (
+            {"id": "a", "prompt": "x", "sampling": {"temperature": 10**400}},
+            "invalid_sampling",
+            "want 0 to 1e+30",
+        ),
         ({"id": "a", "prompt": "x", "sampling": {"top_k": 2**40}}, "invalid_sampling", "top_k"),
         (
             {"id": "a", "prompt": "x", "sampling": {"logit_bias": {"the": 1}}},

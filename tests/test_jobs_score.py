@@ -250,6 +250,37 @@ def test_calibration_takes_off_what_content_free_texts_give():
     assert list(rows[0]["probabilities"].values()) == pytest.approx(expected.tolist(), abs=1e-6)
 
 
+def test_calibration_of_a_label_that_is_all_but_impossible():
+    long = "x" * 900
+    mode = ClassifyMode(section(calibrate=True, labels=("good", long)))
+    engine = FakeScorer()
+    engine.max_len = 2000
+    session = mode.open(engine, Bytes())
+    with np.errstate(all="raise", under="ignore"):
+        session.add("a", mode.parse({"text": "fine"}))
+        rows = [p.row for _ in range(2) for p in session.step() if p.row]
+    assert sum(rows[0]["probabilities"].values()) == pytest.approx(1)
+    logs = [sum(alone(b"fine\nLabel:", label.encode())) for label in (" good", f" {long}")]
+    free = [
+        [sum(alone(text.encode() + b"\nLabel:", label.encode())) for label in (" good", f" {long}")]
+        for text in CONTENT_FREE
+    ]
+    free = np.array(free) - np.logaddexp.reduce(free, axis=1, keepdims=True)
+    expected = softmax(np.array(logs) - np.logaddexp.reduce(free) + np.log(3))
+    assert list(rows[0]["probabilities"].values()) == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_the_text_may_come_again_behind_the_label():
+    mode, engine = ClassifyMode(section(template="{text}: {label} ({text})")), FakeScorer()
+    answer(mode, {"text": "fine"}, engine)
+    assert any(
+        bytes(ids + scoring.targets[-1]).endswith(b" (fine)") for ids, scoring in engine.asked
+    )
+    mode, engine = RankMode(section(template="{query}: {candidate} ({query})")), FakeScorer()
+    answer(mode, {"query": "q", "candidates": ["a", "b"]}, engine)
+    assert any(bytes(ids + scoring.targets[-1]).endswith(b" (q)") for ids, scoring in engine.asked)
+
+
 def test_classify_as_a_chat():
     mode = ClassifyMode(section(chat=True, system="Choose.", template="Is it good? {text}"))
     engine = FakeScorer()

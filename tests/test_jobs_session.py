@@ -4,6 +4,7 @@ import pytest
 from jobs_fakes import EOS, ByteTokenizer, FakeEngine
 
 from lepton_jax.config import SamplingParams
+from lepton_jax.jobs.generate import GenerateMode
 from lepton_jax.jobs.rows import RowError
 from lepton_jax.jobs.session import Session
 
@@ -30,6 +31,28 @@ def test_a_stop_id_is_not_in_the_text_even_where_it_spells_something():
     params = SamplingParams(stop_token_ids=[ord("c")])
     completion, _ = answer("x", params, said="abcd")
     assert (completion.text, completion.token_ids) == ("ab", [*b"abc"])
+
+
+class Controlled(ByteTokenizer):
+    """Byte 1 is a control token."""
+
+    control_ids = frozenset({EOS, 1})
+
+    def encode(self, text, add_special=True):
+        return list(text.replace("<end>", "\1").encode())
+
+
+def test_a_stop_text_that_is_a_control_token_stops():
+    engine = FakeEngine(lambda _: b"ab\1cd")
+    session = Session(engine, Controlled())
+    session.add("a", "x", SamplingParams(stop=["<end>", "d"]))
+    completion = list(session.deltas())[-1].completion
+    assert (completion.text, completion.finish_reason) == ("ab", "stop")
+    ((_, params),) = engine.added
+    assert (params.stop, params.stop_token_ids) == (("d",), (1,))
+    mode = GenerateMode(SamplingParams(stop=["<end>"]))
+    ((_, asked),) = mode.requests(mode.parse({"prompt": "x"}), Controlled())
+    assert asked.stop_token_ids == (1,)
 
 
 def test_length_and_a_character_cut_in_two():

@@ -28,6 +28,9 @@ class Letters:
     control_ids = frozenset({EOS})
     leading_space = False
 
+    def encode(self, text, add_special=True):
+        return list(text.encode())
+
     def id_to_bytes(self, token_id):
         if token_id % 7 == 6:
             return "é".encode()[token_id % 2 :][:1]

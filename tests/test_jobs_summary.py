@@ -112,7 +112,10 @@ def test_a_profile_is_told_beside_the_answers():
     assert summary["optimizer"] == told
     text = summary_text(summary)
     assert "profile         compression.preset=w8a8, engine.rows=64 (p.json)" in text
-    assert "1.59 times as cheap in seconds x devices, KL at most 0.0046 nats a token" in text
+    assert (
+        "T1/T0 0.63, 1.59 times as cheap in seconds x devices, KL at most 0.0046 nats a token"
+        in text
+    )
     assert "knob turns      7" in text
     unmeasured = summary | {"optimizer": told | {"kl": None}}
     assert "KL not measured" in summary_text(unmeasured)

@@ -96,7 +96,7 @@ def bests() -> dict:
 @pytest.mark.parametrize("name", WORK)
 def test_it_is_near_the_best_static_knobs(bests, plain, name, costs, timed):
     seconds, feedback = controlled(WORK[name], costs, timed=timed)
-    assert seconds <= 1.09 * bests[name, costs]  # learning what it begins without included
+    assert seconds <= 1.11 * bests[name, costs]  # learning what it begins without included
     assert seconds <= 1.02 * plain[name, costs]
     late = [d for d in feedback.decisions if d.beat > 50 and d.knob != "beat_cost"]
     assert len(late) <= 4, explained(late)
@@ -155,7 +155,7 @@ def test_a_shift_is_followed():
     best, plain = best_static(work, costs), static(work, costs, **DEFAULT)
     for options in (dict(known=costs), dict(timed=True)):
         seconds, _ = controlled(work, costs, **options)
-        assert seconds <= best / 1.1
+        assert seconds <= best / 1.08
         assert seconds <= plain / 1.15
 
 

@@ -1,5 +1,6 @@
 """Programs that are compiled while a job runs: only where they pay, and answers stay."""
 
+import dataclasses
 import math
 import random
 import time
@@ -76,19 +77,30 @@ DRAIN = BeatStats(
 
 def test_what_is_reckoned():
     # Of a step of 0.32 s, 32 rows are all but 1/10: 16 rows take 0.176 s. A row lives 48 steps, and
-    # 12 rows fall to 4 in 48 ln 3 = 52.7 of them, or 16.9 s, of which compiling takes 3.
+    # 12 rows fall to 4 in 48 (1/5 + ... + 1/12) = 48.96, or 15.67 s, of which compiling takes 2.8.
     costs = Costs(block=0.0, step=0.032, step_row=0.009, program=0.0, program_token=0.001)
-    controller = Controller(machine(3.0), costs=costs, meter=CostMeter())
+    controller = Controller(machine(2.8), costs=costs, meter=CostMeter())
     (decision,) = beats(controller, DRAIN)
     assert (decision.beat, decision.before, decision.after) == (4, 32, 16)
     numbers = decision.numbers
-    assert numbers["steps"] == pytest.approx(48 * math.log(3), rel=1e-3)
+    assert numbers["steps"] == pytest.approx(48 * sum(1 / left for left in range(5, 13)))
     assert numbers["step_before"] == pytest.approx(0.32, rel=1e-3)
     assert numbers["step_after"] == pytest.approx(0.176, rel=1e-3)
-    assert numbers["saved_seconds"] == pytest.approx(0.45 * (52.73 * 0.32 - 3.0), rel=1e-3)
+    assert numbers["saved_seconds"] == pytest.approx(0.45 * (48.96 * 0.32 - 2.8), rel=1e-3)
     assert "decode_program 32 -> 16: no row waits" in explained([decision])
     assert not beats(controller, DRAIN, 40)  # it was asked for
-    assert not beats(Controller(machine(3.2), costs=costs, meter=CostMeter()), DRAIN)
+    assert not beats(Controller(machine(3.0), costs=costs, meter=CostMeter()), DRAIN)
+
+
+def test_the_last_row_gets_a_program_of_its_own():
+    costs = Costs(block=0.0, step=0.032, step_row=0.032, program=0.0, program_token=0.001)
+    last = dict(rows=1, row_places=4, rounds=8, running=1, ended=1, tokens_left=2000)
+    beat = BeatStats(**{**vars(DRAIN), **last, "decode_seconds": 8 * 0.16})
+    half = dataclasses.replace(beat, ended=0)
+    controller = Controller(machine(0.1), costs=costs, meter=CostMeter())
+    decisions = [d for b in (beat, half) * 8 for d in controller.decide(b) if d.knob == PROGRAM]
+    assert [(d.before, d.after) for d in decisions] == [(4, 1)]
+    assert decisions[0].numbers["steps"] == pytest.approx(16, rel=0.05)  # a row's life
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_the_profile_lies_where_it_says_and_leaves_given_fields_alone(searched):
 def test_the_table_names_every_trial_and_the_effect(searched):
     _, optimizer, _, _ = searched
     text = tuning.table(optimizer.found)
-    assert text.count("<- best") == 1 and "effect = T1/T0: " in text
+    assert text.count("<- best") == 1 and "effect T1/T0 = " in text
     tried, best = optimizer.found.tried, optimizer.found.best
     assert text.count(" rows=") == len(tried)
     assert "KL from the uncompressed model at most 0.0000" in text

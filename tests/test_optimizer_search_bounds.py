@@ -164,7 +164,7 @@ def test_several_devices_must_beat_what_counts(find, objective, beaten):
         (
             "latency",
             4,
-            "0.90 s before, 0.30 s after, 3.00 times as fast to a request's last token",
+            "= 0.33: 0.90 s before, 0.30 s after, 3.00 times as fast to a request's last token",
         ),
         ("throughput", 32, "1.00 s before, 1.00 s after, 1.00 times as fast"),
     ],

@@ -1,5 +1,6 @@
 """Chat templates: the text that transformers renders, and errors that name the place."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from lepton_jax.text.chat_template import render
 
 CASES = json.loads((Path(__file__).parent / "fixtures" / "text" / "chat.json").read_text())["cases"]
 USER = {"role": "user", "content": "Hi"}
+NESTED = functools.reduce(lambda inner, _: [inner], range(50_000), [])
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 
 
@@ -28,6 +30,53 @@ def test_an_answer_follows_unless_told_otherwise():
 def test_text_parts_are_joined():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert render(PLAIN, [{"role": "user", "content": parts}]) == "user: ab\n"
+
+
+CALLS = (
+    "{% for m in messages %}{% if 'tool_calls' in m %}{{ m.tool_calls|length }}:"
+    "{% for c in m.tool_calls %}{% for k, v in c.function.arguments|items %}{{ k }}={{ v }};"
+    "{% endfor %}{% endfor %}{% else %}{{ m.content }} {% endif %}{% endfor %}"
+)
+
+
+def called(*arguments):
+    calls = [{"type": "function", "function": {"name": "f", "arguments": a}} for a in arguments]
+    return {"role": "assistant", "content": None, "tool_calls": calls}
+
+
+def test_arguments_of_calls_are_objects_as_text_too():
+    """OpenAI's clients have them as a text of JSON."""
+    as_text = render(CALLS, [USER, called('{"city": "Zürich"}', "", '{"n": 1}')])
+    assert as_text == "Hi 3:city=Zürich;n=1;"
+    assert as_text == render(CALLS, [USER, called({"city": "Zürich"}, {}, {"n": 1})])
+    for wrong in ('{"city": ', "[1]", "7", "[" * 9000):
+        with pytest.raises(ChatTemplateError, match=r"messages\[1\].tool_calls\[1\].function.arg"):
+            render(CALLS, [USER, called("{}", wrong)])
+    with pytest.raises(ChatTemplateError, match=r"messages\[0\].tool_calls is a dict"):
+        render(CALLS, [{"role": "assistant", "content": "x", "tool_calls": {"a": 1}}])
+
+
+def test_keys_that_are_null_are_not_there():
+    assert render(CALLS, [USER | {"tool_calls": None, "name": None}]) == "Hi "
+
+
+def test_roles_that_a_template_does_not_know_have_their_older_names():
+    messages = [{"role": role, "content": "x"} for role in ("developer", "user", "function")]
+    old = "{% for m in messages %}{% if m.role in ['system', 'user', 'tool'] %}{{ m.role }} "
+    old += "{% endif %}{% endfor %}"
+    assert render(old, messages) == "system user tool "
+    new = "{% for m in messages %}{% if m.role == \"developer\" or m.role == 'function' %}"
+    assert render(new + "{{ m.role }} {% endif %}{% endfor %}", messages) == "developer function "
+
+
+@pytest.mark.parametrize("attempt", ['("{0.__globals__}"|attr("format"))(raise_exception)',
+                                     "raise_exception.__globals__"])  # fmt: skip
+def test_templates_do_not_reach_beyond_their_data(attempt):
+    try:
+        text = render("{{ " + attempt + " }}", [USER])
+    except ChatTemplateError:
+        return
+    assert text == ""  # what is unsafe is undefined
 
 
 @pytest.mark.parametrize(
@@ -50,6 +99,7 @@ def test_text_parts_are_joined():
             r"content\[0\] is of type 'image'; only text",
         ),
         ([USER | {"extra": object()}], r"messages\[0\] is not plain JSON"),
+        ([USER | {"extra": NESTED}], r"messages\[0\] is not plain JSON"),
     ],
 )
 def test_bad_messages_are_named(messages, message):

@@ -112,6 +112,15 @@ def test_bos_comes_from_the_post_processor_or_from_the_flags(tmp_path):
     assert load(path).encode("") == [1]  # other classes leave it to the post-processor
 
 
+def test_a_text_that_begins_with_bos_gets_no_second(tmp_path):
+    config = {"bos_token": "<|endoftext|>", "tokenizer_class": "LlamaTokenizerFast"}
+    config |= {"add_bos_token": True}
+    tokenizer = load(directory(tmp_path, byte_level_json(), tokenizer_config=config))
+    plain = tokenizer.encode("Hi", add_special=False)
+    assert tokenizer.encode("Hi") == tokenizer.encode("<|endoftext|>Hi") == [0, *plain]
+    assert tokenizer.encode("Hi<|endoftext|>") == [0, *plain, 0]
+
+
 def test_end_tokens_are_those_of_generation_then_the_tokenizer_s(tmp_path):
     config = {"eos_token": "<|im_end|>"}
     path = directory(

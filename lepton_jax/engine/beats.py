@@ -40,7 +40,8 @@ class Beats:
         plan, shape, scheduler = done.plan, done.decode_shape, self._scheduler
         before, now = self._before, dataclasses.replace(scheduler.counters)
         self._before = now
-        reasons = [output.finish_reason for output in outputs if output.finish_reason]
+        reasons = {o.request_id: o.finish_reason for o in outputs if o.finish_reason}
+        stopped = {name for name, reason in reasons.items() if reason == "stop"}
         beat = BeatStats(
             prefill_tokens=sum(len(chunk.tokens) for chunk in plan.chunks),
             prefill_places=done.prefill_places,
@@ -56,7 +57,8 @@ class Beats:
             gap_seconds=done.gap_seconds,
             tokens=sum(len(output.token_ids) for output in outputs),
             ended=len(reasons),
-            stopped=reasons.count("stop"),
+            stopped=len(stopped),
+            idled=len(stopped & {entry.row.request.id for entry in plan.rows}),
             preemptions=now.preemptions - before.preemptions,
             prefix_hit_tokens=now.prefix_hit_tokens - before.prefix_hit_tokens,
             slots=scheduler.most.live_rows,

@@ -5,12 +5,14 @@ beat are there while the others are still being compiled. A shape that was never
 late with a warning, or refused in strict mode. How a shape is compiled is the runner's business.
 """
 
+import functools
 import logging
+import statistics
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 from lepton_jax import host_memory
 
@@ -23,6 +25,13 @@ class LateCompileError(RuntimeError):
     """A strict engine met a program shape that its warm-up had not asked for."""
 
 
+class Made(Protocol):
+    """A program, and the seconds that compiling it took, here or in another process."""
+
+    program: Any
+    seconds: float
+
+
 class Programs:
     """What `compile_shape` makes, kept by shape.
 
@@ -31,7 +40,7 @@ class Programs:
       late: how many the warm-up had not asked for.
     """
 
-    def __init__(self, compile_shape: Callable[[Any], Any], *, strict: bool = False):
+    def __init__(self, compile_shape: Callable[[Any], Made], *, strict: bool = False):
         self.compiled: dict[Any, Any] = {}
         self.late = 0
         self._compile_shape, self._strict = compile_shape, strict
@@ -40,6 +49,7 @@ class Programs:
         self._warm = False
         self._clock, self._busy, self._since = threading.Lock(), 0, 0.0
         self._seconds = 0.0
+        self._took: list[float] = []  # to compile each program
 
     @property
     def seconds(self) -> float:
@@ -49,19 +59,30 @@ class Programs:
 
     @property
     def mean_seconds(self) -> float:
-        """That one took until now; 0 before the first."""
-        return self.seconds / len(self.compiled) if self.compiled else 0.0
+        """That compiling one takes; 0 before the first."""
+        return statistics.fmean(self._took) if self._took else 0.0
 
     def warm_up(self, shapes: Sequence[Any], *, wait: bool) -> None:
         """Queues these shapes in their order. `wait`: returns when all are compiled."""
         self._warm = True
-        missing = [s for s in shapes if s not in self.compiled and s not in self._queued]
-        if missing and self._pool is None:
-            self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="compile")
-        for shape in missing:
-            self._queued[shape] = self._pool.submit(self._compile, shape)
+        for shape in shapes:
+            self._queue(shape)
         for shape in shapes if wait else ():
             self.get(shape)
+
+    def add(self, shape: Any) -> None:
+        """Queues a shape that nobody needs; where it can't be compiled there is a warning."""
+        self._queue(shape).add_done_callback(functools.partial(_tell_failure, shape))
+
+    def _queue(self, shape: Any) -> Future:
+        if shape in self.compiled:
+            done = Future()
+            done.set_result(self.compiled[shape])
+            return done
+        if shape not in self._queued:
+            self._pool = self._pool or ThreadPoolExecutor(_THREADS, thread_name_prefix="compile")
+            self._queued[shape] = self._pool.submit(self._compile, shape)
+        return self._queued[shape]
 
     def get(self, shape: Any) -> Any:
         """The program of a shape; waits where it is being compiled.
@@ -93,10 +114,18 @@ class Programs:
             self._since = self._since if self._busy else time.perf_counter()
             self._busy += 1
         try:
-            program = self.compiled[shape] = self._compile_shape(shape)
+            made = self._compile_shape(shape)
         finally:
             with self._clock:
                 self._busy -= 1
                 self._seconds += 0.0 if self._busy else time.perf_counter() - self._since
+        self._took.append(made.seconds)
+        self.compiled[shape] = made.program
         host_memory.release()
-        return program
+        return made.program
+
+
+def _tell_failure(shape: Any, done: Future) -> None:
+    if not done.cancelled() and done.exception() is not None:
+        log.warning("a program that would have saved time can't be had: %s", shape)
+        log.warning("%s: %s", type(done.exception()).__name__, done.exception())

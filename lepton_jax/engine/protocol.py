@@ -7,7 +7,7 @@ Read next: `loop.py` (the engine), `lepton_jax/distributed/pool.py` (many of the
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from lepton_jax.config import SamplingParams
@@ -67,7 +67,9 @@ class Limits:
 
     def check_request(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
         """Raises ValueError on a request that can never be served."""
-        self.check_ids([*prompt_ids, *params.stop_token_ids, *params.logit_bias])
+        self.check_ids(prompt_ids, "the prompt")
+        self.check_ids(params.stop_token_ids, "sampling.stop_token_ids")
+        self.check_ids(params.logit_bias, "sampling.logit_bias")
         check_room(
             len(prompt_ids),
             params.max_tokens,
@@ -78,7 +80,8 @@ class Limits:
 
     def check_scoring(self, prompt_ids: Sequence[int], scoring: Scoring) -> None:
         """Raises ValueError on a prompt that can never be scored."""
-        self.check_ids([*prompt_ids, *itertools.chain(*scoring.targets)])
+        self.check_ids(prompt_ids, "the prompt")
+        self.check_ids(itertools.chain(*scoring.targets), "what is scored")
         if scoring.layer > self.num_layers:
             raise ValueError(f"layer={scoring.layer}, but the model has {self.num_layers} layers")
         if len(scoring.targets) > len(prompt_ids):
@@ -93,12 +96,13 @@ class Limits:
             num_pages=self.num_pages,
         )
 
-    def check_ids(self, ids: Sequence[int]) -> None:
-        """Raises ValueError on an id that the model doesn't know."""
+    def check_ids(self, ids: Iterable[int], where: str) -> None:
+        """Raises ValueError on an id that the model doesn't know, and says where it is."""
         bad = next((i for i in ids if not 0 <= i < self.vocab_size), None)
         if bad is not None:
             raise ValueError(
-                f"token id {bad} is outside the model's vocabulary of {self.vocab_size}"
+                f"{where} has token id {bad}, which is outside the model's vocabulary of "
+                f"{self.vocab_size}: want ids of this model's tokenizer"
             )
 
 

@@ -27,6 +27,7 @@ from lepton_jax.engine.row_params import SampleSpec
 from lepton_jax.engine.rungs import Rungs, Sizes, fit
 from lepton_jax.engine.scored import ScoreResult, ScoreSpec
 from lepton_jax.engine.scoring import ScoreShape
+from lepton_jax.kept_programs import KeptProgram
 from lepton_jax.models.build import Model
 from lepton_jax.sharding import Placement
 from lepton_jax.sharding.placement import CUT_SPEC, WHOLE_SPEC, specs_of
@@ -199,7 +200,7 @@ class Runner:
         there, it runs blocks that fit.
         """
         self._grown = sorted({*self._grown, rows})
-        self.programs.warm_up([self._decode_shape(rows, *self._last_block)], wait=False)
+        self.programs.add(self._decode_shape(rows, *self._last_block))
 
     def dispatch(self, plan: Plan) -> InFlight:
         """Enqueues the plan's prefill, then its decode block; returns before they have run."""
@@ -360,7 +361,7 @@ class Runner:
         program, arguments = self._program(shape)
         return program.lower(*arguments)
 
-    def _fetch(self, shape: Shape) -> jax.stages.Compiled:
+    def _fetch(self, shape: Shape) -> KeptProgram:
         """The compiled program of a shape; an earlier process may have made it."""
         _, arguments = self._program(shape)
         avals, tree = jax.tree.flatten(arguments)

@@ -58,6 +58,7 @@ class ClassifyMode(ChoosingMode):
         self._before, self._after = _split_template(section)
         self._alert = parse_alert(section.alert, section.labels)
         self._bias = np.zeros(len(section.labels))
+        self._content_free: list[np.ndarray] | None = None  # what is measured for the bias
 
     def parse(self, values: Mapping[str, Any]) -> str | list[dict]:
         """A text, or the messages of a chat. Raises RowError (invalid_row)."""
@@ -76,7 +77,10 @@ class ClassifyMode(ChoosingMode):
 
         def answer(results: list[Scored]) -> dict:
             found = asked.likelihoods(results)
-            labels, chances = self._section.labels, self._probabilities(found)
+            labels, logs = self._section.labels, self._log_probabilities(found)
+            if self._content_free is not None:
+                self._content_free.append(logs)
+            chances = np.exp(logs)
             best = int(np.argmax(chances))
             named = dict(zip(labels, chances.tolist(), strict=True))
             alert = {}
@@ -118,22 +122,26 @@ class ClassifyMode(ChoosingMode):
             return
         works = {f"content-free-{number}": text for number, text in enumerate(CONTENT_FREE)}
         session = super().open(engine, tokenizer, exact=True)
-        rows = answer_all(session, works, observe=self.observe)
-        chances = [list(row["probabilities"].values()) for row in rows]
-        self._bias = np.log(np.mean(chances, axis=0))
+        self._content_free = []
+        try:
+            answer_all(session, works, observe=self.observe)
+            mean = np.logaddexp.reduce(self._content_free, axis=0) - np.log(len(works))
+        finally:
+            self._content_free = None
+        self._bias = mean
 
-    def _probabilities(self, found: Sequence[Likelihood]) -> np.ndarray:
+    def _log_probabilities(self, found: Sequence[Likelihood]) -> np.ndarray:
         """float64 `[labels]`."""
         by_mean = self._section.normalize == "mean"
         scores = np.array([one.per_token if by_mean else one.logprob for one in found])
         scores = scores - self._bias
-        weights = np.exp(scores - scores.max())
-        return weights / weights.sum()
+        return scores - np.logaddexp.reduce(scores)
 
     def _pairs(self, work: str | list[dict], tokenizer: Tokenizer) -> list:
         if not self._section.chat:
             before = self._before.replace("{text}", work)
-            labels = [label + self._after for label in self._section.labels]
+            after = self._after.replace("{text}", work)
+            labels = [label + after for label in self._section.labels]
             return [split_pair(tokenizer, before, label) for label in labels]
         try:
             context = tokenizer.apply_chat(self._messages(work) if isinstance(work, str) else work)

@@ -32,6 +32,7 @@ from lepton_jax.jobs.session import (
     encode,
     expand,
     grammar_of,
+    with_stop_ids,
 )
 from lepton_jax.text.tokenizer import Tokenizer
 
@@ -70,7 +71,8 @@ class GenerateMode(IndependentRows):
     def requests(self, work: PromptWork, tokenizer: Tokenizer) -> list[tuple[int, SamplingParams]]:
         """Raises RowError (invalid_prompt)."""
         count = len(encode(tokenizer, work.prompt, work.tools))
-        return [(count, params) for params in expand(work.sampling)]
+        asked = with_stop_ids(tokenizer, work.sampling)
+        return [(count, params) for params in expand(asked)]
 
     def open(self, engine: Engine, tokenizer: Tokenizer) -> "GenerateSession":
         return GenerateSession(Session(engine, tokenizer))

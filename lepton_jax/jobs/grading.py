@@ -5,10 +5,11 @@ shares from 0 to 1; the summary gives their mean with its interval. Read next: `
 writes the grade into the output row.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
+
+from lepton_jax.jobs.files.nested_json import parse_json
 
 _Z = 1.959964  # of a two-sided interval of 95 %
 
@@ -59,7 +60,7 @@ def _share_of_fields(text: str, answer: Mapping[str, Any]) -> float:
 def _object(text: str) -> dict[str, Any]:
     """The JSON object that a text is; else an empty one."""
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
+        found = parse_json(text)
+    except ValueError:
         return {}
     return found if isinstance(found, dict) else {}

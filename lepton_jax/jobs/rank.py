@@ -60,7 +60,8 @@ class RankMode(ChoosingMode):
 
     def _by_likelihood(self, work: RankWork, tokenizer: Tokenizer) -> Asked:
         context = self._before.replace("{query}", work.query)
-        texts = [candidate + self._after for candidate in work.candidates]
+        after = self._after.replace("{query}", work.query)
+        texts = [candidate + after for candidate in work.candidates]
         asked = Questions([split_pair(tokenizer, context, text) for text in texts])
         by_mean = self._section.normalize != "sum"
 

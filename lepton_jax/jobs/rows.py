@@ -140,7 +140,8 @@ def _known(values: Mapping[str, Any], known: Sequence[str], *, strict: bool) -> 
     try:
         refuse_unknown(values, known, where="row")
     except ValueError as error:
-        raise RowError("invalid_row", str(error)) from error
+        unknown = next(name for name in values if name not in known)
+        raise RowError("invalid_row", f"{error}{ASIDE.format(unknown)}") from error
     return dict(values)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from lepton_jax.engine.scored import Scored
 from lepton_jax.jobs.pairs import Questions, split_pair, text_pair
-from lepton_jax.jobs.rows import RowError
+from lepton_jax.jobs.rows import RowError, shown
 from lepton_jax.jobs.scoring import Asked, ChoosingMode, margin, need_text, need_texts
 from lepton_jax.text.tokenizer import Tokenizer
 
@@ -73,13 +73,17 @@ class ScoreMode(ChoosingMode):
 
 
 def score_fields(item: str | tuple[str, str] | Mapping[str, Any]) -> dict[str, Any]:
-    """The row without its id of a text, of (context, continuation), or of a row's fields."""
+    """The row without its id of a text, of (context, continuation), or of a row's fields. Raises
+    RowError on anything else.
+    """
     if isinstance(item, str):
         return {"text": item}
     if isinstance(item, Mapping):
         return dict(item)
-    context, continuation = item
-    return {"context": context, "continuation": continuation}
+    if not isinstance(item, (tuple, list)) or len(item) != 2:
+        wanted = "a text, (context, continuation), or a mapping of a row's fields"
+        raise RowError("invalid_row", f"{shown(item)} can't be scored: want {wanted}")
+    return {"context": item[0], "continuation": item[1]}
 
 
 def _need_context(values: Mapping[str, Any], name: str) -> str:

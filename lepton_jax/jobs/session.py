@@ -7,6 +7,7 @@ Read next: `text/detokenizer.py`.
 
 import dataclasses
 import math
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 
 from lepton_jax.config import SamplingParams
@@ -106,6 +107,24 @@ def encode(
         raise RowError("invalid_prompt", str(error)) from error
 
 
+def with_stop_ids(tokenizer: Tokenizer, params: SamplingParams) -> SamplingParams:
+    """Params whose stop texts that are control tokens are stop ids: these spell nothing."""
+    found = {text: _control_id(tokenizer, text) for text in params.stop}
+    ids = [token_id for token_id in found.values() if token_id is not None]
+    if not ids:
+        return params
+    texts = tuple(text for text in params.stop if found[text] is None)
+    return dataclasses.replace(
+        params, stop=texts, stop_token_ids=tuple(dict.fromkeys((*params.stop_token_ids, *ids)))
+    )
+
+
+def _control_id(tokenizer: Tokenizer, text: str) -> int | None:
+    """The control token that a text spells whole; None where it is another text."""
+    ids = tokenizer.encode(text, add_special=False)
+    return ids[0] if len(ids) == 1 and ids[0] in tokenizer.control_ids else None
+
+
 def grammar_of(params: SamplingParams) -> Grammar | None:
     """What prescribes an answer's form. Raises RowError (invalid_sampling) where nothing can."""
     try:
@@ -133,6 +152,25 @@ def expand(params: SamplingParams) -> list[SamplingParams]:
     if params.seed is None:
         return [dataclasses.replace(params, n=1)] * params.n
     return [dataclasses.replace(params, n=1, seed=params.seed + i) for i in range(params.n)]
+
+
+class OneAsker:
+    """Held by who drives an engine. Raises RuntimeError where another thread does: each would take
+    what came for the other.
+    """
+
+    def __init__(self):
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError(
+                "another thread is asking this engine: wait until it is answered, or ask all in "
+                "one call, which is faster too"
+            )
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
 
 
 class Session:
@@ -167,6 +205,7 @@ class Session:
         if key in self._prompts:
             raise RowError("duplicate_id", f"{key!r} is already being answered: keys must differ")
         ids = encode(self._tokenizer, prompt, tools)
+        params = with_stop_ids(self._tokenizer, params)
         grammar = grammar_of(params)
         added = []
         try:

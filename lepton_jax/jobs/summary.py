@@ -257,7 +257,8 @@ def optimizer_lines(optimizer: Mapping[str, Any] | None) -> list[tuple[str, str]
     if o.get("profile"):
         fields = ", ".join(f"{name}={value}" for name, value in o["fields"].items())
         kl = "not measured" if o["kl"] is None else f"at most {o['kl']:.4f} nats a token"
-        effect = f"{o['effect']:.2f} times as {GAINS[o['objective']]}, KL {kl}"
+        effect = f"T1/T0 {1 / o['effect']:.2f}, "
+        effect += f"{o['effect']:.2f} times as {GAINS[o['objective']]}, KL {kl}"
         lines += [("profile", f"{fields or 'nothing'} ({o['profile']})"), ("  when tuned", effect)]
     if o.get("decisions"):
         lines.append(("knob turns", f"{o['decisions']:,}"))

@@ -201,8 +201,8 @@ def table(found: Found) -> str:
     coarse = ", ".join(f"{name} ({kl:.4f})" for name, kl in found.too_coarse.items())
     lines += [
         "",
-        f"effect = T1/T0: {found.tried[0].score:.2f} s before, {found.best.score:.2f} s after, "
-        f"{found.effect:.2f} times as {GAINS[found.objective]}",
+        f"effect T1/T0 = {1 / found.effect:.2f}: {found.tried[0].score:.2f} s before, "
+        f"{found.best.score:.2f} s after, {found.effect:.2f} times as {GAINS[found.objective]}",
         f"accuracy kept: KL from the uncompressed model {kl}",
         f"{found.considered} candidates, {found.too_large} too large for the memory, "
         f"{len(found.tried)} tried, {programs} programs compiled in {seconds:.1f} s",

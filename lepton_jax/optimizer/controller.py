@@ -57,6 +57,7 @@ class Counts:
     row_steps: float = 0.0
     ended: float = 0.0
     stopped: float = 0.0
+    idled: float = 0.0
     prefilled: float = 0.0
     preemptions: float = 0.0
 
@@ -69,6 +70,7 @@ class Counts:
         self.row_steps += beat.rounds
         self.ended += beat.ended
         self.stopped += beat.stopped
+        self.idled += beat.idled
         self.prefilled += beat.prefill_tokens
         self.preemptions += beat.preemptions
 
@@ -211,8 +213,9 @@ class Controller:
         now = next((s for s in sizes if s >= rows), 0)
         if not size or 2 * size > now or beat.draft or not beat.steps or c.ended < _LEAST_ENDED:
             return
-        below = max((s for s in sizes if s < size), default=1)  # until the next program fits
-        steps = min(beat.tokens_left, math.log(rows / below) * c.row_steps / c.ended)
+        below = max((s for s in sizes if s < size), default=0)  # until the next program fits
+        ends = sum(1 / left for left in range(below + 1, rows + 1))  # in lives of a row
+        steps = min(beat.tokens_left, ends * c.row_steps / c.ended)
         before, after = (costs.step_seconds(s, beat.view) for s in (now, size))
         compiling = self._machine.compile_seconds()
         saved = (before - after) * (steps - compiling / before) if before > after else 0.0
@@ -230,6 +233,7 @@ class Controller:
             rows=self.knobs.live_rows,
             life=c.row_steps / c.ended,
             stopped=c.stopped / c.ended,
+            idled=c.idled / c.ended,
             prompt=c.prefilled / c.ended,
             step=costs.step_seconds(rows, view),
             beat=costs.gap + costs.decode_seconds(0, rows, view),
@@ -244,7 +248,8 @@ class Flow:
 
     Attributes:
       rows: slots.
-      life: decode steps of a row; `stopped` the share of rows that end before their limit.
+      life: decode steps of a row.
+      stopped: share of rows that end before their limit; `idled` the share that does in a block.
       prompt: tokens computed for a row before.
       step, beat: seconds of a step, and of a beat besides its steps.
       costs, sizes: of prefill programs.
@@ -253,6 +258,7 @@ class Flow:
     rows: int
     life: float
     stopped: float
+    idled: float
     prompt: float
     step: float
     beat: float
@@ -261,7 +267,9 @@ class Flow:
 
     def rate(self, block: int, together: int) -> float:
         """Tokens a second with blocks of so many steps and so many rows admitted together."""
-        idle = self.stopped * 1.5 * block + (1 - self.stopped) * 0.5 * (block - 1)
+        # Of those whose only token came with a prefill about half sit in the block behind it.
+        idle = (1.5 * self.idled + 0.5 * (self.stopped - self.idled)) * block
+        idle += (1 - self.stopped) * 0.5 * (block - 1)
         busy = self.life + idle  # steps of a slot
         ended = block * self.rows / busy  # rows of a block
         held = busy / (1 - max(0.0, together - ended) / (2 * self.rows))

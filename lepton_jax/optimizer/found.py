@@ -66,8 +66,8 @@ class Found:
 
     @property
     def effect(self) -> float:
-        """T1/T0 as a gain: the score before over the score after; scores are times, but where cost
-        is what counts.
+        """T0/T1: the score before over the score after, so that a gain is above 1; scores are
+        times, but where cost is what counts.
         """
         return self.tried[0].score / self.best.score
 

@@ -26,6 +26,7 @@ from lepton_jax.optimizer.costs import Costs
 
 _SPEC = SampleSpec()
 _RUNNING, _STOPPED, _LIMIT = 0, 1, 2
+_Results = tuple[BlockResult | None, ScoreResult | None, BlockResult | None]  # of block and prefill
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +89,7 @@ class SimulatedEngine:
         self._beats = Beats(self.scheduler)
         self._rows: dict[str, SimulatedRow] = {}
         self._produced: dict[str, int] = {}  # outputs that the device has made
-        self._in_flight: tuple[InFlight, BlockResult | None, ScoreResult | None] | None = None
+        self._in_flight: tuple[InFlight, _Results] | None = None
         self._added = 0
 
     def listen(self, listener: Listener) -> None:
@@ -124,14 +125,16 @@ class SimulatedEngine:
         if done is None:
             return []
         self.beats += 1
-        outputs = self.scheduler.commit(done[0].plan, *done[1:])
-        self._beats.tell(done[0], outputs)
+        flight, results = done
+        outputs = self.scheduler.commit(flight.plan, *results)
+        self._beats.tell(flight, outputs)
         self.tokens += sum(len(output.token_ids) for output in outputs)
         return outputs
 
-    def _run(self, plan: Plan) -> tuple[InFlight, BlockResult | None, ScoreResult | None]:
+    def _run(self, plan: Plan) -> tuple[InFlight, _Results]:
         """The device runs a plan at once; the clock goes on by what it costs."""
-        costs, flight, result, scores = self._costs(self.seconds), InFlight(plan, 0.0), None, None
+        costs, flight = self._costs(self.seconds), InFlight(plan, 0.0)
+        result = scores = sampled = None
         flight.gap_seconds = costs.gap
         if plan.chunks:
             tile = self._sizes.tile
@@ -142,9 +145,7 @@ class SimulatedEngine:
             if plan.scoring:
                 scores = _no_scores(plan)
             else:
-                for chunk in plan.chunks:
-                    if chunk.final:
-                        self._produced[chunk.row.request.id] = len(chunk.row.outputs) + 1
+                sampled = self._sample(plan)
         if plan.rows:
             result, flight.steps = self._decode(plan)
             views = self.rungs.views
@@ -159,7 +160,25 @@ class SimulatedEngine:
             seconds = costs.decode_seconds(flight.steps, rows, view)
             flight.decode_seconds = seconds * self._noise(self._random)
         self.seconds += flight.gap_seconds + flight.prefill_seconds + flight.decode_seconds
-        return flight, result, scores
+        return flight, (result, scores, sampled)
+
+    def _sample(self, plan: Plan) -> BlockResult:
+        """What a prefill samples, a line for each chunk; only that of a final one counts."""
+        count, finish = np.zeros(len(plan.chunks), np.int32), []
+        for chunk in plan.chunks:
+            name, produced = chunk.row.request.id, len(chunk.row.outputs) + 1
+            if chunk.final:
+                self._produced[name] = produced
+            finish.append(self._finish(name, chunk.row.limit, produced))
+        tokens = np.full((len(count), 1), 7, np.int32)
+        return BlockResult(tokens=tokens, count=count, finish=np.array(finish))
+
+    def _finish(self, name: str, limit: int, produced: int) -> int:
+        """How a row of so many outputs stands, as `BlockResult.finish`."""
+        row = self._rows[name]
+        if produced < min(row.length, limit):
+            return _RUNNING
+        return _STOPPED if row.length < limit else _LIMIT
 
     def _decode(self, plan: Plan) -> tuple[BlockResult, int]:
         """The block's result and the steps that it ran: it stops once all rows are done."""
@@ -170,8 +189,7 @@ class SimulatedEngine:
             end = min(row.length, entry.row.limit)
             self._produced[name] = after = max(before, min(end, before + plan.steps))
             counts.append(after - before)
-            over = _STOPPED if row.length < entry.row.limit else _LIMIT
-            finish.append(over if after >= end else _RUNNING)
+            finish.append(self._finish(name, entry.row.limit, after))
         tokens = np.full((len(counts), 1 + plan.steps), 7, np.int32)
         done = BlockResult(tokens=tokens, count=np.array(counts), finish=np.array(finish))
         return done, max(counts, default=0)

@@ -20,6 +20,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+_OLDER = {"developer": "system", "function": "tool"}  # for templates that know only these
 # What a template's own code can raise, from raise_exception to adding a string to a list.
 _RENDER_ERRORS = (
     jinja2.TemplateError,
@@ -49,7 +50,7 @@ def render(
     `tools` are JSON schemas of functions; `variables` go to the template as they are (`bos_token`,
     `enable_thinking`, ...); `add_generation_prompt` is True by default. Raises `ChatTemplateError`.
     """
-    checked = _checked_messages(messages)
+    checked = [_known_role(message, template) for message in _checked_messages(messages)]
     values = {"add_generation_prompt": True, "documents": None} | variables
     values |= {"messages": checked, "tools": _plain(tools, "tools")}
     try:
@@ -94,8 +95,42 @@ def _checked_message(message: Mapping, place: str) -> dict:
     content = message.get("content")
     if content is None and not message.get("tool_calls"):
         raise ChatTemplateError(f"{place}.content is missing; give a string")
-    rest = {key: value for key, value in message.items() if key != "content"}
-    return _plain(rest, place) | {"content": _text_content(content, place)}
+    # Templates ask whether a key is there, and clients write null for what isn't.
+    given = {name: value for name, value in message.items() if value is not None}
+    rest = _plain({name: value for name, value in given.items() if name != "content"}, place)
+    if "tool_calls" in rest:
+        rest["tool_calls"] = _parsed_calls(rest["tool_calls"], f"{place}.tool_calls")
+    return rest | {"content": _text_content(content, place)}
+
+
+def _known_role(message: dict, template: str) -> dict:
+    """A message whose role the template handles, as far as it has an older name: most templates
+    leave out what they don't know.
+    """
+    role = message["role"]
+    if role not in _OLDER or any(f"{quote}{role}{quote}" in template for quote in "'\""):
+        return message
+    return message | {"role": _OLDER[role]}
+
+
+def _parsed_calls(calls: object, place: str) -> object:
+    """Arguments as objects, which templates want; in OpenAI's form they are a text of JSON."""
+    if not isinstance(calls, list):
+        raise ChatTemplateError(f"{place} is a {type(calls).__name__}; give a list of calls")
+    for number, call in enumerate(calls):
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+            continue
+        text = function["arguments"]
+        try:
+            function["arguments"] = json.loads(text or "{}")
+        except (ValueError, RecursionError):
+            function["arguments"] = None
+        if not isinstance(function["arguments"], dict):
+            raise ChatTemplateError(
+                f"{place}[{number}].function.arguments is {text[:80]!r}; give a JSON object"
+            )
+    return calls
 
 
 def _text_content(content: object, place: str) -> str:
@@ -123,7 +158,7 @@ def _plain(value: object, place: str) -> object:
     """
     try:
         return json.loads(json.dumps(value))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ChatTemplateError(f"{place} is not plain JSON data: {error}") from error
 
 

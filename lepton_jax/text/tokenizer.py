@@ -47,7 +47,7 @@ class Tokenizer:
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:
         """Ids of `text`; with `add_special` the ids around it that the model expects (usually bos
-        in front).
+        in front, unless the text begins with it, as a rendered chat does).
 
         Special tokens written in the text become their ids. Raises `TypeError` for anything but a
         string and `TokenizerError` for half of a surrogate pair, which isn't text.
@@ -62,8 +62,11 @@ class Tokenizer:
                 f"({text[error.start]!a}); replace it or give both halves"
             ) from error
         ids = self._parts.encode(text)
-        special = self._parts.special
-        return [*special.prefix, *ids, *special.suffix] if add_special else ids
+        if not add_special:
+            return ids
+        prefix, suffix = self._parts.special.prefix, self._parts.special.suffix
+        begun = tuple(ids[: len(prefix)]) == tuple(prefix)
+        return [*(() if begun else prefix), *ids, *suffix]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids` without control tokens; bytes that aren't UTF-8 become U+FFFD."""

@@ -7,7 +7,6 @@ Read next: `tables.py` (CSV and Parquet), `../rows.py` (records become rows).
 
 import dataclasses
 import itertools
-import json
 import logging
 import math
 import string
@@ -18,6 +17,7 @@ from typing import Any, BinaryIO
 from lepton_jax.config import JobSection
 from lepton_jax.jobs.files import tables
 from lepton_jax.jobs.files.follow import PENDING, Follower, Pending
+from lepton_jax.jobs.files.nested_json import parse_json
 from lepton_jax.jobs.files.places import JobError, digest, expand, form_of, open_content
 
 log = logging.getLogger(__name__)
@@ -288,8 +288,8 @@ def storable(value: Any) -> Any:
 
 def _object(line: bytes) -> dict | RowError:
     try:
-        values = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
+        values = parse_json(line.decode("utf-8-sig"))
+    except ValueError as error:
         return RowError("invalid_json", f"the line is not valid JSON: {error}")
     if not isinstance(values, dict):
         return RowError("invalid_row", f"the row is a {type(values).__name__}: want an object")

@@ -6,11 +6,11 @@ in a column "messages"; in Parquet it is lists and structs. Read next: `writers.
 
 import csv
 import io
-import json
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
+from lepton_jax.jobs.files.nested_json import parse_json
 from lepton_jax.jobs.files.places import JobError, need, open_stored
 
 _BATCH = 1024  # rows of Parquet decoded at once
@@ -112,7 +112,7 @@ def parse_json_cells(values: dict[str, Any], fields: Collection[str]) -> dict[st
     parsed = dict(values)
     for name in sorted(values.keys() & fields):
         try:
-            parsed[name] = json.loads(values[name])
+            parsed[name] = parse_json(values[name])
         except ValueError as error:
             raise ValueError(f"{name} is not valid JSON: {error}") from error
     return parsed

@@ -22,8 +22,8 @@ _CODECS = {"": "snappy", "gzip": "gzip", "zstd": "zstd"}
 
 
 def encode_row(row: dict[str, Any]) -> bytes:
-    """A row as a line of JSON, without its end."""
-    return json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
+    """A row as a line of JSON, without its end; half of a surrogate pair becomes "?"."""
+    return json.dumps(row, ensure_ascii=False, allow_nan=False).encode(errors="replace")
 
 
 def write_rows(rows: Rows, file: BinaryIO, *, form: str, codec: str) -> None:
