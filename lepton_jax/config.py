@@ -459,8 +459,15 @@ class RunConfig:
             )
 
     def require_no_idle_fields(self) -> None:
-        """Raises ValueError where fields of the engine are given that its others leave unused."""
+        """Raises ValueError where fields of engine or pool are given that others leave unused."""
         engine = self.engine
+        for name in ("address", "cpus", "gpus", "tpus"):
+            value = getattr(self.pool, name)
+            if not self.pool.ray and value != getattr(PoolSection, name):
+                raise ValueError(
+                    f"pool.{name}={value!r} is of Ray actors, and pool.ray=0 makes none: set it, "
+                    f"or leave pool.{name} out"
+                )
         decided = self.optimizer.profile not in ("auto", "off")  # a profile may do without a draft
         for name, idle in {"draft_model": "", "draft_preset": "none"}.items():
             value = getattr(engine, name)

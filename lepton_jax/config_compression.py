@@ -153,6 +153,7 @@ class ReceiptSection:
         _check(self, "windows", 2 <= self.windows <= _MOST, "2 or more")
         _check(self, "window_tokens", 16 <= self.window_tokens <= _MOST, "16 or more")
         _check(self, "new_tokens", 1 <= self.new_tokens <= _MOST, "1 or more")
-        _check(self, "prompts", 0 <= self.prompts <= self.windows, "0 to receipt.windows")
+        good = self.prompts != 1 and 0 <= self.prompts <= self.windows  # one has no interval
+        _check(self, "prompts", good, "0, or 2 to receipt.windows")
         for name in ("repeats", "seed"):
             _check(self, name, 0 <= getattr(self, name) <= _MOST, "0 or more")

@@ -100,6 +100,22 @@ class KeptPrograms:
             return self._folder
 
 
+def circumstances() -> dict[str, str]:
+    """What else than settings decides how a program rounds, by name: for people, and to compare."""
+    return {
+        "jax": importlib.metadata.version("jax"),
+        "lepton_jax": _digest(*_LOADED)[:8],
+        "device": f"{jax.devices()[0].device_kind}, {processor_name()}",
+    }
+
+
+def processor_name() -> str:
+    """As its maker calls it, with a digest of its instructions."""
+    told = _processor()
+    named = [line.partition(":")[2].strip() for line in told if line.startswith("model name")]
+    return f"{named[0] if named else platform.machine()} ({_digest(*told)[:8]})"
+
+
 def _make_room(folder: Path) -> None:
     """Removes what was found least recently, as far as all together are too large."""
     files = _oldest_first(list(folder.iterdir()))
@@ -146,7 +162,8 @@ def _environment() -> list[str]:
     return [
         *(f"{name} {os.environ.get(name)}" for name in _VARIABLES),
         f"{devices[0].client.platform_version} {[device.device_kind for device in devices]}",
-        _processor(),
+        f"{_cores()} cores",
+        *_processor(),
     ]
 
 
@@ -157,14 +174,18 @@ def _version(package: str) -> str:
         return ""
 
 
-def _processor() -> str:
-    """Its kind, how many cores this process may use and, on Linux, their instructions."""
+def _cores() -> int | None:
+    """That this process may use: XLA cuts a CPU's programs for them."""
     affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count()
+    return len(affinity(0)) if affinity else os.cpu_count()
+
+
+def _processor() -> list[str]:
+    """Its kind and, on Linux, its name and instructions."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text("utf-8").splitlines() if cpuinfo.exists() else []
     told = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
-    return " ".join([platform.machine(), platform.processor(), f"{cores} cores", *sorted(told)])
+    return [platform.machine(), platform.processor(), *sorted(told)]
 
 
 def _digest(*texts: str) -> str:

@@ -297,8 +297,13 @@ def test_paths_of_no_known_kind(tmp_path):
         load(tmp_path)
 
 
+class EntryNotFoundError(Exception):
+    """As huggingface_hub calls it."""
+
+
 def test_hub(tmp_path, monkeypatch):
-    folder = make.hf_folder(tmp_path)
+    folder = make.hf_folder(tmp_path / "hf")
+    (tmp_path / "empty").mkdir()
     asked = {}
 
     class Hub:
@@ -307,15 +312,20 @@ def test_hub(tmp_path, monkeypatch):
             asked.update(options, name=name)
             if name == "org/gone":
                 raise RuntimeError("404")
-            return str(folder)
+            return str(tmp_path / "empty" if name == "org/tiny-GGUF" else folder)
 
         @staticmethod
         def hf_hub_download(name, file):
-            assert (name, file) == ("org/tiny-GGUF", "q8/m.gguf")
+            assert name == "org/tiny-GGUF"
+            if file != "q8/m.gguf":
+                raise EntryNotFoundError("404")
             return str(make.gguf_file(tmp_path / "m.gguf"))
 
     monkeypatch.setitem(sys.modules, "huggingface_hub", Hub)
     assert load("hf:org/tiny-GGUF/q8/m.gguf").tokenizer_source == tmp_path / "m.gguf"
+    for ask in (load, locate.hub_config):
+        with pytest.raises(CheckpointError, match="give one of them, hf:org/tiny-GGUF/FILE.gguf"):
+            ask("hf:org/tiny-GGUF")
     for path in ("hf:tiny", "hf:org/", "hf:org/tiny/config.json", "hf:tiny.gguf"):
         with pytest.raises(CheckpointError, match="must be hf:org/name or hf:org/name/file.gguf"):
             load(path)

@@ -28,9 +28,10 @@ from lepton_jax.jobs.verify import failures, report, verify_receipt
 
 ROOT = Path(__file__).parents[1]
 SPARSE = r"layers\..* -> weights=keep prune=magnitude pattern=2:4 storage=sparse"
+QUICK = ReceiptSection(**RECEIPT | {"prompts": 0})
 CONFIG = RunConfig(
     compression=CompressionSection(drop_layers=1, rules=("embed|head -> weights=int8", SPARSE)),
-    receipt=ReceiptSection(**RECEIPT | {"prompts": 0}),
+    receipt=QUICK,
     calibration=CalibrationSection(windows=4, window_tokens=32),
     recovery=RecoverySection(
         train="all", steps=12, windows=24, held_out=4, evaluate_every=4, learning_rate=1e-2
@@ -155,6 +156,14 @@ def test_a_state_that_is_damaged_is_named(model, tmp_path):
     (folder / "plan.json").write_text("{}")
     with pytest.raises(ValueError, match=r"out.recovery holds an interrupted recovery"):
         compress(model, tmp_path / "out", config=CONFIG)
+
+
+def test_a_compression_without_recovery_takes_no_kept_training_away(model, tmp_path):
+    kept = tmp_path / "out.recovery"
+    kept.mkdir()
+    (kept / "theirs").write_text("x")
+    compress(model, tmp_path / "out", preset="int8", config=RunConfig(receipt=QUICK))
+    assert (kept / "theirs").read_text() == "x"
 
 
 def test_a_compression_that_failed_leaves_nothing_to_go_on_with(tmp_path):

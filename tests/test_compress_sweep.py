@@ -84,6 +84,22 @@ def test_a_sweep_goes_on_where_it_stopped(model, tmp_path, monkeypatch):
         SweepJob(dataclasses.replace(settings, output=str(tmp_path / "taken"))).run()
 
 
+def test_a_recipe_that_was_left_out_is_not_forgotten(model, tmp_path, monkeypatch):
+    """Its receipt stays, so the same name can't become another recipe's."""
+
+    def sweep(**recipes):
+        settings = dict(sweep=SweepSection(recipes=recipes), output=str(tmp_path / "sweep"))
+        SweepJob(RunConfig(model=ModelSection(path=str(model)), receipt=QUICK, **settings))._begin()
+
+    sweep(a=RECIPES["int8"], b=RECIPES["int4"])
+    sweep(a=RECIPES["int4"], b=RECIPES["int4"])  # nothing was made of it yet
+    (tmp_path / "sweep" / "a").mkdir()
+    (tmp_path / "sweep" / "a" / "receipt.json").write_text("{}")
+    sweep(b=RECIPES["int4"])
+    with pytest.raises(ValueError, match="holds a sweep of another recipe a: name a new"):
+        sweep(a=RECIPES["int8"], b=RECIPES["int4"])
+
+
 def test_a_recipe_that_fails_is_told_and_the_others_go_on(model, tmp_path, monkeypatch, capsys):
     real = jobs.compress
 

@@ -14,7 +14,7 @@ from dense_leaves import dense_of
 
 from lepton_jax.compression import calibrate
 from lepton_jax.compression.calibrate import Options, compress_layers
-from lepton_jax.compression.calibrated_leaf import compress_calibrated
+from lepton_jax.compression.calibrated_leaf import compress_calibrated, relative_errors
 from lepton_jax.compression.layer_programs import LayerPrograms, embedded, final_inputs
 from lepton_jax.compression.quantize import quantize
 from lepton_jax.compression.recipe import parse_rule
@@ -108,6 +108,10 @@ def test_ranges_of_activations():
     for percent in (90.0, 99.5):
         expected = np.percentile(np.abs(x), percent)
         assert float(act_range(seen, "percentile", percent)) == pytest.approx(expected, rel=0.03)
+
+    counts = np.random.default_rng(1).integers(1, 3e6, seen["histogram"].shape)
+    many = seen | {"histogram": jnp.asarray(counts, jnp.float32)}  # sums are rounded in float32
+    assert float(act_range(many, "percentile", 100)) == 40
 
     def error(limit):
         steps = np.clip(np.round(x / (limit / 127)), -127, 127)
@@ -277,6 +281,27 @@ def test_too_many_experts_for_their_hessians(tiny, monkeypatch):
     monkeypatch.setattr(calibrate, "MOST_HESSIANS", 1000)
     with pytest.raises(ValueError, match="needs the Hessians of .* experts"):
         compressed(*tiny("mixtral"), f"{PRODUCTS} -> weights=int8 rounding=gptq")
+
+
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [
+        ("weights=int8 rounding=gptq", {}),
+        ("weights=int4 group=4 rounding=gptq", {"act_order": True}),
+        ("weights=int8 prune=sparsegpt sparsity=0.5", {}),
+    ],
+)
+def test_a_hessian_that_cannot_be_factored_is_told(tiny, rule, options):
+    """jax's factorization gives NaN then, which integers would hide."""
+    _, leaves, _ = tiny("llama")
+    array = leaves["layers.1.qkv"]
+    scheme = parse_rule(f"layers.* -> {rule}").action
+    pair = np.array([[1.0, 2.0], [2.0, 1.0]], np.float32)  # symmetric and indefinite
+    hessian = jnp.asarray(np.kron(np.eye(array.shape[-1] // 2, dtype=np.float32), pair))
+    seen = {"count": jnp.ones(()), "hessian": hessian}
+    leaf = compress_calibrated(array, scheme, seen, Options(**options))
+    errors = relative_errors(array, leaf, seen)
+    assert not all(np.isfinite(float(error)) for error in errors.values())
 
 
 def test_weights_that_are_refused(tiny):

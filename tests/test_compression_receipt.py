@@ -146,6 +146,13 @@ STATIC = "layers.* -> weights=int8 activations=static"
         (dict(rules=(STATIC,), percentile=99.0), "percentile=99.0"),
         (dict(preset="int8", keep_experts=2, damp=0.1), "damp=0.1"),
         (dict(rules=(STATIC,), act_order=True), "act_order=True"),
+        (
+            dict(
+                rules=("layers.* -> weights=int8 rounding=gptq prune=sparsegpt pattern=2:4",),
+                act_order=True,
+            ),
+            "act_order=True",
+        ),
         (dict(preset="w8a8", smooth="smoothquant", alpha=0.7), ""),
         (dict(auto_kl=0.1, smooth="awq"), ""),
         (dict(rules=("head -> weights=int4 group=4 rounding=mse",), smooth="awq"), ""),

@@ -80,6 +80,21 @@ def test_it_comes_nearer_and_stays_as_small(train, teacher):
             assert not np.any(np.asarray(dense_of(b))[zeros]), f"{path}: zeros must stay"
 
 
+@pytest.mark.parametrize("train", ["all", "lora"])
+def test_few_zeros_stay_too(train, teacher):
+    texts = (
+        f"layers.0.gate_up -> {SPARSE} sparsity=0.05",
+        f"head|layers.* -> {SPARSE} pattern=2:4",
+    )
+    rules = [parse_rule(text) for text in texts]
+    before = compress_layers(MODEL, dict(LEAVES), TOKENS, rules)[0]
+    section = dataclasses.replace(QUICK, train=train)
+    after, _ = Training(MODEL, before, teacher, section).run()
+    now, zeros = after["layers.0.gate_up"], before["layers.0.gate_up"] == 0
+    assert 0 < zeros.mean() < 0.1 and not np.any(now[zeros])
+    assert not np.array_equal(now, before["layers.0.gate_up"])
+
+
 def test_a_step_is_compiled_once(teacher):
     """Also where the leaves have been put on a device, as loading does."""
     placed = jax.device_put(student(), jax.devices()[0])
@@ -169,10 +184,11 @@ def test_a_kept_training_goes_on_for_the_same_models_and_settings_alone(
     section = dataclasses.replace(QUICK, steps=2)
     before = student()
 
-    def run(leaves=before, teacher=teacher, **fields):
+    def run(leaves=before, teacher=teacher, taught_by="", **fields):
         loaded = Loaded(MODEL.config, MODEL, tuple(leaves.values()), tmp_path, "", 0)
         changed = dataclasses.replace(section, **fields)
-        return recover.recover(loaded, teacher, changed, folder=tmp_path)[1]
+        kept = dict(folder=tmp_path, taught_by=taught_by)
+        return recover.recover(loaded, teacher, changed, **kept)[1]
 
     assert run()["resumed_at"] is None
     assert run(tensorboard=str(tmp_path / "curves"))["resumed_at"] == 2
@@ -180,6 +196,7 @@ def test_a_kept_training_goes_on_for_the_same_models_and_settings_alone(
         {"leaves": before | {"final_norm": 2 * before["final_norm"]}},
         {"teacher": dataclasses.replace(teacher, windows=teacher.windows[::-1])},
         {"teacher": dataclasses.replace(teacher, head=2 * teacher.head)},
+        {"taught_by": "another of the same head"},
         {"learning_rate": 2e-2},
         {"seed": 1},
     ):

@@ -14,6 +14,7 @@ from lepton_jax.config import (
     ModelSection,
     OptimizerSection,
     PoolSection,
+    ReceiptSection,
     RunConfig,
     SamplingParams,
 )
@@ -32,6 +33,13 @@ def test_fields_that_nothing_would_use_are_refused(engine, message):
         RunConfig(engine=EngineSection(**engine)).require_no_idle_fields()
     good = EngineSection(speculation="draft", draft_preset="int8", prefill_sizes=(96, 512))
     RunConfig(engine=good).require_no_idle_fields()
+
+
+def test_fields_of_actors_need_actors():
+    for name, value in {"address": "auto", "cpus": 2.0, "gpus": 1.0, "tpus": 4.0}.items():
+        with pytest.raises(ValueError, match=f"pool.{name}=.* is of Ray actors, and pool.ray=0"):
+            RunConfig(pool=PoolSection(**{name: value})).require_no_idle_fields()
+        RunConfig(pool=PoolSection(ray=1, **{name: value})).require_no_idle_fields()
 
 
 def test_the_package_exports_what_settings_in_python_need():
@@ -92,6 +100,7 @@ def test_the_package_exports_what_settings_in_python_need():
         (SamplingParams, {"repetition_penalty": 10**400}),
         (SamplingParams, {"repetition_penalty": 1e-40}),
         (SamplingParams, {"n": 257}),
+        (ReceiptSection, {"prompts": 1}),
         (SamplingParams, {"stop": [""]}),
         (SamplingParams, {"stop": 3}),
         (SamplingParams, {"stop_token_ids": [1.0]}),

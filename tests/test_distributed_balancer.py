@@ -251,7 +251,7 @@ def test_accounts_by_hand():
     ledger.beat("x", tokens=50, held=1, ended=1, now=15.0)
     ledger.beat("y", tokens=100, held=2, ended=2, now=10.0)  # 10 a second
     ledger.beat("y", tokens=0, held=0, ended=0, now=20.0)
-    report = ledger.report(20.0)
+    report = ledger.report()
     assert [r["utilization"] for r in report["replicas"]] == [0.75, 0.5]
     assert [r["rows"] for r in report["replicas"]] == [2, 2]
     assert report["tail_idle"] == (5 + 10) / 40
@@ -264,7 +264,7 @@ def test_measured_is_never_better_than_the_best():
     ledger.open("x", slots=2, now=0.0)
     ledger.beat("x", tokens=0, held=2, ended=0, now=8.0)  # compiling, with all slots taken
     ledger.beat("x", tokens=90, held=1, ended=2, now=10.0)
-    assert ledger.report(10.0)["of_ideal"] == 1.0
+    assert ledger.report()["of_ideal"] == 1.0
 
 
 def test_time_without_rows_is_no_time_of_a_rate():

@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import pytest
 from compress_makers import config_file, model_folder
+from jobs_fakes import job_config
 
 from lepton_jax import run
 from lepton_jax.checkpoints.load import load
@@ -26,6 +27,7 @@ from lepton_jax.config import (
     ModelSection,
     PoolSection,
     RunConfig,
+    SamplingParams,
 )
 from lepton_jax.distributed import hosts
 from lepton_jax.distributed.hosts import (
@@ -40,6 +42,9 @@ from lepton_jax.distributed.hosts import (
 )
 from lepton_jax.distributed.links import _KEEP_ALIVE, GONE, Link, accept, connect
 from lepton_jax.engine.request import Chunk, Entry, Plan, Request, Row
+from lepton_jax.jobs.driver import Job
+from lepton_jax.jobs.files.places import JobError
+from lepton_jax.jobs.generate import GenerateMode
 
 ROOT = Path(__file__).parents[1]
 
@@ -69,8 +74,8 @@ def linked():
     return Hosts(0, 2, {1: Link(near)}), Hosts(1, 2, {0: Link(far)})
 
 
-def plan(*, slot=0, steps=4):
-    row = Row(Request("a", (1, 2, 3), None), 5)
+def plan(*, slot=0, steps=4, params=None, seed=0):
+    row = Row(Request("a", (1, 2, 3), params, seed=seed), 5)
     return Plan((Chunk(row, slot, (1,), 0, (1, 2, 3), True),), (Entry(row, slot, (1,), 3),), steps)
 
 
@@ -91,6 +96,21 @@ def test_host_0_has_the_say():
         first.agree(plan(slot=1))
         with pytest.raises(RuntimeError, match="plan 3 of host 1 isn't that of host 0"):
             second.agree(plan())
+
+
+def test_another_input_is_named_before_anything_is_written(tmp_path):
+    first, second = linked()
+    with first, second:
+        for folder in ("mine", "theirs"):
+            (tmp_path / folder).mkdir()
+            (tmp_path / folder / "in.jsonl").write_text(f'{{"prompt": "{folder}"}}\n')
+        first.share([["in.jsonl", "another digest"]])
+        config = job_config(tmp_path / "mine" / "in.jsonl", tmp_path / "out.jsonl")
+        with (
+            Job(config, GenerateMode(config.sampling), hosts=second) as job,
+            pytest.raises(JobError, match="in.jsonl' holds other files on host 1 than on host"),
+        ):
+            job.resume("model")
 
 
 def test_files_of_another_model_are_named_before_they_are_loaded(tmp_path):
@@ -127,8 +147,9 @@ def test_a_run_compares_models_before_it_loads_one(monkeypatch, capsys):
 
 def test_a_plan_is_what_the_device_is_told():
     assert plan_digest(plan()) == plan_digest(plan())
-    digests = {plan_digest(p) for p in (None, plan(), plan(slot=1), plan(steps=5))}
-    assert len(digests) == 4
+    hot = plan(params=SamplingParams(temperature=1.0))
+    plans = (None, plan(), plan(slot=1), plan(steps=5), hot, plan(seed=1))
+    assert len({plan_digest(p) for p in plans}) == 6
 
 
 def test_a_host_that_is_cut_off_is_missed_whether_or_not_data_is_on_its_way():
@@ -223,6 +244,8 @@ def test_what_several_hosts_cannot_do_is_refused():
         join(RunConfig(hosts=hosts, mesh=MeshSection(data=2)))
     with pytest.raises(ValueError, match="mesh.data or pool.ray makes replicas"):
         join(RunConfig(hosts=hosts, pool=PoolSection(ray=1)))
+    with pytest.raises(ValueError, match="hosts.count=2 without hosts.coordinator: each host"):
+        join(RunConfig(hosts=HostsSection(count=2)))
     with pytest.raises(ValueError, match="job.exact=true"):
         join(RunConfig(hosts=hosts, job=JobSection(exact=False)))
     with pytest.raises(ValueError, match="coordinator='nowhere' is not allowed: want HOST:PORT"):

@@ -208,8 +208,8 @@ def test_abort_while_chunks_are_in_flight(tight):
 def test_bad_requests_are_refused(tight):
     too_long = whole_text(ids(MAX_LEN + 2, 13))
     cases = [
-        ("token id 72 is outside", [5], Scoring(((VOCAB,),))),
-        ("token id -1 is outside", [-1], Scoring(((5,),))),
+        ("what is scored has token id 72, which is outside", [5], Scoring(((VOCAB,),))),
+        ("the prompt has token id -1, which is outside", [-1], Scoring(((5,),))),
         ("97 tokens, but engine.max_len=96 leaves room for 96", *too_long),
         ("targets of 2 places of 1 tokens", [5], Scoring(((5,), (6,)))),
         ("no tokens", [], Scoring(pool="last")),

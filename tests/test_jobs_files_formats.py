@@ -15,6 +15,7 @@ from jobs_fakes import job_config, run_job
 
 from lepton_jax.jobs.files import places
 from lepton_jax.jobs.files.places import JobError
+from lepton_jax.jobs.files.source import short_names
 from lepton_jax.jobs.mode_for import mode_for
 
 ROWS = [{"id": f"r{i}", "prompt": f"row {i}, été"} for i in range(5)]
@@ -118,6 +119,19 @@ def test_shards_are_one_input_in_the_order_of_their_names(tmp_path):
         ("part-1.jsonl", 2),
         ("part-1.jsonl", 3),
     ]
+
+
+def test_shards_of_one_name_in_several_folders(tmp_path):
+    for day in ("a", "b"):
+        (tmp_path / "in" / day).mkdir(parents=True)
+        (tmp_path / "in" / day / "p.jsonl").write_text('{"prompt": "x"}\n{"prompt": ""}\n')
+    output, tally = run_job(job_config(tmp_path / "in" / "*" / "p.jsonl", tmp_path / "out.jsonl"))
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["id"] for row in rows] == [f"{day}/p.jsonl:{n}" for day in "ab" for n in (1, 2)]
+    assert [row["error"]["file"] for row in rows if "error" in row] == ["a/p.jsonl", "b/p.jsonl"]
+    assert tally.errors == 2
+    assert short_names(["gs://b/x/p", "gs://b/y/q"]) == ["p", "q"]
+    assert short_names(["gs://b/x/p", "gs://b/y/p"]) == ["x/p", "y/p"]
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])

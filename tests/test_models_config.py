@@ -46,6 +46,7 @@ EXPECTED = {
         "max_position": 131072,
     },
     "qwen3-0.6b": {"qk_norm": True, "qkv_bias": False, "head_dim": 128, "tie_embeddings": True},
+    "qwen3-coder-30b-a3b": {"ffn_size": 768, "qk_norm": True, "max_position": 262144},
     "qwen3-30b-a3b": {"ffn_size": 768, "num_experts": 128, "norm_expert_weights": True},
     "gemma-2-9b": {
         "attn_soft_cap": 50.0,
@@ -78,6 +79,18 @@ def test_published_configs(name):
     config = config_from_hf(PUBLISHED[name])
     found = {field: getattr(config, field) for field in EXPECTED[name]}
     assert found == EXPECTED[name]
+
+
+def test_keys_that_older_and_odd_configs_have():
+    old = PUBLISHED["llama-2-7b"] | {"max_sequence_length": 2048}
+    assert config_from_hf(old).max_position == 4096
+    del old["max_position_embeddings"]
+    assert config_from_hf(old).max_position == 2048
+    assert config_from_hf(PUBLISHED["qwen3-0.6b"] | {"quantization_config": None})
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    scaling["attn_factor"] = 0.8782488562869419  # of DeepSeek-R1-0528-Qwen3-8B
+    (rope,) = config_from_hf(PUBLISHED["qwen3-0.6b"] | {"rope_scaling": scaling}).ropes
+    assert rope.attention_factor == pytest.approx(1.0)
 
 
 def test_longrope_of_a_published_config():
@@ -124,6 +137,21 @@ def test_unknown_keys_of_a_text_config_raise():
             "qwen3-0.6b",
             {"quantization_config": {"quant_method": "gptq", "bits": 4}},
             "quantized already, by 'gptq', .*: give the unquantized checkpoint",
+        ),
+        (
+            "gemma-3-4b",
+            {
+                "text_config": PUBLISHED["gemma-3-4b"]["text_config"]
+                | {"quantization_config": {1: 2}}
+            },
+            "text_config: quantization_config says that the weights are quantized already",
+        ),
+        ("qwen3-coder-30b-a3b", {"use_qk_norm": False}, "use_qk_norm = False is not supported"),
+        ("qwen3-coder-30b-a3b", {"qkv_bias": True}, "qkv_bias = True is not supported"),
+        (
+            "qwen3-coder-30b-a3b",
+            {"shared_expert_intermediate_size": 512},
+            "shared_expert_intermediate_size = 512 is not supported",
         ),
         ("llama-2-7b", {"hidden_size": None}, "needs 'hidden_size'"),
         ("llama-2-7b", {"num_key_value_heads": 5}, "32 is not a multiple of num_kv_heads 5"),
@@ -172,6 +200,9 @@ def test_unknown_gguf_architectures_raise_with_the_known_ones():
         ("gemma3", "model.vision_tower.post_layernorm.weight", None),
         ("gemma3", "multi_modal_projector.mm_soft_emb_norm.weight", None),
         ("llama", "model.layers.0.novelty.weight", "model.layers.0.novelty.weight"),
+        ("qwen3", "layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"),
+        ("qwen3", "embed_tokens.weight", "model.embed_tokens.weight"),
+        ("qwen3", "norm.weight", "model.norm.weight"),
     ],
 )
 def test_names_of_tensors_in_hugging_face_files(case, name, canonical):

@@ -173,6 +173,23 @@ def test_yarn_of_gguf_is_yarn_with_default_betas():
     (rope,) = tiny.config.ropes
     assert config.ropes == (dataclasses.replace(rope, beta_fast=32.0, beta_slow=1.0),)
     assert config.max_position == 128
+    values = metadata("llama_yarn", tiny.config, "llama")
+    own = {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow, "attn_factor": 0.5}
+    values |= {f"llama.rope.scaling.yarn_{name}": value for name, value in own.items()}
+    (found,) = config_from_gguf(values, ["output.weight"]).ropes
+    assert found == dataclasses.replace(rope, attention_factor=0.5 * rope.attention_factor)
+
+
+def test_what_embedding_and_coder_models_say_is_read():
+    values = metadata("qwen3", tiny_models.read_config("qwen3"), "qwen3") | {
+        "qwen3.pooling_type": 3
+    }
+    assert config_from_gguf(values).family == "qwen3"
+    values = metadata("qwen3_moe", tiny_models.read_config("qwen3_moe"), "qwen3moe")
+    name = "qwen3moe.expert_shared_feed_forward_length"
+    assert config_from_gguf(values | {name: 0}).num_experts
+    with pytest.raises(ValueError, match="expert_shared_feed_forward_length = 512 is not"):
+        config_from_gguf(values | {name: 512})
 
 
 def test_rope_factor_tensors_equal_the_formula():

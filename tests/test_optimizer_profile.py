@@ -11,6 +11,7 @@ from ml_collections import config_flags
 from lepton_jax import cli
 from lepton_jax.config import CompressionSection, RunConfig, SamplingParams
 from lepton_jax.engine.scored import Scoring
+from lepton_jax.optimizer import profile as profiles
 from lepton_jax.optimizer.costs import UNIT
 from lepton_jax.optimizer.profile import Key, Profile, find, has_any, others
 from lepton_jax.optimizer.sample import SampledRequest, require_rows, workload_class
@@ -34,6 +35,15 @@ def test_a_profile_comes_back_as_it_was(tmp_path):
     made.save(tmp_path / "deep" / "p.json")
     assert Profile.read(tmp_path / "deep" / "p.json") == made
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["p.json"]
+
+
+def test_a_profile_is_of_one_dtype_and_processor(monkeypatch):
+    made = key()
+    wide = with_fields(CONFIG, {"model.dtype": "float32"})
+    other = Key.here("abc", wide, given=(), workload=made.workload)
+    assert made.differences(other) == ["another model.dtype ('float32', here 'auto')"]
+    monkeypatch.setattr(profiles, "processor_name", lambda: "another processor")
+    assert "another device (" in made.differences(key())[0]
 
 
 def test_fields_that_were_given_stay():

@@ -62,6 +62,8 @@ def test_what_it_refuses(models, monkeypatch):
         optimizer.recover("not read", dense, tensorboard="curves")
     with pytest.raises(ValueError, match="recover: unknown field 'step'; did you mean 'steps'"):
         optimizer.recover(student, dense, step=3)
+    with pytest.raises(ValueError, match="train='none' is not allowed here: want norms, lora"):
+        optimizer.recover(student, dense, train="none")
     with pytest.raises(ValueError, match=r"None is no model: want a path, or an engine"):
         optimizer.recover(student, None)
     cut = LeptonEngine().load_model(dense, config=RunConfig(mesh=MeshSection(model=2)))

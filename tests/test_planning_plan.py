@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+import types
 
 import checkpoint_makers as make
 import pytest
@@ -24,6 +25,7 @@ from lepton_jax.config import (
     PoolSection,
     RunConfig,
 )
+from lepton_jax.planning import remedies as remedies_module
 from lepton_jax.planning.chips import TPUS, Chip
 from lepton_jax.planning.from_config import served_of
 from lepton_jax.planning.memory import full_sizes, memory_of
@@ -109,6 +111,17 @@ def test_what_does_not_fit_says_by_how_much_and_each_remedy_fits():
         name, value = way.removeprefix("engine.").split("=")
         changed = {"rows": 128, name: int(value)}
         assert make_plan(config(preset="none", topology="v6e:1x1", engine=changed)).fits
+
+
+def test_remedies_on_this_machine_need_no_more_than_it_has(monkeypatch):
+    monkeypatch.setattr(remedies_module, "_holds", lambda *_: True)
+    asked = config(preset="int8", topology="")
+    plan = dataclasses.replace(make_plan(asked), largest_rows=0, largest_len=0)
+    assert not any("mesh.model" in way for way in remedies(plan))
+    gpus = (types.SimpleNamespace(platform="gpu"),) * 2
+    plan = dataclasses.replace(plan, target=dataclasses.replace(plan.target, devices=gpus))
+    assert "mesh.model=2" in remedies(plan)
+    assert not any("mesh.model=4" in way for way in remedies(plan))
 
 
 def test_devices_share_a_model_and_the_rest_are_replicas():

@@ -21,6 +21,7 @@ ACCEPTED = (
     "lepton_jax saved (manifest.json), hf:org/name, hf:org/name/file.gguf, "
     + ", ".join(f"demo:{name}" for name in DEMO_MODELS)
 )
+_GIVE_GGUF = "if it holds GGUF files, give one of them, hf:{}/FILE.gguf"
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
 
 
@@ -97,7 +98,10 @@ def hub_config(path: str) -> Path:
 def _snapshot(hub: Any, name: str, _: str) -> str:
     # Some repositories repeat the weights in another layout under consolidated*.
     patterns = dict(allow_patterns=_HUB_FILES, ignore_patterns=["consolidated*"])
-    return hub.snapshot_download(name, **patterns)
+    place = hub.snapshot_download(name, **patterns)
+    if not (Path(place) / "config.json").is_file():
+        raise CheckpointError(f"hf:{name} has no config.json: {_GIVE_GGUF.format(name)}")
+    return place
 
 
 def _from_hub(path: str, fetch: Callable[[Any, str, str], str]) -> Path:
@@ -115,9 +119,13 @@ def _from_hub(path: str, fetch: Callable[[Any, str, str], str]) -> Path:
         ) from error
     try:
         return Path(fetch(huggingface_hub, name, file))
+    except CheckpointError:
+        raise
     except Exception as error:  # the hub's client raises errors of several HTTP libraries
-        said = " ".join(str(error).split())[:300].rstrip(".")  # of several lines
+        kind, said = type(error).__name__, " ".join(str(error).split())[:300].rstrip(".")
+        act = "Check the name, the network, and for gated models the token (`hf auth login`)"
+        if "EntryNotFound" in kind:
+            act = f"The repository has no such file: {_GIVE_GGUF.format(name)}"
         raise CheckpointError(
-            f"model path {path!r} can't be fetched: {type(error).__name__}: {said}. Check the "
-            "name, the network, and for gated models the token (`hf auth login`)"
+            f"model path {path!r} can't be fetched: {kind}: {said}. {act}"
         ) from error

@@ -168,6 +168,7 @@ class ColumnGrids:
     ):
         inputs = weight.shape[1]
         self.scheme, self._order = scheme, order
+        self._solved = jnp.isfinite(factor).all()
         self._quantized = scheme.weights != "keep"
         group = scheme.group_of(inputs) if self._quantized else 0
         self._size = group or inputs
@@ -204,6 +205,8 @@ class ColumnGrids:
         grid = self._fixed
         if grid is None:
             grid = jax.tree.map(lambda a: a[..., 0].T, places.grid)
+        # Integers would hide that nothing was solved.
+        grid = jax.tree.map(lambda a: jnp.where(self._solved, a, jnp.nan), grid)
         return Settled(columns.T, values.T.reshape(columns.shape[1], -1, self._size), grid)
 
 

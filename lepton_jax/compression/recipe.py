@@ -133,7 +133,7 @@ class Recipe:
             "ranges": static,
             "percentile": static and options.ranges == "percentile",
             "damp": solved or structure.keep_ffn < 1 or structure.keep_kv_heads > 0,
-            "act_order": any(scheme.rounding == "gptq" for scheme in found),
+            "act_order": any(s.rounding == "gptq" and s.prune != "sparsegpt" for s in found),
         }
         for field in dataclasses.fields(options):
             value = getattr(options, field.name)

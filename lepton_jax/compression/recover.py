@@ -36,6 +36,7 @@ def recover(
     section: RecoverySection,
     *,
     folder: Path | None = None,
+    taught_by: str = "",
     listen: Listen | None = None,
 ) -> tuple[Loaded, dict[str, Any]]:
     """The recovered model, and what to tell of the training, in JSON types.
@@ -45,6 +46,7 @@ def recover(
       teacher: the dense model on windows of text.
       section: how to train.
       folder: where the training is kept; the same that is there goes on. None: nowhere.
+      taught_by: fingerprint of the dense model; "" where the folder is of no other.
       listen: called as `Training.run` says.
 
     Raises ValueError where nothing can be trained, a folder can't be written or holds another
@@ -54,7 +56,7 @@ def recover(
     training = Training(student.model, leaves, teacher, section)
     state, keep = training.start(), None
     if folder is not None:
-        saver = _Saver(folder, training=_digest(student, teacher, section))
+        saver = _Saver(folder, training=_digest(student, teacher, section, taught_by))
         keep, state = saver.keep, saver.restored(state)
     began = state.counters.step
     with _drawn(section, listen) as heard:
@@ -118,9 +120,9 @@ class _Saver:
             self._saved = time.monotonic()
 
 
-def _digest(student: Loaded, teacher: Reference, section: RecoverySection) -> str:
+def _digest(student: Loaded, teacher: Reference, section: RecoverySection, taught_by: str) -> str:
     """Of all that the steps of a training depend on: both models, the windows, the section."""
     arrays = dict(zip(student.model.specs, student.leaves, strict=True))
     arrays |= {"teacher.head": teacher.head, "teacher.windows": teacher.windows}
     weights = weights_sha256(arrays, list(arrays.values()))
-    return digest([weights, dataclasses.asdict(section) | {"tensorboard": ""}])
+    return digest([weights, taught_by, dataclasses.asdict(section) | {"tensorboard": ""}])

@@ -74,7 +74,8 @@ def act_range(statistics: Statistics, rule: str, percentile: float) -> jax.Array
         return largest
     counts = statistics["histogram"]
     if rule == "percentile":
-        share = jnp.cumsum(counts) / jnp.sum(counts)
+        below = jnp.cumsum(counts)  # float32: its last is not quite the sum
+        share = below / below[-1]
         return jnp.minimum(_magnitudes(1.0)[jnp.argmax(share >= percentile / 100.0)], largest)
     magnitude = _magnitudes(0.5)
     candidates = largest * 2.0 ** (-jnp.arange(64) / 8)

@@ -25,7 +25,6 @@ from lepton_jax.tensors import CompressedTensor, ParamSpec
 from lepton_jax.tensors.sparse import SparseTensor
 
 _SCALES = ("scale", "offset")
-_PRUNED = 0.1  # an array of which so many are zeros was pruned: they stay
 _LAYER_WEIGHT = re.compile(r"layers\.\d+\.(?!router).*")
 Trained = dict[str, dict[str, jax.Array]]
 
@@ -52,7 +51,9 @@ class Trainable:
         self._fields: dict[str, tuple[str, ...]] = {}
         self._adapted: dict[str, tuple[int, ...]] = {}
         self._rank = rank
-        self._held = {path for path, leaf in leaves.items() if _is_pruned(leaf)}
+        self._held = {
+            path for path, s in model.specs.items() if s.inputs and _has_zeros(leaves[path])
+        }
         values = trained_values(model.specs, leaves, train=train)
         if train == "lora":
             self._adapted = {path: model.specs[path].shape for path in values}
@@ -151,7 +152,6 @@ def _gathered(leaf: SparseTensor, dense: jax.Array) -> jax.Array:
     return transpose(dense)[0]
 
 
-def _is_pruned(leaf: Any) -> bool:
-    if isinstance(leaf, CompressedTensor) or leaf.ndim < 2:
-        return False
-    return bool(jnp.mean((leaf == 0).astype(jnp.float32)) >= _PRUNED)
+def _has_zeros(leaf: Any) -> bool:
+    """Whether an array has weights that are pruned, and stay so."""
+    return not isinstance(leaf, CompressedTensor) and bool(jnp.any(leaf == 0))

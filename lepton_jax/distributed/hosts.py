@@ -27,7 +27,7 @@ from lepton_jax import compat
 from lepton_jax.checkpoints.load import identify
 from lepton_jax.config import HostsSection, RunConfig
 from lepton_jax.distributed.links import Link, accept, connect, leave, tell
-from lepton_jax.engine.request import Plan
+from lepton_jax.engine.request import Plan, Request
 
 _PACKAGES = ("jax", "jaxlib", "numpy")
 _GRACE = 3.0  # seconds
@@ -130,6 +130,11 @@ def join(config: RunConfig) -> Hosts:
     """
     section = config.hosts
     if not section.coordinator:
+        if section.count > 1:
+            raise ValueError(
+                f"hosts.count={section.count} without hosts.coordinator: each host would run the "
+                "whole job; give HOST:PORT of host 0, or auto, or leave hosts.count out"
+            )
         return ALONE
     _check(config)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -180,10 +185,18 @@ def plan_digest(plan: Plan | None) -> str:
     """Of all that the device is told by a plan."""
     if plan is None:
         return ""
-    chunks = [(c.row.request.id, c.slot, c.pages, c.start, c.tokens, c.final) for c in plan.chunks]
+    chunks = [
+        (c.row.request.id, c.slot, c.pages, c.start, c.tokens, c.final, *_asked(c.row.request))
+        for c in plan.chunks
+    ]
     rows = [(e.row.request.id, e.slot, e.pages, e.cached) for e in plan.rows]
     text = repr((chunks, rows, plan.steps, plan.draft))
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _asked(request: Request) -> tuple:
+    """What the sampler is told of a row, when it comes in."""
+    return request.params, request.seed
 
 
 def source_digest() -> str:

@@ -76,14 +76,16 @@ class Ledger:
     def died(self, name: str, now: float) -> None:
         self.accounts[name].died = now
 
-    def report(self, now: float) -> dict[str, Any]:
-        """In JSON types: the utilisation of each replica, idle time at the end, T/m and measured.
+    def report(self) -> dict[str, Any]:
+        """In JSON types: the utilisation of each replica, idle time at the end, T/m and measured,
+        until the last that any of them did.
 
         "utilization" is the share of the time that a replica was there in which it had rows,
         "tail_idle" the share of all replicas' time after each one's last row, "ideal_seconds" T/m
         and "seconds" what it took.
         """
         accounts = self.accounts.values()
+        now = max(max(account.seen, account.died or 0.0) for account in accounts)
         began = min(account.began for account in accounts)
         there = {n: (a.died or now) - a.began for n, a in self.accounts.items()}
         seconds, whole = now - began, sum(there.values())

@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 _PROMPT_WEIGHT = 0.25  # tokens of work for one of a prompt: prefill is at least so much faster
 _LONGEST_WAIT = 1.0  # seconds for a beat before stalled replicas are looked for
 _RECALL_EVERY = 1.0  # seconds
-_MEANS = ("prefill_seconds", "decode_seconds", "gap_seconds", "compile_seconds")
-_LARGEST = ("device", "peak_memory_bytes", "device_peak_memory_bytes")  # of processes
+_SECONDS = ("prefill_seconds", "decode_seconds", "gap_seconds", "compile_seconds")
+_LARGEST = ("device", "peak_memory_bytes", "device_peak_memory_bytes", *_SECONDS)
 
 
 class ReplicasLost(RuntimeError):
@@ -148,8 +148,8 @@ class Pool:
         return outputs
 
     def stats(self) -> dict[str, Any]:
-        """Counts of all replicas together; seconds are a replica's, so that rates are the pool's,
-        and so is memory, of the one that took most.
+        """Counts of all replicas together; seconds are those of the replica that took most, so that
+        rates are the pool's, and so is memory.
 
         "pool" is the `Ledger`'s report.
         """
@@ -159,10 +159,7 @@ class Pool:
         for name in sorted(names):
             found = [stats[name] for stats in all_stats if name in stats]
             total[name] = max(found) if name in _LARGEST else sum(found)
-        for name in _MEANS:
-            if name in total:
-                total[name] /= len(all_stats)
-        return total | {"pool": self._ledger.report(self._clock())}
+        return total | {"pool": self._ledger.report()}
 
     def close(self) -> None:
         """Gives the replicas back."""

@@ -159,7 +159,7 @@ class Simulation:
         seconds = now
         computed = self._computed + sum(m.computed for m in self._machines.values())
         ideal = alone / self._capacity / seconds if seconds else 0.0
-        return Outcome(seconds, ideal, self._answers, computed, self._ledger.report(now))
+        return Outcome(seconds, ideal, self._answers, computed, self._ledger.report())
 
     def _await(self, name: str, awaited: dict[str, int]) -> None:
         end = self._machines[name].next_end

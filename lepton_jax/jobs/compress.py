@@ -103,7 +103,8 @@ class CompressJob:
         dense = measure_dense(self.config, progress)
         made = compress(self.config, self.recipe, dense, progress=progress)
         final = write(self.output, made)
-        shutil.rmtree(folder_of(self.output), ignore_errors=True)
+        if self.config.recovery.train != "none":
+            shutil.rmtree(folder_of(self.output), ignore_errors=True)
         return final
 
 

@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from lepton_jax import kept_programs
 from lepton_jax.config import RunConfig
 from lepton_jax.distributed.hosts import ALONE, Hosts
 from lepton_jax.jobs.alerts import Alerts
@@ -199,8 +200,15 @@ class Job:
           fingerprint: of the model.
         """
         exact, in_order = self._config.job.exact, self._config.job.order == "input"
+        parts = self._parts(fingerprint)
+        if self._hosts.share(parts["input"]) != parts["input"]:
+            raise JobError(
+                f"job.input={self._config.job.input!r} holds other files on host "
+                f"{self._hosts.index} than on host 0: give all hosts the same, or a place that all "
+                "share"
+            )
         began = self.output.begin(
-            self._parts(fingerprint), rounding=self._rounding(), restart=self._config.job.restart
+            parts, rounding=self._rounding(), restart=self._config.job.restart
         )
         self._total = self._source.rows
         rows = self._rows() if in_order else None
@@ -295,6 +303,7 @@ class Job:
                     self.tally.count(line, self._framing)
                     bar.add_row(self.tally.errors)
             self.output.finish()
+            self._hosts.share(True)  # jax gives a host up that the others have left for long
             self._source.report_unseen()
         finally:
             session.close()
@@ -358,6 +367,7 @@ class Job:
             "optimizer.objective": config.optimizer.objective,
             **{f"engine.{name}": value for name, value in engine.items()},
             **{f"mesh.{name}": value for name, value in vars(config.mesh).items()},
+            **kept_programs.circumstances(),
         }
 
     def _parts(self, fingerprint: str) -> dict[str, Any]:

@@ -162,9 +162,14 @@ class SweepJob:
             raise ValueError(f"{self.output} exists and is no sweep's: name a new directory")
         found = json.loads(place.read_text(encoding="utf-8"))
         other = [key for key in plan if key != "recipes" and found.get(key) != plan[key]]
+        done = {
+            name: recipe
+            for name, recipe in found["recipes"].items()
+            if (self.output / name / receipts.NAME).is_file()
+        }
         other += [
             f"recipe {name}"
-            for name, recipe in found["recipes"].items()
+            for name, recipe in done.items()
             if plan["recipes"].get(name, recipe) != recipe
         ]
         if other:
@@ -172,6 +177,7 @@ class SweepJob:
                 f"{self.output} holds a sweep of another {', '.join(other)}: name a new directory "
                 "or remove it"
             )
+        plan["recipes"] = done | plan["recipes"]  # also those that this run leaves out
         write_whole(place, json.dumps(plan, indent=1) + "\n")
 
     def _informed(self, recipe: Recipe) -> Recipe:

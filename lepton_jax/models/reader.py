@@ -29,7 +29,10 @@ IGNORED_HF_KEYS = frozenset(
 )
 
 # GGUF keys below `<architecture>.` of the same kind, and its own name, which few families ask for.
-IGNORED_GGUF_KEYS = frozenset({"architecture", "rope.scaling.finetuned", "tensor_data_layout"})
+# How embeddings are pooled is asked by `scoring.pooling`.
+IGNORED_GGUF_KEYS = frozenset(
+    {"architecture", "pooling_type", "rope.scaling.finetuned", "tensor_data_layout"}
+)
 
 
 class KeyReader:
@@ -58,6 +61,19 @@ class KeyReader:
         if default is REQUIRED:
             raise ValueError(f"{self.source}: {self.family} needs {key!r}, which is missing")
         return default
+
+    def refuse_quantized(self) -> None:
+        """Raises ValueError where `quantization_config` says that the weights are in a foreign
+        format.
+        """
+        quantized = self.get("quantization_config", None)
+        if quantized:
+            method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+            raise ValueError(
+                f"{self.source}: quantization_config says that the weights are quantized already, "
+                f"by {method!r}, which isn't read here: give the unquantized checkpoint and a "
+                "compression.preset such as int8 or int4, or a .gguf file"
+            )
 
     def nullable(self, key: str, absent: Any) -> Any:
         """The value of a key where null is not absence but a setting (a switched-off window)."""

@@ -51,15 +51,9 @@ def config_from_hf(values: dict[str, Any]) -> ModelConfig:
             f"config.json: architecture {values.get('architectures')} (model_type {kind!r}) is not "
             f"supported; supported: {', '.join(known)}"
         )
-    if quantized := values.get("quantization_config"):
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        raise ValueError(
-            f"config.json: quantization_config says that the weights are quantized already, by "
-            f"{method!r}, which isn't read here: give the unquantized checkpoint and a "
-            "compression.preset such as int8 or int4, or a .gguf file"
-        )
     ignored = IGNORED_HF_KEYS | set(family.hf_ignored)
     keys = KeyReader(values, family.name, source="config.json", ignored=ignored)
+    keys.refuse_quantized()
     config = family.hf_config(keys)
     keys.finish()
     return _settled(config)
@@ -113,8 +107,8 @@ def key_map(config: ModelConfig, source: str) -> list[Mapping]:
 def canonical_name(config: ModelConfig, source: str, name: str) -> str | None:
     """A tensor's name as `key_map` spells it, or None for a tensor that the model leaves out.
 
-    Multimodal Hugging Face checkpoints keep the language model under another prefix, and some tied
-    ones repeat the embedding as a head.
+    Multimodal Hugging Face checkpoints keep the language model under another prefix, those without
+    a head (embedding models) have none, and some tied ones repeat the embedding as a head.
     """
     if source != "hf":
         return name
@@ -122,6 +116,7 @@ def canonical_name(config: ModelConfig, source: str, name: str) -> str | None:
         return None
     name = re.sub(r"^(model\.language_model|language_model\.model)\.", "model.", name)
     name = name.removeprefix("language_model.")
+    name = re.sub(r"^(embed_tokens|layers|norm)\.", r"model.\1.", name)
     return None if config.tie_embeddings and name == "lm_head.weight" else name
 
 

@@ -89,6 +89,9 @@ def _yarn(keys: KeyReader, ratio: float) -> dict[str, Any]:
     default = yarn_attention_factor(
         factor, keys.get("mscale", None), keys.get("mscale_all_dim", None)
     )
+    # A factor on the default (DeepSeek-R1-0528-Qwen3-8B takes it back to 1), as vLLM and llama.cpp
+    # read it; transformers leaves it out.
+    default *= float(keys.get("attn_factor", 1.0))
     return {
         "factor": factor,
         "attention_factor": float(keys.get("attention_factor", default)),
@@ -136,11 +139,14 @@ def gguf_rope(keys: KeyReader, fields: dict[str, Any], tensors: frozenset[str]) 
         )
     if kind == "default" and factor != 1.0:
         kind = "linear"
+    betas = {}
     if kind == "yarn":
+        attention *= float(keys.get("rope.scaling.yarn_attn_factor", 1.0))
         attention *= yarn_attention_factor(factor)
-    rope = RopeConfig(
-        theta, dim, kind, factor=factor, trained_len=trained_len, attention_factor=attention
-    )
+        betas["beta_fast"] = float(keys.get("rope.scaling.yarn_beta_fast", 32.0))
+        betas["beta_slow"] = float(keys.get("rope.scaling.yarn_beta_slow", 1.0))
+    values = dict(factor=factor, trained_len=trained_len, attention_factor=attention, **betas)
+    rope = RopeConfig(theta, dim, kind, **values)
     return {"ropes": (rope,), "rope_factor_sets": 0}
 
 

@@ -14,6 +14,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from lepton_jax import compile_cache
 from lepton_jax.checkpoints import load as checkpoints
 from lepton_jax.config import (
@@ -104,11 +106,14 @@ class LeptonOptimizer:
         """
         task = self._task(engine_or_config, workload, given)
         compile_cache.enable()
+        platform = jax.default_backend()  # where "auto" decides the dtype
         self.found = found = Search(
             task.config,
             task.requests,
             task.tokenizer,
-            accuracy=Accuracy(task.tokenizer, self._directory, task.key.model),
+            accuracy=Accuracy(
+                task.tokenizer, self._directory, f"{task.key.model}-{task.key.dtype}-{platform}"
+            ),
             given=task.given,
             progress=progress,
         ).run()

@@ -18,15 +18,17 @@ import jax
 
 from lepton_jax.config import RunConfig
 from lepton_jax.engine.knobs import Knobs
+from lepton_jax.kept_programs import processor_name
 from lepton_jax.optimizer.costs import Costs
 from lepton_jax.optimizer.space import field_of, with_fields
 from lepton_jax.whole_file import write_whole
 
-_FORMAT = 3
+_FORMAT = 4
 _WHAT = {
     "model": "another model",
     "compression": "another compression",
     "device": "another device",
+    "dtype": "another model.dtype",
     "mesh": "another mesh",
     "jax": "another version of jax",
     "workload": "another kind of workload",
@@ -60,6 +62,7 @@ class Key:
     model: str
     compression: str
     device: str
+    dtype: str
     mesh: str
     jax: str
     workload: str
@@ -79,7 +82,8 @@ class Key:
         if devices > 1 and not {"mesh.data", "mesh.model", "mesh.expert"} & set(given):
             mesh = f"free, of {devices}"
         objective = config.optimizer.objective
-        return cls(model, asked, device_name(), mesh, jax.__version__, workload, objective)
+        device, dtype = device_name(), config.model.dtype
+        return cls(model, asked, device, dtype, mesh, jax.__version__, workload, objective)
 
     def differences(self, other: "Key") -> list[str]:
         """In words, what of another key isn't this one's."""
@@ -173,9 +177,11 @@ def _frozen(value: Any) -> Any:
 
 
 def device_name() -> str:
-    """The device's kind; a CPU's with its cores, because kinds say nothing there."""
+    """The device's kind; a CPU's with its cores and name, because kinds say nothing there."""
     device = jax.local_devices()[0]
-    return f"cpu of {os.cpu_count()}" if device.platform == "cpu" else device.device_kind
+    if device.platform != "cpu":
+        return device.device_kind
+    return f"cpu of {os.cpu_count()}, {processor_name()}"
 
 
 def default_directory() -> Path:

@@ -61,7 +61,10 @@ def recover_model(
     )
     seen = reference(teacher.model, teacher.leaves, drawn.tokens)
     folder = None if folder is None else Path(folder).expanduser()
-    found, told = recover(student, seen, section, folder=folder, listen=listen)
+    if section.train == "none":
+        raise ValueError("recovery.train='none' is not allowed here: want norms, lora or all")
+    taught = dict(taught_by=teacher.fingerprint)
+    found, told = recover(student, seen, section, folder=folder, listen=listen, **taught)
     weights = weights_sha256(found.model.specs, found.leaves)
     found = dataclasses.replace(found, fingerprint=fingerprint_of(student.fingerprint, weights))
     return found, told | {"text": drawn.receipt}

@@ -34,13 +34,24 @@ def remedies(plan: Plan) -> list[str]:
             if _holds(plan, served_of(config, plan.chip)):
                 found.append(f"compression.preset={preset}")
                 break
-    for shards in (2, 4, 8, 16, 32, 64):
+    for shards in _shards(plan):
         spread = math.gcd(plan.served.spread, shards)
         shared = dataclasses.replace(plan.served, shards=shards, spread=spread)
         if shards > plan.served.shards and _holds(plan, shared):
             found.append(f"mesh.model={shards}" + _slice_for(plan, shards))
             break
     return found or _elsewhere(plan)
+
+
+def _shards(plan: Plan) -> list[int]:
+    """Devices that may share the model: those at hand, where no slice is named; those of a CPU have
+    one memory.
+    """
+    sizes = [2, 4, 8, 16, 32, 64]
+    if plan.config.plan.topology:
+        return sizes
+    devices = plan.target.devices
+    return [s for s in sizes if s <= len(devices) and devices[0].platform != "cpu"]
 
 
 def _holds(plan: Plan, served: Served) -> bool:

@@ -91,11 +91,11 @@ class Source:
         A file that is followed has none: it may have grown.
         """
         if self.follower:
-            return [[PurePosixPath(self.names[0]).name, "grows"]]
+            return [[*short_names(self.names), "grows"]]
         found, rows = [], 0
-        for name in self.names:
+        for name, short in zip(self.names, short_names(self.names), strict=True):
             mark, lines = digest(name)
-            found.append([PurePosixPath(name).name, mark])
+            found.append([short, mark])
             rows = None if rows is None or lines is None else rows + lines
         if self.format == "parquet":
             rows = sum(tables.parquet_rows(name) for name in self.names)
@@ -152,8 +152,8 @@ class Source:
 
     def _records(self) -> Iterator[Record]:
         several = len(self.names) > 1
-        for name in self.names:
-            shard = PurePosixPath(name).name if several else ""
+        for name, short in zip(self.names, short_names(self.names), strict=True):
+            shard = short if several else ""
             for line, values in self._read(name):
                 if isinstance(values, RowError):
                     yield Record(line, shard, values)
@@ -271,6 +271,18 @@ def template_parts(template: str) -> list[tuple[str, str | None]]:
     if template and not any(name for _, name, _, _ in parts):
         raise JobError(f"job.template={template!r} has no column: {example}")
     return [(text, name) for text, name, _, _ in parts]
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Of files, without folders; of several with the same, from the folder that all are in."""
+    paths = [PurePosixPath(name) for name in names]
+    short = [path.name for path in paths]
+    if len(set(short)) == len(short):
+        return short
+    common = 0
+    while len({path.parts[: common + 1] for path in paths}) == 1:
+        common += 1
+    return ["/".join(path.parts[common:]) for path in paths]
 
 
 def storable(value: Any) -> Any:

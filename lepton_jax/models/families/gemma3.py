@@ -50,6 +50,7 @@ def hf_config(keys: KeyReader) -> ModelConfig:
         source=f"{keys.source} text_config",
         ignored=IGNORED_HF_KEYS | set(FAMILY.hf_ignored),
     )
+    text.refuse_quantized()
     config = _text_config(text)
     text.finish()
     return config

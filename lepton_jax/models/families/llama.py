@@ -27,7 +27,11 @@ SMOLLM3_ROPE_INTERVAL = 4  # the last of so many layers has no RoPE
 def hf_config(keys: KeyReader) -> ModelConfig:
     """config.json of model_type "llama" and "smollm3"."""
     smollm3 = keys.get("model_type") == "smollm3"
-    fields = base_hf_fields(keys, {"tie_word_embeddings": smollm3})
+    defaults = {"tie_word_embeddings": smollm3}
+    older = keys.get("max_sequence_length", None)  # of Llama 1
+    if older is not None:
+        defaults["max_position_embeddings"] = older
+    fields = base_hf_fields(keys, defaults)
     bias = bool(keys.get("attention_bias", False))
     keys.choice("rope_interleaved", False, {False: False})
     rope = hf_rope(keys, fields, theta=SMOLLM3_THETA if smollm3 else 10_000.0)

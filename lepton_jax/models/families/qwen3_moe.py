@@ -23,6 +23,9 @@ def hf_config(keys: KeyReader) -> ModelConfig:
             "supported; supported: []"
         )
     keys.choice("decoder_sparse_step", 1, {1: 1})
+    for key, only in (("use_qk_norm", True), ("qkv_bias", False)):  # Qwen3-Coder names them
+        keys.choice(key, only, {only: only})
+    keys.choice("shared_expert_intermediate_size", 0, {0: 0})
     window = keys.nullable("sliding_window", 4096) or 0
     window = window if keys.get("use_sliding_window", False) else 0
     bias = bool(keys.get("attention_bias", False))
@@ -46,6 +49,7 @@ def gguf_config(keys: KeyReader, tensors: frozenset[str]) -> ModelConfig:
     """Metadata of architecture "qwen3moe", which always divides by the sum of the weights."""
     fields = base_gguf_fields(keys, tensors)
     fields["ffn_size"] = keys.number("expert_feed_forward_length")
+    keys.choice("expert_shared_feed_forward_length", 0, {0: 0})
     return ModelConfig(
         family="qwen3_moe",
         qk_norm=True,
