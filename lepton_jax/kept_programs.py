@@ -90,7 +90,7 @@ class KeptPrograms:
         """The folder of programs made by this source, with these versions and flags."""
         with self._lock:
             if self._folder is None:
-                folder = self._directory / _digest(*_LOADED, *_environment())
+                folder = self._directory / _digest(_SOURCE, *_VERSIONS, *_environment())
                 folder.mkdir(parents=True, exist_ok=True)
                 os.utime(folder)
                 ours = [p for p in self._directory.iterdir() if _DIGEST.fullmatch(p.name)]
@@ -103,10 +103,15 @@ class KeptPrograms:
 def circumstances() -> dict[str, str]:
     """What else than settings decides how a program rounds, by name: for people, and to compare."""
     return {
-        "jax": importlib.metadata.version("jax"),
-        "lepton_jax": _digest(*_LOADED)[:8],
+        "jax": jax.__version__,
+        "lepton_jax": source_digest(),
         "device": f"{jax.devices()[0].device_kind}, {processor_name()}",
     }
+
+
+def source_digest() -> str:
+    """Of this package's code as it runs here: checkouts differ where versions don't."""
+    return _SOURCE
 
 
 def processor_name() -> str:
@@ -146,14 +151,11 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _loaded() -> list[str]:
-    """The source and the versions that this process runs: later ones on disk aren't its own."""
+def _read_source() -> str:
     package = Path(__file__).parent
     sources = sorted(package.rglob("*.py"))
-    return [
-        *(f"{path.relative_to(package)} {_digest_of(path.read_bytes())}" for path in sources),
-        *(f"{name} {_version(name)}" for name in _PACKAGES),
-    ]
+    texts = (f"{path.relative_to(package)} {_digest_of(path.read_bytes())}" for path in sources)
+    return _digest(*texts)[:16]
 
 
 def _environment() -> list[str]:
@@ -196,4 +198,6 @@ def _digest_of(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-_LOADED = _loaded()
+# At import: what is on disk later isn't what this process runs.
+_SOURCE = _read_source()
+_VERSIONS = [f"{name} {_version(name)}" for name in _PACKAGES]

@@ -26,10 +26,10 @@ from lepton_jax.config import (
     SamplingParams,
 )
 from lepton_jax.distributed import hosts, ray_replicas
-from lepton_jax.distributed.hosts import source_digest
 from lepton_jax.distributed.ray_replicas import RayActors
 from lepton_jax.jobs.driver import Job
 from lepton_jax.jobs.mode_for import mode_for
+from lepton_jax.kept_programs import source_digest
 
 ROWS = 24
 
@@ -136,7 +136,7 @@ import sys
 from test_distributed_ray import fake_ray
 from lepton_jax.api import LeptonEngine
 from lepton_jax.config import ModelSection, PoolSection, RunConfig
-from lepton_jax.distributed.hosts import source_digest
+from lepton_jax.kept_programs import source_digest
 
 sys.modules["ray"] = fake_ray(("a", 8, source_digest()))
 config = RunConfig(model=ModelSection(sys.argv[1]), pool=PoolSection(ray=1, gpus=1.0))

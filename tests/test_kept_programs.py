@@ -57,7 +57,7 @@ def test_a_name_is_that_of_one_program_in_one_environment(kept, tmp_path, monkey
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
     others.append(KeptPrograms(tmp_path).name("a shape", HERE))
     monkeypatch.undo()
-    monkeypatch.setattr(kept_programs, "_LOADED", ["jax 0.0.1"])
+    monkeypatch.setattr(kept_programs, "_VERSIONS", ["jax 0.0.1"])
     others.append(KeptPrograms(tmp_path).name("a shape", HERE))
     monkeypatch.undo()
     with jax.default_matmul_precision("float32"):  # a setting may change in a process
@@ -70,7 +70,7 @@ def test_a_name_is_of_the_source_that_runs_not_of_a_later_one(tmp_path, monkeypa
     before = KeptPrograms(tmp_path).name("a shape", HERE)
     monkeypatch.setattr(kept_programs, "__file__", str(tmp_path / "edited" / "kept_programs.py"))
     monkeypatch.setattr(kept_programs, "_version", lambda package: "0.0.1")
-    assert kept_programs._loaded() != kept_programs._LOADED
+    assert kept_programs._read_source() != kept_programs.source_digest()
     assert KeptPrograms(tmp_path).name("a shape", HERE) == before
 
 

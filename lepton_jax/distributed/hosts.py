@@ -18,7 +18,6 @@ import sys
 import time
 import traceback
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,6 +27,7 @@ from lepton_jax.checkpoints.load import identify
 from lepton_jax.config import HostsSection, RunConfig
 from lepton_jax.distributed.links import Link, accept, connect, leave, tell
 from lepton_jax.engine.request import Plan, Request
+from lepton_jax.kept_programs import source_digest
 
 _PACKAGES = ("jax", "jaxlib", "numpy")
 _GRACE = 3.0  # seconds
@@ -197,16 +197,6 @@ def plan_digest(plan: Plan | None) -> str:
 def _asked(request: Request) -> tuple:
     """What the sampler is told of a row, when it comes in."""
     return request.params, request.seed
-
-
-def source_digest() -> str:
-    """Of this package's code: checkouts differ where versions don't."""
-    folder = Path(__file__).parents[1]
-    files = sorted(folder.rglob("*.py"))
-    digest = hashlib.blake2b(digest_size=8)
-    for file in files:
-        digest.update(str(file.relative_to(folder)).encode() + file.read_bytes())
-    return digest.hexdigest()
 
 
 def _check(config: RunConfig) -> None:

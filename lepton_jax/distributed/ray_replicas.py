@@ -16,9 +16,9 @@ from typing import Any, Protocol
 import jax
 
 from lepton_jax.config import PoolSection
-from lepton_jax.distributed.hosts import source_digest
 from lepton_jax.distributed.replicas import Beat, Command, process_stats, serve
 from lepton_jax.engine.protocol import Limits
+from lepton_jax.kept_programs import source_digest
 
 
 class Starter(Protocol):

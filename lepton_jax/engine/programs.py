@@ -12,9 +12,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any
 
 from lepton_jax import host_memory
+from lepton_jax.kept_programs import KeptProgram
 
 log = logging.getLogger(__name__)
 
@@ -25,13 +26,6 @@ class LateCompileError(RuntimeError):
     """A strict engine met a program shape that its warm-up had not asked for."""
 
 
-class Made(Protocol):
-    """A program, and the seconds that compiling it took, here or in another process."""
-
-    program: Any
-    seconds: float
-
-
 class Programs:
     """What `compile_shape` makes, kept by shape.
 
@@ -40,7 +34,7 @@ class Programs:
       late: how many the warm-up had not asked for.
     """
 
-    def __init__(self, compile_shape: Callable[[Any], Made], *, strict: bool = False):
+    def __init__(self, compile_shape: Callable[[Any], KeptProgram], *, strict: bool = False):
         self.compiled: dict[Any, Any] = {}
         self.late = 0
         self._compile_shape, self._strict = compile_shape, strict
