@@ -7,6 +7,7 @@ are `lepton_jax.run`, `compress`, `plan`, `tune` and `bench`. The package loads 
 engine is named.
 """
 
+from lepton_jax import telemetry as telemetry  # its clock begins
 from lepton_jax.config import (
     CascadeSection,
     EngineSection,

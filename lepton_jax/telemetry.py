@@ -8,7 +8,6 @@ jax.
 
 import dataclasses
 import importlib
-import os
 import resource
 import sys
 import time
@@ -226,13 +225,10 @@ def peak_memory_bytes() -> int:
 
 
 def running_seconds() -> float:
-    """Since this process began; since this module was imported where the system doesn't tell."""
-    try:
-        after_name = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-        began = int(after_name[19]) / os.sysconf("SC_CLK_TCK")  # seconds after the system's start
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - began
-    except (OSError, AttributeError):
-        return time.monotonic() - _IMPORTED
+    """Since the program began, which is when it first named this package. The process may be older:
+    a shell that ends in `exec` keeps its own beginning.
+    """
+    return time.monotonic() - _IMPORTED
 
 
 class ScalarLog:
