@@ -153,6 +153,9 @@ class EngineSection:
         "dtype of the cache: auto (that of the weights; bfloat16 where they are compressed), "
         "float32, bfloat16, float16; int8 (not on TPU) or float8_e4m3fn for half the memory",
     )
+    attention_block: int = _doc(
+        0, "cached tokens that attention reads at a time, whole pages; 0: the kernel's own choice"
+    )
     prefix_cache: bool = _doc(True, "reuse the cache of prompts that begin alike")
     speculation: str = _doc(
         "off",
@@ -175,6 +178,8 @@ class EngineSection:
             _check(self, name, 1 <= getattr(self, name) <= _MOST, "1 or more")
         for name in ("num_pages", "max_len"):
             _check(self, name, 0 <= getattr(self, name) <= _MOST, "0 (the engine chooses) or more")
+        whole = 0 <= self.attention_block <= _MOST and self.attention_block % self.page_size == 0
+        _check(self, "attention_block", whole, f"0, or pages of engine.page_size={self.page_size}")
         _check(self, "cache_share", 0 < self.cache_share <= 1, "more than 0, at most 1")
         _check(self, "kv_dtype", self.kv_dtype in KV_DTYPES, f"one of {', '.join(KV_DTYPES)}")
         _check(self, "draft_cost", 0 <= self.draft_cost < math.inf, "0 (measured) or more")

@@ -74,6 +74,7 @@ def test_the_package_exports_what_settings_in_python_need():
         (EngineSection, {"max_len": -1}),
         (EngineSection, {"prefix_cache": 1}),
         (EngineSection, {"kv_dtype": "fp8"}),
+        (EngineSection, {"attention_block": 100}),
         (JobSection, {"mode": "dream"}),
         (JobSection, {"limit": -1}),
         (SamplingParams, {"max_tokens": 0}),

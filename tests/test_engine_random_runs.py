@@ -95,6 +95,7 @@ class Runs(RuleBasedStateMachine):
             reserve_pages=data.draw(st.integers(0, 2)),
             beat_cost=data.draw(st.sampled_from([0.0, 1.0, 9.0])),
             longest_first=data.draw(st.booleans()),
+            prefill_beats=data.draw(st.sampled_from([0, 1, 2, 64])),
         )
         self.idle.clear()  # how long a row may wait depends on the knobs
 

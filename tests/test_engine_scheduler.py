@@ -141,16 +141,33 @@ def test_a_program_is_never_smaller_than_a_tile():
     finished_as_alone(e, a)
 
 
-def test_ready_rows_decode_while_a_long_prompt_takes_its_beats():
+@pytest.mark.parametrize(
+    ("beats", "plans"),
+    [
+        (0, [("b", "a"), ("b", "a"), ("b", "a"), ("bc", "abc")]),
+        (1, [("b", ""), ("b", "a"), ("b", ""), ("bc", "abc")]),
+        (2, [("b", ""), ("b", ""), ("b", "a"), ("bc", "abc")]),
+        (4, [("b", ""), ("b", ""), ("b", ""), ("bc", "abc")]),
+    ],
+)
+def test_ready_rows_decode_after_so_many_beats_of_a_long_prompt(beats, plans):
     e = engine(rows=3, prefill_chunk=8)
-    a, b, c = request("a", [1] * 8, **NEVER), request("b", [2] * 20), request("c", [3] * 8)
+    e.scheduler.knobs = knobs_of(e, prefill_beats=beats)
+    a, b, c = request("a", [1] * 8, **NEVER), request("b", [2] * 28), request("c", [3] * 4)
     e.add(a)
     e.beat()
     e.add(b, c)
-    assert [names(e.beat()) for _ in range(2)] == [("b", "a"), ("b", "a")]
-    assert names(e.beat()) == ("bc", "ab")  # no waiting request is left
+    assert [names(e.beat()) for _ in plans] == plans  # then no waiting request is left
     e.run()
     finished_as_alone(e, a, b, c)
+
+
+def test_nobody_waits_for_a_long_prompt_in_the_last_slot():
+    e = engine(rows=2, prefill_chunk=8)
+    e.add(request("a", [1] * 8, **NEVER))
+    e.beat()
+    e.add(request("b", [2] * 20), request("c", [3] * 8))
+    assert names(e.beat()) == ("b", "a")
 
 
 def test_a_shared_beginning_is_computed_once_even_within_one_program():

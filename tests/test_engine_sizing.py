@@ -11,6 +11,7 @@ from lepton_jax.config import EngineSection, SamplingParams
 from lepton_jax.engine import loop, sizing
 from lepton_jax.engine.sizing import cache_budget, plan_sizes
 from lepton_jax.kernels import attention_xla
+from lepton_jax.kernels.attention import Blocked
 
 GIB = 2**30
 MODEL, LEAVES = tiny("llama", layers=1)
@@ -78,3 +79,12 @@ def test_too_little_memory_for_one_request_is_an_error_that_num_pages_overrules(
     assert loop.Engine(MODEL, LEAVES, section=free, workload=[(10, params)]).max_len == 40
     given = EngineSection(rows=4, page_size=16, max_len=64, num_pages=5)
     assert loop.Engine(MODEL, LEAVES, section=given).limits.num_pages == 5
+
+
+def test_an_engine_attends_in_the_blocks_that_were_asked_for():
+    def backend(block):
+        section = EngineSection(rows=4, page_size=16, max_len=64, attention_block=block)
+        return loop.Engine(MODEL, LEAVES, section=section).runner.backend
+
+    assert backend(0) is attention_xla
+    assert backend(48) == Blocked(attention_xla, 48)

@@ -4,6 +4,8 @@ Small shapes and one layer: whether Mosaic takes the kernel. Memory and copies a
 `test_kernels_tpu.py`.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from jax.sharding import Mesh
 from tpu_topology import compile_on, compiled_text, kernel_calls
 
 from lepton_jax.kernels import attention_tpu as tpu
-from lepton_jax.kernels.attention import PagedBatch, decode_batch
+from lepton_jax.kernels.attention import PagedBatch, backend_for, decode_batch
 from lepton_jax.planning.topology import topology_devices
 from lepton_jax.tensors import vector_memory
 
@@ -23,10 +25,10 @@ HEADS = {64: (4, 2, 64), 96: (4, 2, 96), 128: (4, 2, 128), 256: (2, 2, 256)}
 ROWS, WIDTH, PAGES, PAGE, TOKENS = 8, 4, 40, 64, 32
 
 
-def decode(cache, q, lengths, table):
+def decode(cache, q, lengths, table, backend=tpu):
     batch = decode_batch(lengths, lengths > 0, table)
-    cache = tpu.write(cache, q[:, :, 0], q[:, :, 1], batch)
-    return cache, tpu.attend(q, cache, batch, decode=True, scale=0.1)
+    cache = backend.write(cache, q[:, :, 0], q[:, :, 1], batch)
+    return cache, backend.attend(q, cache, batch, decode=True, scale=0.1)
 
 
 def prefill(cache, q, batch):
@@ -79,3 +81,19 @@ def test_decode_and_prefill_compile(chip, head_dim):
         donate_argnums=[0],
     )
     assert len(kernel_calls(compiled_text(compiled), "ragged_paged_attention")) == 2
+
+
+@pytest.mark.parametrize("block", tpu.BLOCKS)
+def test_any_block_of_cached_tokens_compiles(block):
+    heads, width = HEADS[128], 4096 // PAGE
+    cache = tpu.cache_layer(PAGES, PAGE, heads[0], 128, dtype=jnp.bfloat16)
+    compiled = compile_on(
+        Mesh(np.array(topology_devices("v5e:1x1")).reshape(1, 1), ("data", "model")),
+        functools.partial(decode, backend=backend_for("tpu", block)),
+        jax.tree.map(lambda spec: spec.abstract(), cache),
+        jax.ShapeDtypeStruct((ROWS, *heads), jnp.bfloat16),
+        ints(ROWS),
+        ints(ROWS, width),
+        donate_argnums=[0],
+    )
+    assert len(kernel_calls(compiled_text(compiled), "ragged_paged_attention")) == 1

@@ -133,6 +133,27 @@ def test_cpu_and_gpu_share_a_backend():
     assert backend_for("cpu") is backend_for("gpu") is attention_xla
 
 
+@pytest.mark.parametrize("decode", [True, False])
+def test_other_blocks_visit_other_places_and_give_the_same(decode):
+    rng = np.random.default_rng(0)
+    lengths = np.int32([150, 3, 64, 7])
+    batch = decode_batch(jnp.asarray(lengths), True, page_table(rng, 4))
+    if not decode:
+        batch = prefill_batch(rng, [(0, 70), (130, 20), (31, 2)], 8)
+    filled = dict(table=batch.page_table, lengths=batch.kv_lens)
+    cache = filled_cache(rng, "float32", **filled).transpose(0, 2, 3, 1, 4)
+    q = np.float32(rng.normal(size=(len(batch.positions), K, G, H)))
+    attend = functools.partial(attention_xla.attend, decode=decode, scale=0.3)
+    want, texts = jax.jit(attend)(q, cache, batch), set()
+    for block in (2 * Z, 64, 256):
+        backend = backend_for("cpu", block)
+        blocked = jax.jit(functools.partial(backend.attend, decode=decode, scale=0.3))
+        np.testing.assert_allclose(blocked(q, cache, batch), want, atol=2e-6)
+        texts.add(blocked.lower(q, cache, batch).as_text())
+        assert backend.Q_TILE == attention_xla.Q_TILE and str(block) in backend.__name__
+    assert len(texts) == 3
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("window", "soft_cap"), [(0, 0.0), (9, 3.0)])
 def test_a_view_verifies_several_tokens_a_row(window, soft_cap, dtype):

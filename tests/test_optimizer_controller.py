@@ -148,6 +148,33 @@ def test_it_settles_within_50_beats():
         assert len(feedback.decisions) <= 12, explained(feedback.decisions)
 
 
+LONG = rows(48, mean=60, limit=128, prompt=(1500, 3000))
+LONG_AND_SHORT = [*LONG[:20], *rows(60, mean=60, limit=128)]
+random.Random(0).shuffle(LONG_AND_SHORT)
+
+
+@pytest.mark.parametrize("timed", [False, True])
+@pytest.mark.parametrize("costs", [CPU, TPU], ids=["cpu", "tpu"])
+@pytest.mark.parametrize("work", [LONG, LONG_AND_SHORT], ids=["long", "mixed"])
+def test_long_prompts_are_not_cut_by_blocks_for_few_rows(work, costs, timed):
+    sizes = dataclasses.replace(SIZES, max_len=4096, num_pages=9000)
+
+    def seconds(objective="throughput", beats=None):
+        engine = SimulatedEngine(sizes, costs)
+        engine.scheduler.turn(**DEFAULT)
+        if beats is None:
+            Feedback(engine, timed=timed, objective=objective)
+        else:
+            engine.scheduler.turn(prefill_beats=beats)
+        return engine.run(work), engine.scheduler.knobs.prefill_beats
+
+    static = {beats: seconds(beats=beats)[0] for beats in (0, 4, 16, 64)}
+    found, beats = seconds()
+    assert found <= 1.04 * min(static.values())
+    assert static[0] >= (1.1 if costs is CPU else 1.7) * found
+    assert beats > 4 and seconds("latency")[1] == 1
+
+
 def test_a_shift_is_followed():
     """Short answers, then long ones, where beats are dear: no knobs that stay are good for both."""
     work = rows(1500, mean=4, limit=64, seed=6) + rows(96, mean=900, limit=256, seed=5)

@@ -2,13 +2,14 @@
 
 import itertools
 import random
+import types
 
 import pytest
 
 from lepton_jax.config import EngineSection, RunConfig, SamplingParams
 from lepton_jax.optimizer.costs import UNIT, Costs, settled
 from lepton_jax.optimizer.play import Play, prefill_sizes
-from lepton_jax.optimizer.refine import gain, tokens_a_round
+from lepton_jax.optimizer.refine import gain, refinements, tokens_a_round
 from lepton_jax.optimizer.sample import SampledRequest
 from lepton_jax.optimizer.simulated_engine import SimulatedEngine, SimulatedRow, SimulatedSizes
 from lepton_jax.telemetry import BeatStats
@@ -87,6 +88,21 @@ def test_what_lookup_would_have_given():
     assert tokens_a_round(copies, [(2, 3, 4, 5, 6, 7, 8, 1, 2)], [3]) == {3: 9 / 3}
     assert tokens_a_round(copies, [(90, 91, 92)], [3, 7]) == {3: 1.0, 7: 1.0}
     assert tokens_a_round(copies, [()], [3]) == {3: 0.0}
+
+
+@pytest.mark.parametrize(("attention", "blocks"), [(0.5, {64: 0.95, 256: 0.95}), (0.0, {64: 1.0})])
+def test_other_blocks_of_attention_promise_a_tenth_of_it(attention, blocks):
+    given = ("engine.prefill_sizes", "engine.speculation")
+    predictor = types.SimpleNamespace(attention_share=lambda config: attention)
+
+    def promised(*more, **engine):
+        config = RunConfig(engine=EngineSection(**engine))
+        found = refinements(config, None, [], predictor=predictor, given=(*given, *more))
+        return {fields["engine.attention_block"]: share for fields, share in found}
+
+    assert blocks.items() <= promised().items()
+    assert set(promised(page_size=128)) == {256}  # whole pages
+    assert not promised("engine.attention_block") and not promised(attention_block=128)
 
 
 def test_exact_jobs_reckon_with_the_known_cost_of_a_draft():

@@ -210,6 +210,17 @@ def test_the_longest_request_is_cut_as_the_engine_cuts_it(predictor):
     assert predictor._sizes(longer).max_len == 8192
 
 
+def test_the_share_of_attention_grows_with_the_texts(predictor):
+    config = RunConfig(engine=EngineSection(rows=2))
+
+    def share(prompt, answer):
+        request = SampledRequest((1,) * prompt, SamplingParams(max_tokens=answer))
+        return Predictor(predictor._model, [request] * 4).attention_share(config)
+
+    shares = [share(8, 8), share(80, 80), share(800, 80), share(800, 2000), share(8000, 2000)]
+    assert shares == sorted(shares) and 0 < shares[0] < 0.2 and 0.6 < shares[-1] < 1
+
+
 def test_a_draft_model_takes_memory(predictor):
     config = with_fields(RunConfig(), {"engine.rows": 2, "engine.draft_preset": "int8"})
     drafting = with_fields(config, {"engine.speculation": "draft"})

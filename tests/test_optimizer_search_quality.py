@@ -35,7 +35,7 @@ SPACE = {
     ("engine.prefill_chunk",): [(64,), (512,)],
     ("mesh.data", "mesh.model"): [(1, 1), (2, 1)],
 }
-GIVEN = ("engine.speculation", "engine.prefill_sizes")
+GIVEN = ("engine.speculation", "engine.prefill_sizes", "engine.attention_block")
 
 
 def requests(count, *, prompt, limit) -> list[SampledRequest]:

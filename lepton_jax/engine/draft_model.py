@@ -9,7 +9,6 @@ is random. Read next: `speculation.py`, which verifies them.
 """
 
 import dataclasses
-from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 from lepton_jax.engine.row_params import RowParams, SampleSpec
 from lepton_jax.engine.sampling import sample
 from lepton_jax.engine.steps import RUNNING, RowState, attend_pages
-from lepton_jax.kernels.attention import PagedBatch, decode_batch
+from lepton_jax.kernels.attention import Backend, PagedBatch, decode_batch
 from lepton_jax.models.decoder import Decoder
 
 _CATCH_UP = 32  # tokens of a row that are caught up at once
@@ -53,7 +52,7 @@ class Drafter:
     """
 
     decoder: Decoder
-    backend: ModuleType
+    backend: Backend
     table: jax.Array
     here: jax.Array | bool
     params: RowParams

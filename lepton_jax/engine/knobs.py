@@ -19,6 +19,8 @@ class Knobs:
     Attributes:
       decode_block: most steps of a block.
       prefill_chunk: most prompt tokens of a beat, padding to tiles included.
+      prefill_beats: most beats between two blocks that one long prompt may fill alone, while more
+        rows could be admitted.
       live_rows: most rows that hold a slot; rows beyond a lowered value stay until they end.
       draft: most tokens that a step of a speculative block verifies; 0: no speculation.
       admit_together: free slots to wait for before rows are admitted, so that their prompts fill a
@@ -31,6 +33,7 @@ class Knobs:
     decode_block: int
     prefill_chunk: int
     live_rows: int
+    prefill_beats: int = 4
     draft: int = 0
     admit_together: int = 1
     reserve_pages: int = 0

@@ -69,7 +69,7 @@ class Engine:
         if devices is not None:
             placement = Placement(devices, model.heads)
         leaves, model = placement.put_all(model.specs, leaves), model.on(placement.axis)
-        backend = backend_for(placement.devices[0].platform)
+        backend = backend_for(placement.devices[0].platform, section.attention_block)
         compressed = any(isinstance(leaf, CompressedTensor) for leaf in leaves)
         kv_dtype = kv_dtype_of(section, model.specs["embed"].dtype, compressed=compressed)
         planned = cache_budget(placement.first, _nbytes(leaves) // len(placement.devices))

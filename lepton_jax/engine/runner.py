@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import time
 import weakref
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -28,6 +27,7 @@ from lepton_jax.engine.rungs import Rungs, Sizes, fit
 from lepton_jax.engine.scored import ScoreResult, ScoreSpec
 from lepton_jax.engine.scoring import ScoreShape
 from lepton_jax.kept_programs import KeptProgram
+from lepton_jax.kernels.attention import Backend
 from lepton_jax.models.build import Model
 from lepton_jax.sharding import Placement
 from lepton_jax.sharding.placement import CUT_SPEC, WHOLE_SPEC, specs_of
@@ -89,7 +89,7 @@ class Runner:
         leaves: tuple,
         *,
         sizes: Sizes,
-        backend: ModuleType,
+        backend: Backend,
         kv_dtype: Any,
         eos_ids: tuple[int, ...],
         strict: bool = False,

@@ -34,6 +34,7 @@ from lepton_jax.engine.request import (
 from lepton_jax.engine.rungs import Sizes
 from lepton_jax.engine.scored import Scored, ScoreResult
 
+_MOST_BEATS = 64  # of `prefill_beats`
 _ORDER_WINDOW = 128  # waiting rows among which `longest_first` looks, and the most that pass one
 
 
@@ -76,6 +77,7 @@ class Scheduler:
             admit_together=sizes.rows,
             reserve_pages=sizes.banks * sizes.num_pages,
             beat_cost=math.inf,
+            prefill_beats=_MOST_BEATS,
             longest_first=True,
         )
         self._draft = 0  # of the block that is being planned
@@ -93,6 +95,7 @@ class Scheduler:
         self._rows: dict[str, Row] = {}  # all that are not finished
         self._unread = 0  # plans scheduled but not committed
         self._starved = False  # a waiting row found too few pages in this beat
+        self._alone = 0  # beats that one prompt filled since the last block
         self._admitting = False  # enough slots were free, and rows have been admitted since
         self._passed = 0  # rows admitted before the one at the head of the queue
 
@@ -102,7 +105,14 @@ class Scheduler:
 
     @knobs.setter
     def knobs(self, knobs: Knobs) -> None:
-        least = Knobs(decode_block=1, prefill_chunk=self._tile, live_rows=1, draft=0, beat_cost=0)
+        least = Knobs(
+            decode_block=1,
+            prefill_chunk=self._tile,
+            live_rows=1,
+            draft=0,
+            beat_cost=0,
+            prefill_beats=0,
+        )
         for field in dataclasses.fields(Knobs):
             value, low, high = (getattr(k, field.name) for k in (knobs, least, self._most))
             if not low <= value <= high:
@@ -171,8 +181,8 @@ class Scheduler:
         """The next beat; None where nothing can be planned before what is in flight is committed.
 
         New rows go first, because a decode step costs nearly the same for few rows as for many:
-        while more requests could still be admitted, a beat only prefills. A prompt so long that it
-        fills a beat alone is the exception, lest the ready rows starve behind it.
+        while more requests could still be admitted, a beat only prefills. Behind a prompt so long
+        that it fills beats alone the ready rows would starve: of these only so many follow another.
         """
         if not self._make_room():
             return None
@@ -181,8 +191,12 @@ class Scheduler:
             if chunk.final and chunk.row.request.scoring:
                 self._release(chunk.row)
         long_alone = len(chunks) == 1 and not chunks[0].final
-        prefill_only = chunks and self._may_admit() and not self._starved and not long_alone
-        rows, steps = ((), 0) if prefill_only else self._decode()
+        self._alone += long_alone
+        enough = long_alone and self._alone > self._knobs.prefill_beats
+        if chunks and self._may_admit() and not self._starved and not enough:
+            rows, steps = (), 0
+        else:
+            self._alone, (rows, steps) = 0, self._decode()
         if not chunks and not rows:
             return None
         self._unread += 1

@@ -8,7 +8,6 @@ never in memory. Here too: its buffers. What may be asked is `scored.py`; read n
 
 import dataclasses
 from collections.abc import Sequence
-from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from lepton_jax.engine.request import Chunk
 from lepton_jax.engine.sampling import log_total
 from lepton_jax.engine.scored import ScoreResult, ScoreSpec
 from lepton_jax.engine.steps import attend_pages
-from lepton_jax.kernels.attention import PagedBatch
+from lepton_jax.kernels.attention import Backend, PagedBatch
 from lepton_jax.models.build import Model
 
 _SLICE_BYTES = 32 << 20  # of the logits in memory at a time
@@ -64,7 +63,7 @@ def score(
     packed: jax.Array,
     *,
     model: Model,
-    backend: ModuleType,
+    backend: Backend,
     shape: ScoreShape,
 ) -> tuple[tuple, jax.Array]:
     """Computes packed prompt chunks. The second result is laid out by `score_result_layout`."""

@@ -6,7 +6,6 @@ Read next: `rungs.py` (the sizes), `loop.py` (who asks).
 
 import logging
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ import psutil
 
 from lepton_jax.config import EngineSection
 from lepton_jax.engine.rungs import Sizes
+from lepton_jax.kernels.attention import Backend
 from lepton_jax.models.build import Model
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def plan_sizes(
     section: EngineSection,
     model: Model,
     *,
-    backend: ModuleType,
+    backend: Backend,
     kv_dtype: Any,
     totals: Sequence[int],
     budget: Sequence[int],

@@ -11,7 +11,6 @@ Proposals come from `lookup.py` or `draft_model.py`; how long they are is decide
 """
 
 import dataclasses
-from types import ModuleType
 from typing import NamedTuple
 
 import jax
@@ -31,6 +30,7 @@ from lepton_jax.engine.steps import (
     close_views,
     open_views,
 )
+from lepton_jax.kernels.attention import Backend
 from lepton_jax.models.build import Model
 from lepton_jax.models.decoder import Decoder
 from lepton_jax.sharding import Axis
@@ -43,7 +43,7 @@ def speculative_block(
     packed: jax.Array,
     *,
     model: Model,
-    backend: ModuleType,
+    backend: Backend,
     shape: DecodeShape,
     draft: Model | None = None,
 ) -> tuple[tuple[tuple, tuple, tuple], RowState, jax.Array]:
@@ -79,7 +79,7 @@ def speculative_block(
 
 
 def _drafter(
-    decoder: Decoder, backend: ModuleType, inputs: dict[str, jax.Array], spec: SampleSpec
+    decoder: Decoder, backend: Backend, inputs: dict[str, jax.Array], spec: SampleSpec
 ) -> Drafter:
     params = unpack(inputs["params"], spec)
     plain = dataclasses.replace(spec, penalties=False, logprobs=-1)
@@ -108,7 +108,7 @@ class _Block:
     """A block while it is traced: what stays the same in all its steps."""
 
     decoder: Decoder
-    backend: ModuleType
+    backend: Backend
     shape: DecodeShape
     inputs: dict[str, jax.Array]
     entry: RowState

@@ -10,7 +10,6 @@ Read next: `packing.py` (inputs), `sampling.py`, `runner.py`.
 
 import dataclasses
 from collections.abc import Callable
-from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from lepton_jax.engine import packing
 from lepton_jax.engine.packing import DecodeShape, PrefillShape, bits_of
 from lepton_jax.engine.row_params import SampleSpec, unpack
 from lepton_jax.engine.sampling import History, Sampled, sample
-from lepton_jax.kernels.attention import PagedBatch, at_layer, decode_batch, held
+from lepton_jax.kernels.attention import Backend, PagedBatch, at_layer, decode_batch, held
 from lepton_jax.models.build import Model
 from lepton_jax.models.runs import LayerOf
 from lepton_jax.sharding import Axis
@@ -144,7 +143,7 @@ def prefill(
     packed: jax.Array,
     *,
     model: Model,
-    backend: ModuleType,
+    backend: Backend,
     shape: PrefillShape,
 ) -> tuple[tuple, RowState, jax.Array]:
     """Computes packed prompt chunks; rows whose prompt ends here get their next token in `state`.
@@ -207,7 +206,7 @@ def decode_block(
     packed: jax.Array,
     *,
     model: Model,
-    backend: ModuleType,
+    backend: Backend,
     shape: DecodeShape,
 ) -> tuple[tuple[tuple, tuple], RowState, jax.Array]:
     """Up to `steps` tokens for each listed row. The third result is laid out by
@@ -262,7 +261,7 @@ def decode_block(
     return memory, state.put(inputs["slots"], lines), result
 
 
-def view_shapes(backend: ModuleType, caches: tuple, shape: DecodeShape, runs: Runs) -> tuple:
+def view_shapes(backend: Backend, caches: tuple, shape: DecodeShape, runs: Runs) -> tuple:
     """The scratch of `decode_block` as ShapeDtypeStructs: memory for the views of each run of
     layers, or () for none.
 
@@ -280,7 +279,7 @@ def view_shapes(backend: ModuleType, caches: tuple, shape: DecodeShape, runs: Ru
     return jax.eval_shape(views, caches)
 
 
-def attend_pages(backend: ModuleType, batch: PagedBatch, *, decode: bool, here: jax.Array | bool):
+def attend_pages(backend: Backend, batch: PagedBatch, *, decode: bool, here: jax.Array | bool):
     """The decoder's `attend` over a paged cache, of the rows that are `here`."""
     everywhere = held(batch, here)
 
@@ -311,7 +310,7 @@ def attend_view(attend: Callable, span: tuple, *, here: jax.Array | bool):
 
 
 def open_views(
-    backend: ModuleType, caches: tuple, table: jax.Array, *, lengths, shape: DecodeShape, runs: Runs
+    backend: Backend, caches: tuple, table: jax.Array, *, lengths, shape: DecodeShape, runs: Runs
 ) -> tuple:
     """What the steps of a block work on: a view of each cache with room for the block's new tokens,
     or where the shape has no views the caches themselves.
@@ -326,7 +325,7 @@ def open_views(
 
 
 def close_views(
-    backend: ModuleType,
+    backend: Backend,
     caches: tuple,
     working: tuple,
     table: jax.Array,

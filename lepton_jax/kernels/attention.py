@@ -1,6 +1,6 @@
 """Attention behind one door: what a step's batch looks like, and which backend serves a platform.
 
-A backend is a module with `Q_TILE`, `cache_layer`, `write` and `attend`:
+A backend is a module with `Q_TILE`, `BLOCKS`, `cache_layer`, `write` and `attend`:
 `attention_xla.py` (CPU and GPU), `attention_tpu.py` (ragged paged attention in Pallas), and
 `attention_reference.py` (plain jnp, what the others are tested against).
 All speak of the same paged cache: for each layer an array, or a tree of them where it is quantized
@@ -9,6 +9,7 @@ All speak of the same paged cache: for each layer an array, or a tree of them wh
 
 import dataclasses
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,12 +88,36 @@ def is_limited(window: jax.Array | int) -> bool:
     return not isinstance(window, int) or window > 0
 
 
-def backend_for(platform: str) -> ModuleType:
-    """The attention backend of a platform name as jax gives it ("cpu", "gpu", "tpu")."""
+@dataclasses.dataclass(frozen=True)
+class Blocked:
+    """A backend that attends over `block` cached tokens at a time, and is the module else."""
+
+    module: ModuleType
+    block: int
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+    @property
+    def __name__(self) -> str:
+        return f"{self.module.__name__}/{self.block}"
+
+    def attend(self, *operands: Any, **options: Any) -> jax.Array:
+        """That of the module, in these blocks."""
+        return self.module.attend(*operands, block=self.block, **options)
+
+
+Backend = ModuleType | Blocked
+
+
+def backend_for(platform: str, block: int = 0) -> Backend:
+    """The attention backend of a platform name as jax gives it ("cpu", "gpu", "tpu").
+
+    `block`: cached tokens to attend over at a time; 0: the first of the backend's `BLOCKS`, which
+    are those that may be worth a try.
+    """
     if platform == "tpu":
-        from lepton_jax.kernels import attention_tpu  # Pallas TPU is only imported where it runs
-
-        return attention_tpu
-    from lepton_jax.kernels import attention_xla
-
-    return attention_xla
+        from lepton_jax.kernels import attention_tpu as module  # imports Pallas: only where it runs
+    else:
+        from lepton_jax.kernels import attention_xla as module
+    return Blocked(module, block) if block else module

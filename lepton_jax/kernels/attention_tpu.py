@@ -31,7 +31,7 @@ CACHE_DTYPES = ("bfloat16", "float32", "float8_e4m3fn")
 
 # Block sizes. jax's table of sizes tuned on v6e mostly takes 1,024 cached tokens in at most 16
 # pages (more spill the scalar registers), and 32 query tokens, or 64 where there are few heads.
-KV_BLOCK_TOKENS = 1024
+BLOCKS = (1024, 512, 2048)
 KV_BLOCK_PAGES = 16
 KV_BLOCK_BYTES = 8 * 2**20  # for both halves of the double buffer
 # A block of queries is computed in full for every row with a token in it. In decode that is one
@@ -90,18 +90,21 @@ def attend(
     scale: float,
     window: int = 0,
     soft_cap: float = 0.0,
+    block: int = 0,
 ) -> jax.Array:
     """Attention of q [T, K, G, H] over the cache; returns [T, K, G, H] in q's dtype.
 
     Meaning as in `attention_reference.attend`; each of the `num_seqs` sequences needs a query
-    token. The kernel multiplies in the cache's dtype, a float8 cache in bfloat16, and sums in
-    float32.
+    token. `block` cached tokens are fetched at a time, as far as vector memory has room. The kernel
+    multiplies in the cache's dtype, a float8 cache in bfloat16, and sums in float32.
     """
     tokens, num_kv_heads, group, head_dim = q.shape
     narrow = cache.dtype == jnp.float8_e4m3fn
     pages, page_size, combined, lanes = cache.shape
     kv_lens, page_table, cu_q_lens, num_seqs = _sequences(batch, decode)
-    page_bytes = page_size * combined * lanes * cache.dtype.itemsize
+    pages_at_once = _pages_per_block(
+        block, page_size, page_size * combined * lanes * cache.dtype.itemsize
+    )
     kernel = functools.partial(
         compat.ragged_paged_attention(),
         sm_scale=scale,
@@ -109,7 +112,7 @@ def attend(
         soft_cap=soft_cap or None,
         k_scale=1.0 if narrow else None,  # with a scale the kernel widens to q's dtype
         v_scale=1.0 if narrow else None,
-        num_kv_pages_per_block=_pages_per_block(page_table.shape[1], page_size, page_bytes),
+        num_kv_pages_per_block=min(page_table.shape[1], pages_at_once),
         num_queries_per_block=_queries_per_block(tokens, combined // 2, group, decode),
         vmem_limit_bytes=vector_memory.claim(),
     )
@@ -147,10 +150,12 @@ def _sequences(batch: PagedBatch, decode: bool) -> tuple[jax.Array, ...]:
     return kv_lens, page_table, jnp.arange(rows + 1, dtype=jnp.int32), jnp.array([rows], jnp.int32)
 
 
-def _pages_per_block(table_width: int, page_size: int, page_bytes: int) -> int:
-    """Pages fetched at a time: about KV_BLOCK_TOKENS, within KV_BLOCK_PAGES and KV_BLOCK_BYTES."""
-    fit = min(KV_BLOCK_TOKENS // page_size, KV_BLOCK_BYTES // (2 * page_bytes), KV_BLOCK_PAGES)
-    return max(1, min(table_width, fit))
+def _pages_per_block(block: int, page_size: int, page_bytes: int) -> int:
+    """Pages fetched at a time, within KV_BLOCK_BYTES: of `block` tokens, or where that is 0 of
+    BLOCKS[0], within KV_BLOCK_PAGES.
+    """
+    pages = block // page_size if block else min(BLOCKS[0] // page_size, KV_BLOCK_PAGES)
+    return max(1, min(pages, KV_BLOCK_BYTES // (2 * page_bytes)))
 
 
 def _queries_per_block(tokens: int, num_kv_heads: int, group: int, decode: bool) -> int:

@@ -26,7 +26,9 @@ from lepton_jax.tensors.dots import branch
 
 Q_TILE = 1  # sequences of a prefill may start at any token
 _MANY, _FEW = 32, 8  # queries of one row that a prefill works on at once; few at a row's end
-_BLOCK = 128  # cached tokens visited at once
+# Cached tokens visited at once. On two AVX2 cores attention is at most a tenth faster in blocks of
+# 64 (prefill) or 256 (decode), and slower in larger ones (2026-11-30).
+BLOCKS = (128, 64, 256)
 # Rows that a CPU visits together as it decodes, as far as the longest of them goes: one long row
 # made a step of 32 rows twice as long (2026-11-30).
 _ALIKE = 8
@@ -75,17 +77,17 @@ def attend(
     scale: float,
     window: jax.Array | int = 0,
     soft_cap: float = 0.0,
+    block: int = BLOCKS[0],
 ) -> jax.Array:
     """Attention of q `[T, K, G, H]` over the cache `[P, 2, K, Z, H]`; `[T, K, G, H]` in q's dtype.
 
     A query at position p sees the positions <= p of its row, with `window` > 0 only those > p -
     window. Padding gives 0. With `decode`, token t belongs to row t; otherwise a row's tokens lie
-    side by side from its place in `cu_q_lens`.
+    side by side from its place in `cu_q_lens`. `block` tokens are visited at once.
     """
-    if decode:
-        out = _decode(q, cache, batch, scale=scale, window=window, soft_cap=soft_cap)
-    else:
-        out = _prefill(q, cache, batch, scale=scale, window=window, soft_cap=soft_cap)
+    table, span = _blocks(batch.page_table, cache.shape[3], block)
+    rows = _decode if decode else _prefill
+    out = rows(q, cache, batch, table, span=span, scale=scale, window=window, soft_cap=soft_cap)
     return jnp.where(valid_tokens(batch)[:, None, None, None], out, 0).astype(q.dtype)
 
 
@@ -275,9 +277,7 @@ def _lines(pages: jax.Array) -> jax.Array:
     return pages.reshape(-1, *pages.shape[4:])
 
 
-def _decode(q, cache, batch, *, scale, window, soft_cap):
-    table, span = _blocks(batch.page_table, cache.shape[3])
-
+def _decode(q, cache, batch, table, *, span, scale, window, soft_cap):
     def together(q, table, positions):
         first = jnp.where(positions < 0, jnp.iinfo(jnp.int32).max, positions).min() - window
         return _running_softmax(
@@ -303,11 +303,10 @@ def _decode(q, cache, batch, *, scale, window, soft_cap):
     return jax.lax.platform_dependent(*rows, cpu=by_length, default=together)
 
 
-def _prefill(q, cache, batch, *, scale, window, soft_cap):
+def _prefill(q, cache, batch, table, *, span, scale, window, soft_cap):
     """Tile by tile of a row's queries. Where a scored text shares all but its end with others, few
     of a tile of `_MANY` would be its own.
     """
-    table, span = _blocks(batch.page_table, cache.shape[3])
     beyond = (0, _MANY)
     queries = jnp.pad(q, (beyond, (0, 0), (0, 0), (0, 0)))
     positions = jnp.pad(batch.positions, beyond, constant_values=-1)
@@ -355,11 +354,11 @@ def _tiles(batch):
     return (_MANY, first, many), (_FEW, first + whole * _MANY, few)
 
 
-def _blocks(page_table, page_size):
-    """The page table padded to whole blocks, `[R, blocks, pages of a block]`, and the tokens of a
-    block.
+def _blocks(page_table, page_size, block):
+    """The page table padded to whole blocks of about `block` tokens, `[R, blocks, pages of a
+    block]`, and the tokens of one.
     """
-    pages = max(1, _BLOCK // page_size)
+    pages = max(1, block // page_size)
     rows, width = page_table.shape
     blocks = -(-width // pages)
     padded = jnp.pad(page_table, ((0, 0), (0, blocks * pages - width)))

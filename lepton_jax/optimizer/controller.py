@@ -50,7 +50,9 @@ class Machine:
 
 @dataclasses.dataclass
 class Counts:
-    """Decaying sums over beats; `row_steps` are those of all rows, `steps` those of the blocks."""
+    """Decaying sums over beats; `row_steps` are those of all rows, `steps` those of the blocks, and
+    `missed` the shares of these that had no row, because long prompts kept others waiting.
+    """
 
     beats: float = 0.0
     steps: float = 0.0
@@ -60,6 +62,7 @@ class Counts:
     idled: float = 0.0
     prefilled: float = 0.0
     preemptions: float = 0.0
+    missed: float = 0.0
 
     def add(self, beat: BeatStats) -> None:
         keep = math.exp(-1 / _MEMORY)
@@ -73,6 +76,9 @@ class Counts:
         self.idled += beat.idled
         self.prefilled += beat.prefill_tokens
         self.preemptions += beat.preemptions
+        if beat.prefill_tokens and beat.waiting and beat.running < beat.slots:
+            rows = min(beat.slots, beat.running + beat.waiting)
+            self.missed += beat.steps * max(0.0, 1 - beat.rows / rows)
 
 
 class Controller:
@@ -122,6 +128,7 @@ class Controller:
             if self._meter:
                 self._costs = self._meter.costs(self._prior)
             decisions += self._order()
+            decisions += self._long_prompts()
             if beat.waiting:
                 decisions += self._blocks(beat)
             elif self._meter:
@@ -151,12 +158,34 @@ class Controller:
 
     def _lost_share(self) -> float:
         """Of the time, what went into prompts and outputs of preempted rows."""
-        c, costs, last = self._counts, self._costs, self._last
-        rows = last.row_places or self._machine.most.live_rows
+        c, costs = self._counts, self._costs
         length = (c.prefilled + c.row_steps / 2) / (c.ended + c.preemptions)
         lost = c.preemptions * (costs.prefill_seconds(0) + costs.program_token * length)
-        spent = costs.program_token * c.prefilled + c.steps * costs.step_seconds(rows, last.view)
-        return lost / (spent + c.beats * (costs.block + costs.gap))
+        return lost / self._spent()
+
+    def _spent(self) -> float:
+        """Seconds of the beats that are counted."""
+        c, costs = self._counts, self._costs
+        seconds = costs.program_token * c.prefilled + c.steps * self._step_seconds()
+        return seconds + c.beats * (costs.block + costs.gap)
+
+    def _step_seconds(self) -> float:
+        """Of a step like the last one."""
+        rows = self._last.row_places or self._machine.most.live_rows
+        return self._costs.step_seconds(rows, self._last.view)
+
+    def _long_prompts(self) -> Iterator[Decision]:
+        """Fewer blocks in between while rows miss many of them because of their long prompts."""
+        now, why = self.knobs.prefill_beats, "no row is kept waiting by the prompts of others"
+        if self._objective == "latency":
+            yield from self._set("prefill_beats", min(now, 1), why)
+            return
+        share = self._counts.missed * self._step_seconds() / (self._spent() or 1.0)
+        if share > _WORTH:
+            self._counts.missed = 0.0
+            wanted = min(self._machine.most.prefill_beats, max(1, 4 * now))
+            why = "blocks between long prompts ran for few rows"
+            yield from self._set("prefill_beats", wanted, why, missed_share=share)
 
     def _order(self) -> Iterator[Decision]:
         """Longest first while limits say how long rows will be."""

@@ -21,7 +21,8 @@ from lepton_jax.telemetry import BeatStats
 
 _KEPT = 10_000  # decisions in memory; a log file has them all
 _QUIET = 16  # blocks in which speculation is told to have been switched at most once
-_LEARNED = ("decode_block", "admit_together", "beat_cost", "longest_first")  # hold for like rows
+# Knobs that hold for like rows.
+_LEARNED = ("decode_block", "admit_together", "beat_cost", "longest_first", "prefill_beats")
 
 
 class Feedback:

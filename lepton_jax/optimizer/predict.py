@@ -3,6 +3,7 @@ measured, on the beats of a simulated run; and whether it fits into memory.
 """
 
 import dataclasses
+import statistics
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -132,6 +133,18 @@ class Predictor:
             memory=memory,
             plays=plays,
         )
+
+    def attention_share(self, config: RunConfig) -> float:
+        """Of the devices' time, what the roofline gives to attention."""
+        served, chip = self._serve(config), self._chip(config)
+        prompt = statistics.fmean(len(request.prompt_ids) for request in self._requests)
+        length = statistics.fmean(self._lengths)
+        rows = min(config.engine.rows, len(self._requests))
+        steps = length / rows  # of all rows, for each request
+        prefill = prefill_cost(served, chip, tokens=round(prompt))
+        decode = decode_cost(served, chip, rows=rows, context=round(prompt + length / 2))
+        seconds = prefill.seconds + steps * decode.seconds
+        return (prefill.attention + steps * decode.attention) / seconds
 
     def weight_bytes(self, config: RunConfig) -> int:
         """Of a config's model on one of its devices."""

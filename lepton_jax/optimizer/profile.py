@@ -40,6 +40,7 @@ _CHOSEN_FOR = {
     "engine.prefill_chunk": "engine.prefill_sizes",
     "engine.prefill_sizes": "engine.prefill_chunk",
     "engine.draft_preset": "engine.speculation",
+    "engine.attention_block": "engine.page_size",
 }
 
 

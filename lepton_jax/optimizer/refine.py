@@ -1,13 +1,17 @@
 """What is only worth a try on the best candidate so far: sizes of prefill programs, by the lengths
-that its run had, and speculation, where what was answered or what a draft model costs promises it.
+that its run had; blocks of attention, where texts are so long that it counts; and speculation,
+where what was answered or what a draft model costs promises it.
 """
 
 import contextlib
 from collections.abc import Collection, Iterator, Sequence
 
+import jax
+
 from lepton_jax.config import RunConfig
 from lepton_jax.engine.draft_length import Shadow
 from lepton_jax.engine.runner import draft_sizes
+from lepton_jax.kernels.attention import backend_for
 from lepton_jax.optimizer.costs import Costs
 from lepton_jax.optimizer.play import prefill_sizes
 from lepton_jax.optimizer.predict import Predictor
@@ -19,6 +23,7 @@ from lepton_jax.planning.from_config import presets_of
 from lepton_jax.telemetry import BeatStats
 
 _PROGRAMS = 4  # sizes of prefill programs besides the largest
+_BLOCK_GAIN = 0.1  # of attention, what another block saved at most (BLOCKS of attention_xla.py)
 _ACCEPTED = 0.8  # of a draft model's proposals, before anything is known
 
 
@@ -33,6 +38,8 @@ def refinements(
     """Changes of a config that was tried, each with the share of its seconds that is promised."""
     if "engine.prefill_sizes" not in given and not config.engine.prefill_sizes:
         yield from _sized(config, predictor)
+    if "engine.attention_block" not in given and not config.engine.attention_block:
+        yield from _blocked(config, predictor)
     if "engine.speculation" not in given and config.engine.speculation == "off":
         costs = predictor.costs(config)
         yield from _looked_up(config, trial, requests, costs=costs)
@@ -46,6 +53,13 @@ def _sized(config: RunConfig, predictor: Predictor) -> Iterator[tuple[dict, floa
     fields = {"engine.prefill_sizes": sizes}
     after = predictor.outlook(with_fields(config, fields))
     yield fields, after.seconds / before.seconds
+
+
+def _blocked(config: RunConfig, predictor: Predictor) -> Iterator[tuple[dict, float]]:
+    share = 1 - _BLOCK_GAIN * predictor.attention_share(config)
+    for block in backend_for(jax.default_backend()).BLOCKS[1:]:
+        if block % config.engine.page_size == 0:
+            yield {"engine.attention_block": block}, share
 
 
 def _looked_up(

@@ -108,7 +108,7 @@ def served_of(config: RunConfig, chip: Chip) -> Served:
     leaves = stored_leaves(path, model) if held else compress_specs(recipe.rules, model.specs)
     compressed = any(isinstance(leaf, CompressedTensor) for leaf in leaves.values())
     kv_dtype = kv_dtype_of(config.engine, model.specs["embed"].dtype, compressed=compressed)
-    backend = backend_for(chip.platform)
+    backend = backend_for(chip.platform, config.engine.attention_block)
     mesh = config.mesh
     served = Served(model, leaves, backend, kv_dtype, mesh.model, mesh.expert)
     check_experts(served.config.num_experts, served.axis)

@@ -27,7 +27,7 @@ class StepCost:
 
     Attributes:
       weights, cache, compute, interconnect: seconds of each alone.
-      seconds: of the step.
+      seconds: of the step; `attention` of its attention.
       weight_bytes, cache_bytes: read from the device's memory.
       flops: of its products.
       reduced_bytes: that its collectives reduce.
@@ -38,6 +38,7 @@ class StepCost:
     compute: float
     interconnect: float
     seconds: float
+    attention: float
     weight_bytes: int
     cache_bytes: int
     flops: int
@@ -99,7 +100,8 @@ def _cost(
         multiplied += multiplying
         seconds += max(nbytes / chip.bandwidth, multiplying)
     scores = 4 * pairs * c.head_dim * c.group * served.axis.kv_share(c.num_kv_heads)
-    attending = scores / (chip.float32 if _is_float32(served.kv_dtype) else chip.bf16)
+    multiplied_scores = scores / (chip.float32 if _is_float32(served.kv_dtype) else chip.bf16)
+    attention = max(cached / chip.bandwidth, multiplied_scores)
     reduced = (
         _reductions(c) * tokens * c.hidden_size * jnp.dtype(served.model.activation_dtype).itemsize
     )
@@ -113,9 +115,10 @@ def _cost(
     return StepCost(
         weights=weight_bytes / chip.bandwidth,
         cache=cached / chip.bandwidth,
-        compute=multiplied + attending + fixed,
+        compute=multiplied + multiplied_scores + fixed,
         interconnect=linked,
-        seconds=seconds + max(cached / chip.bandwidth, attending) + linked + fixed,
+        seconds=seconds + attention + linked + fixed,
+        attention=attention,
         weight_bytes=weight_bytes,
         cache_bytes=cached,
         flops=flops + scores,

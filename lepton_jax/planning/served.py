@@ -3,11 +3,11 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
-from types import ModuleType
 from typing import Any
 
 import jax
 
+from lepton_jax.kernels.attention import Backend
 from lepton_jax.models.build import Model
 from lepton_jax.models.config import ModelConfig
 from lepton_jax.sharding import Axis
@@ -31,7 +31,7 @@ class Served:
 
     model: Model
     leaves: Mapping[str, ParamSpec | CompressedTensor]
-    backend: ModuleType
+    backend: Backend
     kv_dtype: Any
     shards: int = 1
     spread: int = 1
