@@ -5,11 +5,15 @@ import types
 import pytest
 
 from lepton_jax.engine.draft_length import DraftModelRule, DraftRule, Shadow
-from lepton_jax.engine.request import StepOutput
+from lepton_jax.engine.request import Drafted, StepOutput
 from lepton_jax.telemetry import BeatStats
 
-ROW = types.SimpleNamespace(request=types.SimpleNamespace(id="a"))
-OTHER = types.SimpleNamespace(request=types.SimpleNamespace(id="b"))
+
+def row_of(name: str) -> types.SimpleNamespace:
+    return types.SimpleNamespace(request=types.SimpleNamespace(id=name))
+
+
+ROW, OTHER = row_of("a"), row_of("b")
 COPY = [1, 2, 3, 4, 5, 6, 7, 8]
 NEW = list(range(100, 200))
 
@@ -146,6 +150,26 @@ def test_acceptance_is_told_from_any_draft_length():
     for _ in range(100):
         made.take(beat(3, 1.0, tokens=8 + 7))  # 7/8 a round: 1/2 + 1/4 + 1/8
     assert made.tokens_a_step("a", 7) == pytest.approx(2 - 2**-7, abs=0.01)
+
+
+def test_drafts_follow_the_rows_that_run():
+    """Beside rows that a draft model knows and rows that it doesn't, a new one is like both."""
+    made = DraftModelRule([3, 7], [1, 2, 4], cost=0.05, share=0.1)
+    for name, accepted in (("known", 7), ("foreign", 0), ("known", 7), ("foreign", 0)):
+        made.add(name, [1])
+        drafted = Drafted(rounds=8, accepted=8 * accepted, draft=7)
+        made.take(beat(7, 1.0, tokens=8 * (1 + accepted)))
+        made.read([StepOutput(name, [1], drafted=drafted)])
+    known, foreign, new = (row_of(name) for name in ("known", "foreign", "new"))
+    tokens = [made.tokens_a_step(name, 7) for name in ("foreign", "new", "known")]
+    assert tokens == sorted(tokens) and tokens[0] < 1.2 and tokens[2] > 6
+    assert made.choose([known, known], 7) == 7
+    assert made.choose([foreign, foreign], 7) == 0
+    assert made.choose([known, new], 7) > 0
+    made.read([StepOutput("known", [1], finish_reason="stop")])
+    assert made.tokens_a_step("known", 7) == made.tokens_a_step("new", 7)
+    made.read([StepOutput("foreign", [1])])  # of a plain block: nothing is learned
+    assert made.tokens_a_step("foreign", 7) == tokens[0]
 
 
 def test_a_large_draft_model_never_pays_and_is_tried_again_ever_more_rarely():

@@ -80,10 +80,15 @@ def test_it_catches_up_with_what_plain_blocks_decoded(itself, answers):
         got += [token for output in itself.step() for token in output.token_ids]
     assert itself.stats()["proposed_tokens"] == before["proposed_tokens"]
     itself.scheduler.knobs = most
+    outputs = []
     while itself.has_work:
-        got += [token for output in itself.step() for token in output.token_ids]
-    assert got == answers["long"]
+        outputs += itself.step()
+    assert got + [token for output in outputs for token in output.token_ids] == answers["long"]
     after = itself.stats()
+    told = [output.drafted for output in outputs if output.drafted]
+    assert {draft for _, _, draft in told} == {3}
+    accepted = after["accepted_tokens"] - before["accepted_tokens"]
+    assert sum(accepted for _, accepted, _ in told) == accepted > 0
     proposed = after["proposed_tokens"] - before["proposed_tokens"]
     assert proposed == after["accepted_tokens"] - before["accepted_tokens"] > 0
 

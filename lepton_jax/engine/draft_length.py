@@ -24,7 +24,8 @@ _PRIOR = 4.0  # tokens that a new row is taken to have had, like those of the ot
 _MARGIN = 1.05  # a change must promise so much more
 _SAMPLES = 8  # of a program's seconds that are remembered
 _HOPED = 0.8  # acceptance of a draft model before it has proposed anything
-_ROUNDS = 64  # of a row, after which older ones count little
+_ROUNDS = 64  # of all rows, after which older ones count little; `_ROW_ROUNDS` of one
+_ROW_ROUNDS, _PRIOR_ROUNDS = 16, 4.0  # rounds that a row is taken to have had like the others'
 _PATIENCE, _LONGEST_PATIENCE = 64, 1024  # plain blocks until a draft model is tried again
 _TRUSTED = 2  # samples: the first one may hold a compilation
 
@@ -202,7 +203,8 @@ class DraftRule:
 
 
 class DraftModelRule(DraftRule):
-    """The rule for proposals of a draft model: its acceptance is one number for all rows.
+    """The rule for proposals of a draft model, by each row's acceptance: that of all rows while it
+    is new, its own the more it has had.
 
     A proposal behind accepted ones is taken to be accepted as often as they were, so that what one
     draft length shows tells of the others.
@@ -218,6 +220,7 @@ class DraftModelRule(DraftRule):
     def forget(self) -> None:
         super().forget()
         self._acceptance = _HOPED
+        self._rows: dict[str, tuple[float, float]] = {}  # acceptance, and the rounds behind it
         self._plain, self._patience = 0, _PATIENCE
 
     def take(self, beat: BeatStats) -> None:
@@ -239,11 +242,24 @@ class DraftModelRule(DraftRule):
             return self._drafts[0]
         return chosen
 
+    def drop(self, request_id: str) -> None:
+        super().drop(request_id)
+        self._rows.pop(request_id, None)
+
     def tokens_a_step(self, request_id: str, draft: int) -> float:
-        return 1.0 + _accepted(self._acceptance, draft)
+        own, rounds = self._rows.get(request_id, (0.0, 0.0))
+        acceptance = (own * rounds + self._acceptance * _PRIOR_ROUNDS) / (rounds + _PRIOR_ROUNDS)
+        return 1.0 + _accepted(acceptance, draft)
 
     def _read(self, output: StepOutput) -> None:
-        """Outputs say nothing of what was proposed."""
+        """Adds a block's rounds to its row's; older ones count less and less."""
+        if output.drafted is None or not output.drafted.rounds:
+            return
+        rounds, accepted, draft = output.drafted
+        own, before = self._rows.get(output.request_id, (0.0, 0.0))
+        weight = min(1.0, rounds / min(before + rounds, _ROW_ROUNDS))
+        own += weight * (_acceptance(accepted / rounds, draft) - own)
+        self._rows[output.request_id] = own, min(before + rounds, _ROW_ROUNDS)
 
     def _assumed(self, rows: int, draft: int) -> float:
         drafting = (1 + draft) * self._share * super()._assumed(rows, 0) if draft else 0.0

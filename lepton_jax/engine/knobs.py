@@ -19,8 +19,6 @@ class Knobs:
     Attributes:
       decode_block: most steps of a block.
       prefill_chunk: most prompt tokens of a beat, padding to tiles included.
-      prefill_beats: most beats between two blocks that one long prompt may fill alone, while more
-        rows could be admitted.
       live_rows: most rows that hold a slot; rows beyond a lowered value stay until they end.
       draft: most tokens that a step of a speculative block verifies; 0: no speculation.
       admit_together: free slots to wait for before rows are admitted, so that their prompts fill a
@@ -28,17 +26,19 @@ class Knobs:
       reserve_pages: pages to leave free at an admission besides those of the next blocks.
       beat_cost: steps of decode that a beat costs besides its own.
       longest_first: waiting rows with the highest limit are admitted first.
+      prefill_beats: most beats between two blocks that one long prompt may fill alone, while more
+        rows could be admitted.
     """
 
     decode_block: int
     prefill_chunk: int
     live_rows: int
-    prefill_beats: int = 4
     draft: int = 0
     admit_together: int = 1
     reserve_pages: int = 0
     beat_cost: float = _BEAT_COST
     longest_first: bool = False
+    prefill_beats: int = 4
 
 
 def longest_draft(running: Sequence[Row], most: int) -> int:

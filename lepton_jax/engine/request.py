@@ -6,7 +6,7 @@ caller gets. Plain data, no jax. Read next: `scheduler.py`, and `scored.py` for 
 """
 
 import dataclasses
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -202,6 +202,14 @@ class BlockResult:
     speculated: Speculated | None = None
 
 
+class Drafted(NamedTuple):
+    """A row's rounds of up to `draft` proposals in a block, and how many of these were accepted."""
+
+    rounds: int
+    accepted: int
+    draft: int
+
+
 @dataclasses.dataclass(frozen=True)
 class StepOutput:
     """New tokens of a request, or what was asked of one to score.
@@ -215,6 +223,7 @@ class StepOutput:
         logits, or "constraint" where the guide couldn't go on.
       scored: of a scoring request that is done.
       restarted: what came before of this request is void: it began anew on another replica.
+      drafted: of a speculative block.
     """
 
     request_id: str
@@ -223,3 +232,4 @@ class StepOutput:
     finish_reason: str | None = None
     scored: Scored | None = None
     restarted: bool = False
+    drafted: Drafted | None = None

@@ -25,6 +25,7 @@ from lepton_jax.engine.request import (
     FINISH_REASONS,
     BlockResult,
     Chunk,
+    Drafted,
     Entry,
     Plan,
     Request,
@@ -425,7 +426,9 @@ class Scheduler:
                 f"request {row.request.id!r} runs on after {count} of a block's {plan.steps} steps"
                 f" and {len(row.outputs)} of {row.limit} tokens: runner and scheduler disagree"
             )
-        return StepOutput(row.request.id, ids, logprobs, reason)
+        return StepOutput(
+            row.request.id, ids, logprobs, reason, drafted=_drafted(plan, result, line)
+        )
 
     def _take_sampled(self, plan: Plan, sampled: BlockResult) -> list[StepOutput]:
         """A token of each row whose known tokens ended and that no block of this plan goes on with;
@@ -531,6 +534,13 @@ def _read(
     if ids and ids[-1] < 0:  # the sampler's mark of a row without finite logits
         return ids[:-1], logprobs and logprobs[:-1], "error"
     return ids, logprobs, reason
+
+
+def _drafted(plan: Plan, result: BlockResult, line: int) -> Drafted | None:
+    if result.speculated is None:
+        return None
+    rounds = int(result.speculated.rounds[line])
+    return Drafted(rounds, int(result.count[line]) - rounds, plan.draft)
 
 
 def _has_penalties(row: Row) -> bool:
