@@ -186,7 +186,7 @@ def test_collectives_take_their_share_and_need_links():
     ("platform", "kind", "link"),
     [
         ("tpu", "TPU v5 lite", TPUS["v5e"].link),
-        ("tpu", "TPU v4", 2 * TPUS["v4"].link),  # its two cores are one device
+        ("tpu", "TPU v4", TPUS["v4"].link),
         ("gpu", "NVIDIA H200", 450e9),
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 from tpu_topology import compile_on, topology_mesh
 
 from lepton_jax.planning.module_text import Module
-from lepton_jax.planning.topology import topology_devices
+from lepton_jax.planning.topology import devices_of, split_name, topology_devices
 from lepton_jax.planning.traffic import traffic
 
 
@@ -208,6 +208,7 @@ def test_a_missing_libtpu_is_named_with_its_installation(monkeypatch):
         topology_devices("v6e:1x1")
 
 
-def test_chips_show_as_one_device_or_two():
-    counts = {name: len(topology_devices(name)) for name in ("v4:2x2x1", "v5e:2x4", "tpu7x:1x1x1")}
-    assert counts == {"v4:2x2x1": 8, "v5e:2x4": 8, "tpu7x:1x1x1": 2}
+def test_devices_of_a_slice_are_those_that_its_machines_show():
+    seen = {"v4:1x1x1": 1, "v4:2x2x1": 4, "v5e:2x4": 8, "v5p:2x2x1": 4, "tpu7x:1x1x1": 2}
+    assert {name: len(topology_devices(name)) for name in seen} == seen
+    assert {name: devices_of(*split_name(name)) for name in seen} == seen

@@ -60,17 +60,14 @@ def _made(name: str, peaks: DevicePeaks, *, memory: int, **more) -> Chip:
     )
 
 
-def _tpu(name: str, kind: str, *, gib: float, parts: int = 1) -> Chip:
-    """A device that is one of `parts` of a kind that telemetry has; `gib` are its own."""
-    peaks = dataclasses.astuple(device_peaks(kind))
-    return _made(name, DevicePeaks(*(peak / parts for peak in peaks)), memory=int(gib * _GIB))
+def _tpu(name: str, kind: str, *, gib: float) -> Chip:
+    return _made(name, device_peaks(kind), memory=int(gib * _GIB))
 
 
-# Memory is what the compiler lets a program have (libtpu 0.0.52). A TPU7x chip shows as two
-# devices, which telemetry has. So does a v4 chip to the compiler alone: a machine that has one
-# joins its two cores, so that a plan for v4 counts half-chips.
+# Memory is what the compiler lets a program have (libtpu 0.0.52). A device is a chip, and of TPU7x
+# half of one.
 TPUS = {
-    "v4": _tpu("v4", "TPU v4", gib=15.25, parts=2),
+    "v4": _tpu("v4", "TPU v4", gib=30.75),
     "v5e": _tpu("v5e", "TPU v5e", gib=15.75),
     "v5p": _tpu("v5p", "TPU v5p", gib=95.73),
     "v6e": _tpu("v6e", "TPU v6e", gib=31.24),

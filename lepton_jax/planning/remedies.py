@@ -10,7 +10,7 @@ from lepton_jax.planning.memory import fits, full_sizes
 from lepton_jax.planning.plan import Plan
 from lepton_jax.planning.search import search
 from lepton_jax.planning.served import Served
-from lepton_jax.planning.topology import SLICES, can_start, chips_of, hosts_of, split_name
+from lepton_jax.planning.topology import SLICES, can_start, devices_of, hosts_of, split_name
 
 
 def remedies(plan: Plan) -> list[str]:
@@ -81,7 +81,5 @@ def _slice_for(plan: Plan, shards: int) -> str:
     if not plan.config.plan.topology or can_start(shards, len(target.devices), target.hosts):
         return ""
     kind, _ = split_name(plan.config.plan.topology)
-    per_chip = len(target.devices) // target.chips
-    devices = {size: chips_of(size) * per_chip for size in SLICES[kind]}
-    sizes = [s for s, count in devices.items() if can_start(shards, count, hosts_of(kind, s))]
+    sizes = [s for s in SLICES[kind] if can_start(shards, devices_of(kind, s), hosts_of(kind, s))]
     return f" with plan.topology={kind}:{sizes[0]}" if sizes else ""

@@ -18,9 +18,7 @@ from lepton_jax.planning.from_config import presets_of, require_plannable, serve
 from lepton_jax.planning.memory import full_sizes, memory_of
 from lepton_jax.planning.plan import budget_of
 from lepton_jax.planning.roofline import decode_cost
-from lepton_jax.planning.topology import SLICES, can_start, chips_of, hosts_of
-
-_DEVICES = {"v4": 2, "tpu7x": 2}  # of a chip
+from lepton_jax.planning.topology import SLICES, can_start, chips_of, devices_of, hosts_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +100,8 @@ def _candidates(config: RunConfig, kind: str) -> Iterator[Found]:
                 continue
             _, spread, spare, cost = min(fitting, key=lambda found: found[:2])
             for size in SLICES[kind]:
-                chips, hosts = chips_of(size), hosts_of(kind, size)
-                devices = chips * _DEVICES.get(kind, 1)
+                chips, devices = chips_of(size), devices_of(kind, size)
+                hosts = hosts_of(kind, size)
                 if devices % shards or chips > config.plan.most_chips:
                     continue
                 if not can_start(shards, devices, hosts):

@@ -25,6 +25,9 @@ SLICES = {"v4": CUBES, "v5e": FLAT, "v5p": CUBES, "v6e": FLAT, "tpu7x": CUBES}
 # Chips of the largest slice on one host; hosts of larger ones have four each (the same pages).
 _ONE_HOST = {"v4": 4, "v5e": 8, "v5p": 4, "v6e": 8, "tpu7x": 4}
 _HOST_CHIPS = 4
+_DEVICES = {"tpu7x": 2}  # of a chip; one where nothing is said
+# Without this libtpu describes the two cores of a v4 chip, which every machine joins, as devices.
+_JOINED = {"v4": {"chip_config_name": "megacore"}}
 
 # Without these libtpu asks the network which machine it is on, for minutes, and locks the TPU.
 _QUIET = {
@@ -58,6 +61,11 @@ def chips_of(size: str) -> int:
     return math.prod(map(int, size.split("x")))
 
 
+def devices_of(kind: str, size: str) -> int:
+    """What jax sees of a slice."""
+    return chips_of(size) * _DEVICES.get(kind, 1)
+
+
 def hosts_of(kind: str, size: str) -> int:
     """Machines of a slice; each is a process of jax."""
     chips = chips_of(size)
@@ -72,11 +80,11 @@ def can_start(shards: int, devices: int, hosts: int) -> bool:
 
 
 def topology_devices(name: str) -> list[jax.Device]:
-    """All devices of a slice; a chip of v4 and of TPU7x shows as two (`chips.py`).
+    """All devices of a slice, as jax sees them on its machines: a chip of TPU7x is two.
 
     Raises ValueError where there is no such slice or no libtpu, with what to do.
     """
-    _, size = split_name(name)
+    kind, size = split_name(name)
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
             f"plan.topology={name!r} needs the TPU compiler, libtpu, and no TPU: pip install libtpu"
@@ -85,6 +93,7 @@ def topology_devices(name: str) -> list[jax.Device]:
         os.environ.setdefault(variable, value)
     one_chip = set(size) == {"1", "x"}
     options = {"chips_per_host_bounds": (1, 1, 1)} if one_chip else {}
+    options |= _JOINED.get(kind, {})
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except jax.errors.JaxRuntimeError as error:
