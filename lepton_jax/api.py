@@ -481,10 +481,6 @@ class LeptonEngine:
         model = checkpoints.describe(path, platform=platform, **dtypes)
         source = checkpoints.tokenizer_source(path)
         self.tokenizer = load_tokenizer(config)
-        if not platform:  # they share machines: as if all were on one
-            share = config.engine.cache_share / self._config.pool.ray
-            engine = dataclasses.replace(config.engine, cache_share=share)
-            config = dataclasses.replace(config, engine=engine)
         self._actors = RayActors(self._config.pool, functools.partial(_load, config))
         self.loaded = checkpoints.Loaded(
             config=model.config,
@@ -556,9 +552,10 @@ class LeptonEngine:
         return self.loaded
 
 
-def _load(config: RunConfig) -> LeptonEngine:
-    """What an actor does first."""
-    return LeptonEngine().load_model(config=config)
+def _load(config: RunConfig, share: float) -> LeptonEngine:
+    """What an actor does first; it may take this share of its machine's memory for caches."""
+    engine = dataclasses.replace(config.engine, cache_share=share * config.engine.cache_share)
+    return LeptonEngine().load_model(config=dataclasses.replace(config, engine=engine))
 
 
 def _listed(items: Any) -> list:

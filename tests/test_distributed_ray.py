@@ -78,16 +78,23 @@ class Call:
         self.remote = function
 
 
-def fake_ray(*models):
-    """Ray whose actors say these of their models."""
-    said = iter(models)
-    ended = []
+def fake_ray(*models, nodes=()):
+    """Ray whose actors say these of their models, and are on these of its machines. `loaded`: with
+    which cores, and share of the memory, each is to load.
+    """
+    said, loaded, ended = zip(models, nodes or "0" * len(models), strict=True), [], []
 
-    def actor(*_):
-        model = next(said)
-        return SimpleNamespace(model=Call(lambda: model))
+    def actor():
+        model, node = next(said)
+
+        def load(_, cores, share):
+            loaded.append((cores, share))
+            return model
+
+        return SimpleNamespace(node=Call(lambda: node), load=Call(load))
 
     return SimpleNamespace(
+        loaded=loaded,
         is_initialized=lambda: True,
         nodes=lambda: [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0}}],
         remote=lambda **_: lambda _: Call(actor),
@@ -111,6 +118,19 @@ def test_actors_of_another_model_or_other_code_are_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", fake_ray(*[("a", 8, mine)] * 2))
     actors = RayActors(PoolSection(ray=2), lambda: None)
     assert (actors.fingerprint, actors.bytes) == ("a", 8)
+
+
+def test_actors_share_the_cores_and_the_memory_of_their_own_machine(monkeypatch):
+    models = [("a", 8, source_digest())] * 4
+    for section, shares in (
+        (PoolSection(ray=4, cpus=2.0), [(0, 3), (0, 1), (1, 3), (2, 3)]),
+        (PoolSection(ray=4, gpus=0.5), [(None, 1)] * 4),  # whose memory is the device's
+    ):
+        ray = fake_ray(*models, nodes="abaa")
+        monkeypatch.setitem(sys.modules, "ray", ray)
+        RayActors(section, lambda share: None)
+        places = [range(0) if n is None else range(2 * n, 2 * n + 2) for n, _ in shares]
+        assert ray.loaded == [(p, 1 / of) for p, (_, of) in zip(places, shares, strict=True)]
 
 
 def test_a_driver_leaves_accelerators_to_its_actors_before_anything_looks_for_them(monkeypatch):
@@ -157,7 +177,9 @@ def test_an_actors_beat_says_what_its_process_took(monkeypatch):
     fake = SimpleNamespace(config=SimpleNamespace(update=lambda *_: None))
     monkeypatch.setattr(ray_replicas, "jax", fake)
     engine = SimpleNamespace(has_work=False, stats=lambda: {"programs": 3})
-    actor = ray_replicas._Actor(lambda: SimpleNamespace(engine=engine), range(0))
+    actor, starter = ray_replicas._Actor(), SimpleNamespace(engine=engine, fingerprint="a")
+    starter.loaded = SimpleNamespace(bytes=8)
+    assert actor.load(lambda share: starter, range(0), 1.0) == ("a", 8, source_digest())
     stats = actor.beat([]).stats
     assert stats["programs"] == 3 and stats["device"] == jax.devices()[0].device_kind
     assert stats["peak_memory_bytes"] > 2**20
@@ -184,6 +206,8 @@ def test_a_killed_actor_costs_no_row(smollm2_path, tmp_path):
         lepton.start(workload=job.workload(lepton.tokenizer))
         processes = actor_processes()
         assert len(processes) == 2
+        assert {len(process.cpu_affinity()) for process in processes} == {1}
+        assert processes[0].cpu_affinity() != processes[1].cpu_affinity()
         pool, killed = lepton.engine, []
         step = pool.step
 

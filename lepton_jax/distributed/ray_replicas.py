@@ -31,6 +31,9 @@ class Starter(Protocol):
     def start(self, *, workload: Sequence[Any], strict: bool, profile: Any) -> Any: ...
 
 
+Load = Callable[[float], Starter]  # with the share of the host's memory that it may plan with
+
+
 def leave_devices(section: PoolSection) -> None:
     """Keeps a driver off the devices that its actors shall have; before jax looks for devices."""
     if section.ray and platform_of(section):
@@ -45,20 +48,29 @@ def platform_of(section: PoolSection) -> str | None:
 class _Actor:
     """What Ray runs."""
 
-    def __init__(self, load: Callable[[], Starter], cores: range):
-        """`cores` of the machine to keep to; none where there are other devices."""
+    def __init__(self):
+        self._process: dict[str, Any] = {}
+        self._due = -math.inf
+
+    def node(self) -> str:
+        """The machine that it is on."""
+        import ray
+
+        return ray.get_runtime_context().get_node_id()
+
+    def load(self, load: Load, cores: range, share: float) -> tuple[str, int, str]:
+        """Fingerprint and bytes of the loaded model; digest of the code that loaded it.
+
+        `cores` of the machine to keep to, none where there are other devices; `share` of its memory
+        that this actor may plan with.
+        """
         if cores and hasattr(os, "sched_setaffinity"):
             found = sorted(os.sched_getaffinity(0))  # before XLA counts them for its threads
             os.sched_setaffinity(0, {found[core % len(found)] for core in cores})
         if not cores:
             # The driver's environment may keep it off the devices (JAX_PLATFORMS=cpu).
             jax.config.update("jax_platforms", None)
-        self._starter = load()
-        self._process: dict[str, Any] = {}
-        self._due = -math.inf
-
-    def model(self) -> tuple[str, int, str]:
-        """Fingerprint and bytes of the loaded model; digest of the code that loaded it."""
+        self._starter = load(share)
         return self._starter.fingerprint, self._starter.loaded.bytes, source_digest()
 
     def start(self, workload: Sequence[Any], strict: bool, profile: Any) -> Limits:
@@ -97,7 +109,7 @@ class RayActors:
       fingerprint: of the model, the same in all; `bytes` that its weights take in each.
     """
 
-    def __init__(self, section: PoolSection, load: Callable[[], Starter]):
+    def __init__(self, section: PoolSection, load: Load):
         """Raises ValueError where Ray is missing, can't be reached, or lacks what is asked of it;
         what was started here is ended then.
 
@@ -114,21 +126,29 @@ class RayActors:
             self._connect(section)
         self._actors: list[Any] = []
         try:
-            self._start_actors(section, load)
-            self.fingerprint, self.bytes = self._one_model()
+            self._start_actors(section)
+            self.fingerprint, self.bytes = self._one_model(section, load)
         except BaseException:
             self.close()
             raise
 
-    def _start_actors(self, section: PoolSection, load: Callable[[], Starter]) -> None:
+    def _start_actors(self, section: PoolSection) -> None:
         self._check_resources(section)
         options: dict[str, Any] = {"num_cpus": section.cpus, "num_gpus": section.gpus}
         if section.tpus:
             options["resources"] = {"TPU": section.tpus}
         actor = self._ray.remote(**options)(_Actor)
-        cores = 0 if section.gpus or section.tpus else max(1, int(section.cpus))
-        self._actors = [
-            actor.remote(load, range(n * cores, (n + 1) * cores)) for n in range(section.ray)
+        self._actors = [actor.remote() for _ in range(section.ray)]
+
+    def _parts(self, section: PoolSection) -> list[tuple[range, float]]:
+        """Cores and share of the memory for each actor: those that are on one machine share it."""
+        nodes = self._get([actor.node.remote() for actor in self._actors], "say where it is")
+        if platform_of(section):
+            return [(range(0), 1.0)] * len(nodes)
+        cores, places = max(1, int(section.cpus)), [nodes[:n].count(m) for n, m in enumerate(nodes)]
+        return [
+            (range(place * cores, (place + 1) * cores), 1 / nodes.count(node))
+            for place, node in zip(places, nodes, strict=True)
         ]
 
     def start(
@@ -140,8 +160,9 @@ class RayActors:
         pairs = enumerate(zip(self._actors, limits, strict=True))
         return [RayReplica(f"{n}", a, slots=slots, limits=limit) for n, (a, limit) in pairs]
 
-    def _one_model(self) -> tuple[str, int]:
-        models = self._get([a.model.remote() for a in self._actors], "load the model")
+    def _one_model(self, section: PoolSection, load: Load) -> tuple[str, int]:
+        pairs = list(zip(self._actors, self._parts(section), strict=True))
+        models = self._get([a.load.remote(load, *part) for a, part in pairs], "load the model")
         fingerprints, sizes, sources = zip(*models, strict=True)
         if {*sources} != {source_digest()}:
             raise ValueError(
