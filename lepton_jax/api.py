@@ -95,7 +95,7 @@ class LeptonEngine:
     """
 
     def __init__(self, sync: Sync | None = None):
-        """`sync`: of the other hosts that run the same program (`distributed/hosts.py`)."""
+        """`sync`: of the hosts that run the same program: what `distributed.hosts.join` gives."""
         self._sync = sync
         self.tokenizer: tokenizers.Tokenizer | None = None
         self.engine: Engine | Pool | CascadeEngine | None = None
@@ -169,6 +169,8 @@ class LeptonEngine:
         """Loads what the config asks for."""
         config, section = self._config, self._config.model
         config.require_no_idle_fields()
+        if self._sync is None:
+            config.require_one_host()
         recipe = Recipe.from_config(config.compression)
         recipe.require_no_calibration(section.path)
         if config.cascade.agreement:

@@ -463,6 +463,16 @@ class RunConfig:
                 f"{driver} works in one process: leave out pool.ray and hosts.coordinator"
             )
 
+    def require_one_host(self) -> None:
+        """Raises ValueError where hosts are asked of an engine that hasn't met them."""
+        for name, value in dataclasses.asdict(self.hosts).items():
+            if value != getattr(HostsSection, name):
+                raise ValueError(
+                    f"hosts.{name}={value!r}: this engine is of one host. Run python -m "
+                    "lepton_jax.run on each, or give LeptonEngine(sync=hosts) the hosts that "
+                    "lepton_jax.distributed.hosts.join(config) meets before jax looks for devices"
+                )
+
     def require_no_idle_fields(self) -> None:
         """Raises ValueError where fields of engine or pool are given that others leave unused."""
         engine = self.engine

@@ -61,7 +61,7 @@ def _run(config: RunConfig, hosts: "Hosts") -> int:
             config = with_fields(config, {"optimizer.log": ""})  # decisions are the same on all
         mode = mode_for(config)
         job = Job(config, mode, hosts=hosts)
-    with job, LeptonEngine(sync=hosts if hosts.count > 1 else None) as lepton:
+    with job, LeptonEngine(sync=hosts if config.hosts.coordinator else None) as lepton:
         with cli.user_errors(ValueError, OSError):
             with cli.Bars() as bars:
                 progress = functools.partial(bars.show, "load")

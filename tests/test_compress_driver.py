@@ -24,6 +24,7 @@ from lepton_jax.config import (
     CalibrationSection,
     CompressionSection,
     EngineSection,
+    HostsSection,
     MeshSection,
     ModelSection,
     ReceiptSection,
@@ -365,6 +366,7 @@ def test_mistakes_are_named_before_anything_is_written(model, tmp_path):
         (dict(preset="w8a8"), config(calibration=calibration), r"text='.*short.txt' changes not"),
         (dict(preset="int8"), config(recovery=RecoverySection(train="lora")), "no weight of a lay"),
         (dict(preset="int8"), config(mesh=MeshSection(model=2)), "mesh.model=2: compress works on"),
+        (dict(preset="int8"), config(hosts=HostsSection("h:1")), "compress works in one process"),
         (dict(preset="int8"), config(engine=EngineSection(speculation="draft")), "take off or loo"),
         (dict(preset="int8"), config(receipt=long), "window_tokens is 500, but the model.*128"),
         (

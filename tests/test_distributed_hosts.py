@@ -17,6 +17,7 @@ from compress_makers import config_file, model_folder
 from jobs_fakes import job_config
 
 from lepton_jax import run
+from lepton_jax.api import LeptonEngine
 from lepton_jax.checkpoints.load import load
 from lepton_jax.checkpoints.orbax_store import save
 from lepton_jax.config import (
@@ -250,6 +251,19 @@ def test_what_several_hosts_cannot_do_is_refused():
         join(RunConfig(hosts=hosts, job=JobSection(exact=False)))
     with pytest.raises(ValueError, match="coordinator='nowhere' is not allowed: want HOST:PORT"):
         HostsSection("nowhere")
+
+
+def test_settings_of_several_hosts_are_refused_by_an_engine_that_has_not_met_them():
+    for section, field in (
+        (HostsSection("h:1", count=2, index=1), "coordinator='h:1'"),
+        (HostsSection(count=2), "count=2"),
+        (HostsSection(timeout=5.0), "timeout=5.0"),
+    ):
+        config = RunConfig(hosts=section)
+        with pytest.raises(ValueError, match=rf"^hosts\.{field}: .*LeptonEngine\(sync=hosts\)"):
+            LeptonEngine().load_model("nowhere", config=config)
+        with pytest.raises(ValueError, match="'nowhere' doesn't exist"):
+            LeptonEngine(sync=ALONE).load_model("nowhere", config=config)
 
 
 def test_auto_where_jax_knows_no_cluster_says_what_to_give(monkeypatch):

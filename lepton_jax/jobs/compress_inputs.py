@@ -43,7 +43,10 @@ def silent(stage: str, done: int, total: int, what: str) -> None:
 
 
 def require_alone(config: RunConfig) -> None:
-    """Raises ValueError for what compression would leave out: other devices, a draft model."""
+    """Raises ValueError for what compression would leave out: other devices, processes, a draft
+    model.
+    """
+    config.require_one_process("compress")
     if config.mesh.model > 1:
         raise ValueError(
             f"mesh.model={config.mesh.model}: compress works on one device: leave out mesh.model "
