@@ -9,6 +9,7 @@ with the worst exit code. Where the machine has accelerators they are left alone
 
 import argparse
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -38,6 +39,7 @@ def main() -> int:
         subprocess.Popen([*command, f"--config.hosts.index={index}"], env=environment)
         for index in range(options.hosts)
     ]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is theirs: they end in order
     return max(abs(process.wait()) for process in processes)
 
 

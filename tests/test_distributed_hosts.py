@@ -428,8 +428,8 @@ with join(RunConfig(hosts=section, mesh=MeshSection(model=2))):
 """
 
 
-@pytest.mark.parametrize("dies", [0, 1])
-def test_whoever_dies_the_other_names_it(dies):
+def waiting_pair():
+    """Two hosts that have met."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     environment["JAX_NUM_CPU_DEVICES"] = "1"
     port = str(free_ports())
@@ -444,6 +444,22 @@ def test_whoever_dies_the_other_names_it(dies):
         for index in "01"
     ]
     assert [host.stdout.readline() for host in pair] == ["joined\n"] * 2
+    return pair
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_an_interrupted_host_ends_all_as_one_host_would_end(which):
+    pair = waiting_pair()
+    pair[which].send_signal(signal.SIGINT)
+    said = [host.communicate(timeout=30)[1] for host in pair]
+    assert [host.returncode for host in pair] == [130, 130], said
+    assert said[which].splitlines()[-1] == "interrupted" and "Traceback" not in said[which]
+    assert f"error: host {which} of 2 was interrupted; repeat the command" in said[1 - which]
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+def test_whoever_dies_the_other_names_it(dies):
+    pair = waiting_pair()
     pair[dies].send_signal(signal.SIGKILL)
     _, said = pair[1 - dies].communicate(timeout=30)
     gone = f"error: host {dies} of 2 is gone"

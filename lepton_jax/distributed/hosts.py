@@ -9,10 +9,12 @@ Read next: `links.py` (what travels between hosts), `engine/loop.py` (who asks f
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import platform
+import signal
 import socket
 import sys
 import time
@@ -25,12 +27,13 @@ import jax
 from lepton_jax import compat
 from lepton_jax.checkpoints.load import identify
 from lepton_jax.config import HostsSection, RunConfig
-from lepton_jax.distributed.links import Link, accept, connect, leave, tell
+from lepton_jax.distributed.links import GONE, Link, accept, connect, leave, tell
 from lepton_jax.engine.request import Plan, Request
 from lepton_jax.kept_programs import source_digest
 
 _PACKAGES = ("jax", "jaxlib", "numpy")
 _GRACE = 3.0  # seconds
+_BY_SIGNAL = 128  # plus a signal's number: exit codes of those that one has ended, as in a shell
 _AGAIN = "repeat the command on all hosts to go on"
 
 
@@ -42,7 +45,7 @@ class Hosts:
         self._links = links or {}
         self._plans = 0
         for other, link in self._links.items():
-            link.watch(lambda reason, other=other: self._gone(other, reason))
+            link.watch(functools.partial(self._gone, other))
 
     @property
     def first(self) -> bool:
@@ -95,7 +98,7 @@ class Hosts:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         """The others learn how this host ended. Where it failed it ends at once: what is registered
-        for the end of a process would wait for them.
+        for the end of a process would wait for them. A signal ends all with its exit code.
         """
         failed = error is not None and not (isinstance(error, SystemExit) and not error.code)
         if not failed or self.count == 1:
@@ -104,19 +107,31 @@ class Hosts:
             return
         if isinstance(error, RuntimeError | ConnectionError):
             time.sleep(_GRACE)  # what meets a lost host fails before the link says which it is
-        if not isinstance(error, SystemExit):
+        if isinstance(error, KeyboardInterrupt):
+            print("interrupted", file=sys.stderr)
+        elif not isinstance(error, SystemExit):
             traceback.print_exception(error)
-        farewell = f"host {self.index} of {self.count} has failed; see its own output"
-        tell(self._links.values(), {"farewell": farewell})
+        code = _exit_code(error)
+        by_signal = code > _BY_SIGNAL
+        how = "was interrupted" if by_signal else "has failed; see its own output"
+        farewell = f"host {self.index} of {self.count} {how}"
+        tell(self._links.values(), {"farewell": farewell, "code": code if by_signal else GONE})
         sys.stderr.flush()
-        os._exit(error.code if isinstance(error, SystemExit) and type(error.code) is int else 1)
+        os._exit(code)
 
-    def _gone(self, other: int, reason: str) -> None:
+    def _gone(self, other: int, reason: str, code: int) -> None:
         """Another host is gone: this one ends too, and host 0 tells the rest why."""
         reason = reason or f"host {other} of {self.count} is gone (killed, or cut off)"
         rest = [link for index, link in self._links.items() if index != other]
-        tell(rest, {"farewell": reason})
-        leave(f"{reason}; {_AGAIN}")
+        tell(rest, {"farewell": reason, "code": code})
+        leave(f"{reason}; {_AGAIN}", code)
+
+
+def _exit_code(error: BaseException) -> int:
+    """As the driver of one host would exit with it."""
+    if isinstance(error, KeyboardInterrupt):
+        return _BY_SIGNAL + signal.SIGINT
+    return error.code if isinstance(error, SystemExit) and type(error.code) is int else 1
 
 
 ALONE = Hosts()

@@ -63,8 +63,10 @@ class Link:
         self._connection.settimeout(None)
         return index if type(index) is int and index > 0 else None
 
-    def watch(self, gone: Callable[[str], None]) -> None:
-        """From now on `next` gives messages; `gone` is called with a reason, or with ""."""
+    def watch(self, gone: Callable[[str, int], None]) -> None:
+        """From now on `next` gives messages; `gone` is called with the reason, or "", and the code
+        to exit with.
+        """
         threading.Thread(target=self._watch, args=(gone,), daemon=True).start()
 
     def next(self) -> Any:
@@ -80,18 +82,18 @@ class Link:
         except OSError:
             return  # the other side has left already
 
-    def _watch(self, gone: Callable[[str], None]) -> None:
+    def _watch(self, gone: Callable[[str, int], None]) -> None:
         try:
             while True:
                 message = self.read()
                 if "farewell" in message:
                     if message["farewell"]:
-                        gone(message["farewell"])
+                        gone(message["farewell"], message["code"])
                     return
                 self._came.put(message)
         except (OSError, ValueError):
             if not self._ended:
-                gone("")
+                gone("", GONE)
 
 
 def tell(links: Iterable[Link], message: Any) -> None:
@@ -172,7 +174,7 @@ def connect(address: tuple[str, int], index: int, seconds: float) -> Link:
             time.sleep(0.2)
 
 
-def leave(message: str) -> None:
+def leave(message: str, code: int) -> None:
     """Ends this process at once: a collective that waits for the dead can't be interrupted."""
     print(f"error: {message}", file=sys.stderr, flush=True)
-    os._exit(GONE)
+    os._exit(code)
