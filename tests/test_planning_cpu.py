@@ -7,6 +7,7 @@ on the machine slows the engine and the calibration at different moments.
 import dataclasses
 import json
 
+import jax
 import pytest
 from compress_makers import model_folder
 
@@ -14,6 +15,7 @@ from lepton_jax import LeptonEngine, SamplingParams
 from lepton_jax.config import (
     CompressionSection,
     EngineSection,
+    MeshSection,
     ModelSection,
     PlanSection,
     RunConfig,
@@ -54,10 +56,12 @@ def measured(config):
     return best
 
 
-def error_of(config, record_property):
-    """Measured over predicted."""
+def error_of(config, record_property, monkeypatch):
+    """Measured over predicted, of an engine that has the machine to itself."""
     chips.measured_cpu.cache_clear()  # as busy as now
-    plan = make_plan(config)
+    with monkeypatch.context() as alone:
+        alone.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+        plan = make_plan(config)
     ratio = measured(config) / plan.step_seconds
     name = f"{config.compression.preset} {config.engine.rows} rows"
     record_property(name, ratio)
@@ -67,9 +71,26 @@ def error_of(config, record_property):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["none", "w8a8"])
-def test_smollm2_takes_about_as_long_as_predicted(smollm2_path, record_property, preset):
+def test_smollm2_takes_about_as_long_as_predicted(
+    smollm2_path, record_property, monkeypatch, preset
+):
     config = run_config(smollm2_path, preset=preset, rows=8)
-    assert 0.25 < error_of(config, record_property) < 8
+    assert 0.25 < error_of(config, record_property, monkeypatch) < 8
+
+
+def test_devices_of_one_cpu_have_their_parts_of_its_memory_and_speed(tmp_path, monkeypatch):
+    rates = dict(bandwidth=8e9, float32=8e10, bf16=8e10, int8=16e10)
+    machine = chips.Chip("cpu", memory=8 << 30, operation=1e-6, platform="cpu", **rates)
+    monkeypatch.setattr(chips, "measured_cpu", lambda: machine)
+    config = run_config(model_folder(tmp_path / "model"), preset="none", rows=4)
+    every = make_plan(config)  # eight devices
+    assert every.replicas == 8 and every.budget == int(0.9 * (1 << 30))
+    assert (every.chip.bandwidth, every.chip.int8, every.chip.operation) == (1e9, 2e10, 8e-6)
+    two = make_plan(dataclasses.replace(config, mesh=MeshSection(data=2)))
+    assert two.budget == every.budget and two.chip.bandwidth == 4e9  # the others are idle
+    assert two.tokens_per_second == pytest.approx(every.tokens_per_second)
+    shared = make_plan(dataclasses.replace(config, mesh=MeshSection(model=8)))
+    assert shared.memory.weights < every.memory.weights / 2 and shared.decode_cost.interconnect > 0
 
 
 def test_the_programs_of_this_machine_are_compiled_and_counted(tmp_path):

@@ -25,7 +25,7 @@ from lepton_jax.optimizer.sample import SampledRequest
 from lepton_jax.optimizer.shelf import draft_of
 from lepton_jax.optimizer.simulated_engine import SimulatedEngine, SimulatedRow, SimulatedSizes
 from lepton_jax.optimizer.trial import Trial, look_ahead
-from lepton_jax.planning.chips import Chip, chip_here
+from lepton_jax.planning.chips import Chip, chip_here, shared
 from lepton_jax.planning.from_config import served_of, stored_leaves
 from lepton_jax.planning.memory import memory_of
 from lepton_jax.planning.roofline import decode_cost, prefill_cost
@@ -34,7 +34,6 @@ from lepton_jax.tensors import CompressedTensor
 
 _DISPATCH = 0.002  # seconds that the host needs for a beat, where nothing is measured
 _ROWS, _TOKENS = (1, 32), (128, 512)  # at which the roofline is read
-_RENDEZVOUS = 5e-5  # seconds until threads that are a CPU's devices have met
 
 Kind = tuple[CompressionSection, str, int, int]  # with dtype of the cache, replicas, devices
 
@@ -249,19 +248,9 @@ class Predictor:
         return self._drawn[kind]
 
     def _chip(self, config: RunConfig) -> Chip:
-        """A device; those of a CPU share it, and are linked by its memory."""
+        """A device; those of a CPU share it."""
         chip, used = chip_here(), config.mesh.data * config.mesh.model
-        if self._platform != "cpu" or used == 1:
-            return chip
-        rates = ("bandwidth", "float32", "bf16", "int8")
-        shares = {name: getattr(chip, name) / used for name in rates}
-        return dataclasses.replace(
-            chip,
-            link=shares["bandwidth"],
-            hop=_RENDEZVOUS,
-            operation=chip.operation * used,
-            **shares,
-        )
+        return shared(chip, used) if self._platform == "cpu" else chip
 
 
 def simulated(request: SampledRequest, length: int) -> SimulatedRow:

@@ -17,6 +17,8 @@ import psutil
 from lepton_jax.telemetry import DevicePeaks, device_peaks
 
 _GIB = 2**30
+_RATES = ("bandwidth", "float32", "bf16", "int8")
+_RENDEZVOUS = 5e-5  # seconds until threads that are a CPU's devices have met
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +119,15 @@ def measured_cpu() -> Chip:
         platform="cpu",
         **rates,
     )
+
+
+def shared(chip: Chip, working: int) -> Chip:
+    """One of so many devices of a CPU that work at once: they share its rates, each operation takes
+    as many times as long, and they are linked by its memory.
+    """
+    rates = {rate: getattr(chip, rate) / working for rate in _RATES}
+    slow = dict(hop=_RENDEZVOUS, operation=chip.operation * working)
+    return dataclasses.replace(chip, link=rates["bandwidth"], **rates, **slow)
 
 
 _SMALL = 64  # operations

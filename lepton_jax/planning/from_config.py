@@ -27,7 +27,7 @@ from lepton_jax.kernels.attention import backend_for
 from lepton_jax.models.build import Model, abstract_model
 from lepton_jax.models.published import hf_values
 from lepton_jax.models.registry import config_from_hf
-from lepton_jax.planning.chips import TPUS, Chip, chip_here
+from lepton_jax.planning.chips import TPUS, Chip, chip_here, shared
 from lepton_jax.planning.served import Served
 from lepton_jax.planning.topology import (
     can_start,
@@ -54,20 +54,23 @@ class Target:
 
 
 def target_of(config: RunConfig) -> Target:
-    """The slice that `plan.topology` names, or the devices at hand.
+    """The slice that `plan.topology` names, or the devices at hand; those of a CPU share it.
 
     Raises ValueError where there is none such, where it has fewer devices than `mesh.model`, and
     where its hosts can't share them so.
     """
-    topology = config.plan.topology
+    topology, shards, replicas = config.plan.topology, config.mesh.model, config.mesh.data
     if topology:
         kind, size = split_name(topology)
         devices = tuple(topology_devices(topology))
         target = Target(topology, TPUS[kind], devices, chips_of(size), hosts_of(kind, size))
     else:
         devices = tuple(jax.local_devices())
-        target = Target(devices[0].platform, chip_here(), devices, len(devices))
-    shards = config.mesh.model
+        chip = chip_here()
+        if chip.platform == "cpu":
+            working = replicas * shards if replicas > 1 else len(devices)
+            chip = dataclasses.replace(shared(chip, working), memory=chip.memory // len(devices))
+        target = Target(devices[0].platform, chip, devices, len(devices))
     if len(devices) % shards:
         raise ValueError(
             f"mesh.model={shards} does not divide the {len(devices)} devices of {target.name}: "
@@ -81,7 +84,6 @@ def target_of(config: RunConfig) -> Target:
             f"replicas by pool.ray, mesh.model={len(devices) // target.hosts} at most; set one of "
             "these, or another plan.topology"
         )
-    replicas = config.mesh.data
     if replicas * shards > len(devices):
         raise ValueError(
             f"mesh.data={replicas} x mesh.model={shards} needs {replicas * shards} devices, and "

@@ -44,14 +44,11 @@ def remedies(plan: Plan) -> list[str]:
 
 
 def _shards(plan: Plan) -> list[int]:
-    """Devices that may share the model: those at hand, where no slice is named; those of a CPU have
-    one memory.
-    """
+    """Devices that may share the model: those at hand, where no slice is named."""
     sizes = [2, 4, 8, 16, 32, 64]
     if plan.config.plan.topology:
         return sizes
-    devices = plan.target.devices
-    return [s for s in sizes if s <= len(devices) and devices[0].platform != "cpu"]
+    return [s for s in sizes if s <= len(plan.target.devices)]
 
 
 def _holds(plan: Plan, served: Served) -> bool:
