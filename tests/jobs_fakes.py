@@ -41,7 +41,8 @@ class FakeEngine:
     A prompt of `max_len` tokens or more is refused. The log-probability of token t is -t.
     """
 
-    def __init__(self, answer=lambda prompt: prompt, *, rows=2, block=3, max_len=100):
+    def __init__(self, answer=lambda prompt: prompt, *, rows=2, block=3, max_len=100, pages=(9,)):
+        self.pages = pages
         self._answer, self._rows, self._block, self.max_len = answer, rows, block, max_len
         self._open = {}
         self.added, self.aborted, self.steps = [], [], 0

@@ -1,5 +1,6 @@
 """Many engines as one: the answers of one engine whatever happens to the replicas."""
 
+import dataclasses
 import random
 import time
 
@@ -54,6 +55,14 @@ class Remote(FakeEngine):
 def pool_of(*engines, lockstep=True, **options):
     replicas = [ThreadReplica(f"{n}", e, slots=2) for n, e in enumerate(engines)]
     return Pool(replicas, lockstep=lockstep, **options)
+
+
+def test_a_pool_says_the_pages_of_each_replica():
+    engines = Remote(), Remote()
+    engines[1].limits = dataclasses.replace(engines[1].limits, num_pages=30)
+    pool = pool_of(*engines)
+    assert pool.pages == (1000, 30)
+    pool.close()
 
 
 def texts(count):

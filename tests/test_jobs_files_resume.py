@@ -14,14 +14,16 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from jobs_fakes import EOS, ByteTokenizer, Killed, MortalEngine, job_config, run_job
+from jobs_fakes import EOS, ByteTokenizer, FakeEngine, Killed, MortalEngine, job_config, run_job
 
-from lepton_jax.config import JobSection, OptimizerSection
+from lepton_jax.config import EngineSection, JobSection, OptimizerSection
 from lepton_jax.jobs import driver
 from lepton_jax.jobs import output as output_module
+from lepton_jax.jobs.driver import Job
 from lepton_jax.jobs.files import journal
 from lepton_jax.jobs.files.places import JobError
 from lepton_jax.jobs.files.source import Source
+from lepton_jax.jobs.generate import GenerateMode
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("out.jsonl", "out.csv", "out.parquet", "out.jsonl.gz", "out.csv.zst")
@@ -302,7 +304,7 @@ import json, os, random, signal, sys, time, traceback
 sys.path.insert(0, {tests!r})
 from lepton_jax.jobs import driver
 driver._BLOCK = 3
-from jobs_fakes import FakeEngine, job_config, run_job
+from jobs_fakes import EOS, ByteTokenizer, FakeEngine, Killed, MortalEngine, job_config, run_job
 from test_jobs_files_modes import Scorer, score_file
 
 class SlowEngine(FakeEngine):
@@ -416,6 +418,27 @@ def test_what_was_inexact_once_does_not_become_exact(tmp_path, source):
         run_job(job_config(*paths, rows=1, exact=False), MortalEngine(12))
     with pytest.raises(JobError, match="job.exact was False, is True"):
         run_job(job_config(*paths, rows=1))
+
+
+def test_another_memory_plans_other_pages_and_computes_other_rows_together(tmp_path, source):
+    config = job_config(source, tmp_path / "out.jsonl")
+    with pytest.raises(Killed):
+        run_job(config, MortalEngine(12, pages=(40,)))
+    with Job(config, GenerateMode(config.sampling)) as job:
+        job.resume("model")  # and ends before it has planned
+    with pytest.raises(JobError, match="engine.num_pages was 40, is 30.*--config.job.exact=false"):
+        run_job(config, FakeEngine(pages=(30,)))
+    given = dataclasses.replace(config, engine=EngineSection(rows=2, num_pages=40))
+    output, tally = run_job(given, FakeEngine(pages=(40,)))  # as the message says
+    assert tally.resumed > 0 and output.read_bytes().count(b"\n") == len(ROWS)
+
+
+def test_pages_of_replicas_are_compared_and_may_differ_without_exact(tmp_path, source):
+    config = job_config(source, tmp_path / "out.jsonl", exact=False)
+    with pytest.raises(Killed):
+        run_job(config, MortalEngine(12, pages=(40, 30)))
+    _, tally = run_job(config, FakeEngine(pages=(30, 30)))
+    assert tally.resumed > 0 and tally.rows == len(ROWS)
 
 
 def test_a_batch_request_is_done_when_all_its_inputs_are(tmp_path, monkeypatch):

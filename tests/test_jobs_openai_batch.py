@@ -77,7 +77,7 @@ def test_text_completions_are_openais(tmp_path):
 class PoolingEngine:
     """The hidden state of a prompt is (its tokens, its last token)."""
 
-    max_len = 100
+    max_len, pages = 100, (9,)
 
     def __init__(self):
         self._open = {}

@@ -58,7 +58,7 @@ def best_after(before) -> int:
 class FakeScorer:
     """Answers one question a beat; ids in `broken` make a question fail."""
 
-    max_len = 60
+    max_len, pages = 60, (9,)
 
     def __init__(self):
         self.open, self.asked, self.aborted, self.broken = {}, [], [], set()

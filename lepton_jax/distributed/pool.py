@@ -80,6 +80,7 @@ class Pool:
         self._lockstep, self._stall_after, self._clock = lockstep, stall_after, clock
         self.limits = _least([replica.limits for replica in replicas])
         self.max_len = self.limits.max_len
+        self.pages = tuple(replica.limits.num_pages for replica in replicas)
         self._requests: dict[str, _Request] = {}
         self._ledger = Ledger()
         for name, member in self._members.items():

@@ -19,6 +19,7 @@ class CascadeEngine:
     def __init__(self, compressed: TokenEngine, dense: TokenEngine):
         self.compressed, self.dense = compressed, dense
         self.max_len = compressed.max_len
+        self.pages = (*compressed.pages, *dense.pages)
 
     def add_request(
         self,

@@ -84,7 +84,7 @@ class Engine:
             budget=budget,
         )
         self.eos_ids, self.max_len = tuple(eos_ids), sizes.max_len
-        self.limits = _limits(model, sizes)
+        self.limits, self.pages = _limits(model, sizes), (sizes.num_pages,)
         self.runner = Runner(
             model.with_context(sizes.max_len),
             leaves,

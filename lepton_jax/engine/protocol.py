@@ -16,9 +16,12 @@ from lepton_jax.engine.scored import Scoring
 
 
 class TokenEngine(Protocol):
-    """Requests of token ids in, tokens and scores out. `max_len` bounds prompt and output."""
+    """Requests of token ids in, tokens and scores out. `max_len` bounds prompt and output; `pages`
+    are those of each of its caches.
+    """
 
     max_len: int
+    pages: Sequence[int]
 
     def add_request(
         self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams

@@ -57,6 +57,7 @@ _POLL_SECONDS = 0.2  # between looks at an input that is followed
 # Fields of the job on which no answer depends.
 _NOT_FOR_ANSWERS = "input output limit restart report tensorboard follow exact".split()
 _ANSWERS = ("max_len", "kv_dtype")  # fields of the engine on which more than rounding depends
+_PLANNED = "num_pages"  # one that may be left to the engine: what it has planned is compared
 
 
 @dataclasses.dataclass
@@ -278,6 +279,7 @@ class Job:
         `trace` listens, where a report is wanted.
         """
         started = time.perf_counter()
+        self.output.plan(engine.pages)
         session = self._opened(engine, tokenizer)
         beats = _Beats(
             engine,
@@ -360,7 +362,8 @@ class Job:
     def _rounding(self) -> dict[str, Any]:
         """By name what says which rows are computed together, and so how numbers are rounded."""
         config = self._config
-        engine = {n: v for n, v in vars(config.engine).items() if n not in _ANSWERS}
+        others = (*_ANSWERS, _PLANNED)
+        engine = {n: v for n, v in vars(config.engine).items() if n not in others}
         return {
             "job.limit": config.job.limit,
             "pool.ray": config.pool.ray,

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from lepton_jax.jobs.files.places import JobError, reason
 log = logging.getLogger(__name__)
 
 _FORMAT = 3  # of output rows; a change makes older partial files refused
-_EXACT = "job.exact"
+_EXACT, _PAGES = "job.exact", "engine.num_pages"
 _AGAIN = "to start over, add --config.job.restart=true"
 Parts = Mapping[str, Any]
 
@@ -57,6 +57,7 @@ class Output:
         self._journal: Journal = (
             BucketJournal(self._partial) if self._remote else FileJournal(Path(self._partial))
         )
+        self._told: dict[str, Any] = {}  # what the meta file says
         self._lock = JobLock(self.path)
 
     def begin(self, parts: Parts, *, rounding: Parts, restart: bool) -> str:
@@ -78,13 +79,24 @@ class Output:
         try:
             if fresh:
                 self._journal.remove()
-            else:
-                began = self._checked(parts, rounding)
-            meta = json.dumps({"began": began, **parts}, indent=1)
-            places.write_small(self._meta, meta.encode())
+            theirs = {} if fresh else self._checked(parts, rounding)
         except OSError as error:
-            raise JobError(f"{self._meta} can't be written: {reason(error)}") from error
-        return began
+            raise JobError(f"{self._partial} can't be removed: {reason(error)}") from error
+        kept = {name: theirs[name] for name in ("began", _PAGES) if name in theirs}
+        self._tell({"began": began} | parts | kept)
+        return self._told["began"]
+
+    def plan(self, pages: Sequence[int]) -> None:
+        """Takes the pages of each cache, which may come from the memory; after `begin`. Where they
+        are few, rows wait or are computed again, and others are computed together.
+
+        Raises JobError where they were others in the interrupted run, unless without `job.exact`.
+        """
+        mine = pages[0] if len({*pages}) == 1 else list(pages)
+        theirs = self._told.get(_PAGES, mine)
+        if self._exact and theirs != mine:
+            raise self._refusal([_change(_PAGES, theirs, mine)], only_rounding=True)
+        self._tell(self._told | {_PAGES: mine})
 
     def done_rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """(place in the input, output row) of the rows that are done, as they were written."""
@@ -177,8 +189,16 @@ class Output:
             raise ValueError("not a row")
         return place, row
 
-    def _checked(self, parts: Parts, rounding: Collection[str]) -> str:
-        """When the run began whose rows are there."""
+    def _tell(self, told: dict[str, Any]) -> None:
+        """Writes the meta file."""
+        self._told = told
+        try:
+            places.write_small(self._meta, json.dumps(told, indent=1).encode())
+        except OSError as error:
+            raise JobError(f"{self._meta} can't be written: {reason(error)}") from error
+
+    def _checked(self, parts: Parts, rounding: Collection[str]) -> dict[str, Any]:
+        """What the meta file says of the run whose rows are there."""
         try:
             theirs = json.loads(self._read_meta())
         except (OSError, ValueError) as error:
@@ -190,17 +210,21 @@ class Output:
             raise JobError(f"{self._partial} is of another version of lepton_jax: {_AGAIN}")
         changed = [
             name
-            for name in sorted({*theirs, *parts} - {"began"})
+            for name in sorted({*theirs, *parts} - {"began", _PAGES})
             if theirs.get(name) != parts.get(name) and (self._exact or name not in rounding)
         ]
         if changed:
-            said = "; ".join(_change(name, theirs.get(name), parts.get(name)) for name in changed)
-            inexact = f"with --config.{_EXACT}=false only rounding may differ; "
-            raise JobError(
-                f"{self._partial} is of another run: {said}. Go back to what it was to go on with "
-                f"it; {inexact if set(changed) <= set(rounding) else ''}{_AGAIN}"
-            )
-        return theirs["began"]
+            said = [_change(name, theirs.get(name), parts.get(name)) for name in changed]
+            raise self._refusal(said, only_rounding=set(changed) <= set(rounding))
+        return theirs
+
+    def _refusal(self, said: Sequence[str], *, only_rounding: bool) -> JobError:
+        """To go on with another run's rows."""
+        inexact = f"with --config.{_EXACT}=false only rounding may differ; "
+        return JobError(
+            f"{self._partial} is of another run: {'; '.join(said)}. Go back to what it was to go "
+            f"on with it; {inexact if only_rounding else ''}{_AGAIN}"
+        )
 
     def _read_meta(self) -> bytes:
         if self._remote:
@@ -241,6 +265,9 @@ class Unwritten:
     def begin(self, parts: Parts, *, rounding: Parts, restart: bool) -> str:
         """Host 0 makes sure of that, and says when the job began."""
         return ""
+
+    def plan(self, pages: Sequence[int]) -> None:
+        """Host 0 compares them; they are the same on all."""
 
     def done_rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """None: only host 0 knows."""
