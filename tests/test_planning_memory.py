@@ -183,6 +183,35 @@ def test_collectives_take_their_share_and_need_links():
 
 
 @pytest.mark.parametrize(
+    ("kind", "shards", "links", "hops"),
+    [
+        ("v5e", 2, 1, 1),
+        ("v5e", 4, 2, 2),  # 2x2
+        ("v5e", 8, 2, 4),  # 2x4: a corner has two links, and the opposite one is 1 + 3 hops away
+        ("v6e", 64, 2, 14),  # 8x8
+        ("v6e", 128, 3, 15),  # 8x16: the longer axis is a ring, halfway around is 8
+        ("v6e", 256, 4, 16),
+        ("v4", 8, 3, 3),  # 2x2x2
+        ("v5p", 16, 3, 5),  # 2x2x4
+        ("v5p", 64, 6, 6),  # 4x4x4: rings
+    ],
+)
+def test_an_all_reduce_goes_along_the_axes_of_a_slice(kind, shards, links, hops):
+    of_all = {"v5e": 4, "v6e": 4}.get(kind, 6)
+    chip = dataclasses.replace(TPUS[kind], link=of_all * 8.0, hop=1.0)
+    moved = 2 * (shards - 1) / shards * 1024 / (8 * links)
+    assert all_reduce_seconds(chip, 1024, shards=shards) == pytest.approx(moved + 2 * hops)
+
+
+def test_the_two_devices_of_a_chip_reduce_before_their_chips_do():
+    chip = dataclasses.replace(TPUS["tpu7x"], link=48.0, hop=1.0)  # of each: half of its chip's
+    pair = 2 * (1024 / 2 / 48 + 1)
+    assert all_reduce_seconds(chip, 1024, shards=2) == pytest.approx(pair)
+    square = 2 * 3 / 4 * 512 / (48 * 2 / 6) + 2 * 2
+    assert all_reduce_seconds(chip, 1024, shards=8) == pytest.approx(pair + square)
+
+
+@pytest.mark.parametrize(
     ("platform", "kind", "link"),
     [
         ("tpu", "TPU v5 lite", TPUS["v5e"].link),
@@ -194,4 +223,6 @@ def test_the_links_of_the_device_at_hand_are_known(platform, kind, link, monkeyp
     here = types.SimpleNamespace(platform=platform, device_kind=kind, memory_stats=lambda: None)
     monkeypatch.setattr(jax, "local_devices", lambda: [here])
     assert chip_here().link == link
+    known = {"TPU v5 lite": TPUS["v5e"], "TPU v4": TPUS["v4"]}  # plans of a slice are the same
+    assert chip_here() == known.get(kind, chip_here())
     assert decode_cost(served(shards=2), chip_here(), rows=3, context=10).interconnect > 0

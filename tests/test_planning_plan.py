@@ -299,7 +299,7 @@ def test_the_search_finds_the_smallest_slice_and_nothing_smaller_fits():
     assert not half.fits
     faster = search(dataclasses.replace(asked, plan=dataclasses.replace(asked.plan, target=2300.0)))
     assert all(f.tokens_per_second >= 2300 and f.chips > 8 for f in faster)
-    with pytest.raises(ValueError, match=r"most is .* on v5e:4x4 int8; lower plan\.target"):
+    with pytest.raises(ValueError, match=r"most is .* on v5e:4x8 int8; lower plan\.target"):
         search(dataclasses.replace(asked, plan=dataclasses.replace(asked.plan, target=1e9)))
 
 

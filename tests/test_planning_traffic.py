@@ -6,7 +6,7 @@ import pytest
 from tpu_topology import compile_on, topology_mesh
 
 from lepton_jax.planning.module_text import Module
-from lepton_jax.planning.topology import devices_of, split_name, topology_devices
+from lepton_jax.planning.topology import devices_of, split_name, topology_devices, torus_of
 from lepton_jax.planning.traffic import traffic
 
 
@@ -212,3 +212,23 @@ def test_devices_of_a_slice_are_those_that_its_machines_show():
     seen = {"v4:1x1x1": 1, "v4:2x2x1": 4, "v5e:2x4": 8, "v5p:2x2x1": 4, "tpu7x:1x1x1": 2}
     assert {name: len(topology_devices(name)) for name in seen} == seen
     assert {name: devices_of(*split_name(name)) for name in seen} == seen
+
+
+@pytest.mark.parametrize(
+    ("name", "shards"),
+    [
+        ("v5e:2x4", 2),
+        ("v5e:2x4", 8),
+        ("v6e:4x4", 4),
+        ("v6e:4x4", 16),
+        ("v4:2x2x2", 4),
+        ("v5p:2x2x4", 16),
+        ("tpu7x:2x2x1", 2),
+        ("tpu7x:2x2x1", 8),
+    ],
+)
+def test_devices_that_share_a_model_lie_as_the_compiler_has_them(name, shards):
+    kind, _ = split_name(name)
+    places = [device.coords for device in topology_devices(name)[:shards]]
+    lengths = [1 + max(axis) - min(axis) for axis in zip(*places, strict=True)]
+    assert sorted(n for n, _ in torus_of(kind, shards).axes) == sorted(n for n in lengths if n > 1)

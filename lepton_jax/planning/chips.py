@@ -77,6 +77,18 @@ TPUS = {
 }
 
 
+_NAMES = {  # by `jax.Device.device_kind`
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+}
+
+
 def chip_here() -> Chip:
     """The device at hand: its maker's figures, or measured ones of a CPU.
 
@@ -92,6 +104,9 @@ def chip_here() -> Chip:
             "or plan for a TPU, plan.topology=v6e:1x1"
         )
     memory = (device.memory_stats() or {}).get("bytes_limit", 0)
+    if device.device_kind in _NAMES:
+        known = TPUS[_NAMES[device.device_kind]]
+        return dataclasses.replace(known, memory=memory or known.memory)
     return _made(device.device_kind, peaks, memory=memory, platform=device.platform)
 
 

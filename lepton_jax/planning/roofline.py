@@ -15,6 +15,7 @@ from lepton_jax.models.config import ModelConfig
 from lepton_jax.planning.chips import Chip
 from lepton_jax.planning.memory import token_bytes
 from lepton_jax.planning.served import Served
+from lepton_jax.planning.topology import SLICES, Torus, torus_of
 from lepton_jax.tensors import CompressedTensor, dots
 
 _SMALL_OPERATIONS = 16  # a layer: norms, RoPE, cache, soft max, activations and what joins them
@@ -74,7 +75,13 @@ def prefill_cost(served: Served, chip: Chip, *, tokens: int) -> StepCost:
 
 
 def all_reduce_seconds(chip: Chip, nbytes: int, *, shards: int) -> float:
-    """Of one all-reduce of `nbytes`: a ring sends 2 (M-1)/M of them, in both directions at once.
+    """Of one all-reduce of `nbytes`: a reduce-scatter and an all-gather, each of which sends
+    (M-1)/M of them.
+
+    Devices that all reach each other make a ring, which takes M - 1 hops each time. The chips of a
+    TPU's slice use all axes that they lie along at once; each time data goes halfway around an axis
+    that closes, over two links of each chip, and from end to end of an open one, whose ends have
+    one (Austin et al., 2025, "How to Scale Your Model", on collectives and their latency).
 
     Raises ValueError where the chip's links aren't known.
     """
@@ -82,7 +89,15 @@ def all_reduce_seconds(chip: Chip, nbytes: int, *, shards: int) -> float:
         return 0.0
     if not chip.link:
         raise ValueError(f"{chip.name}: its interconnect isn't known; plan for mesh.model=1")
-    return 2 * (shards - 1) * (nbytes / shards / chip.link + chip.hop)
+    torus = torus_of(chip.name, shards) if chip.name in SLICES else Torus(shards, (), 0)
+    ring = torus.devices
+    seconds = (ring - 1) * (nbytes / ring / chip.link + chip.hop)
+    if torus.axes:
+        chips = shards // ring
+        links = sum(2 if closed else 1 for _, closed in torus.axes) / (2 * torus.dims)
+        hops = sum(length // 2 if closed else length - 1 for length, closed in torus.axes)
+        seconds += (chips - 1) / chips * nbytes / ring / (links * chip.link) + hops * chip.hop
+    return 2 * seconds
 
 
 def _cost(

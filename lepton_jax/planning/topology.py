@@ -7,6 +7,7 @@ XLA:TPU and Mosaic. Nothing runs on them, and no TPU is needed or locked. Read n
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import math
 import os
@@ -26,6 +27,8 @@ SLICES = {"v4": CUBES, "v5e": FLAT, "v5p": CUBES, "v6e": FLAT, "tpu7x": CUBES}
 _ONE_HOST = {"v4": 4, "v5e": 8, "v5p": 4, "v6e": 8, "tpu7x": 4}
 _HOST_CHIPS = 4
 _DEVICES = {"tpu7x": 2}  # of a chip; one where nothing is said
+_RING = 16  # chips: of a flat slice an axis this long closes to a ring, a shorter one is open
+_CUBE = 4  # chips: of a cubic slice all axes close where all are multiples of it
 # Without this libtpu describes the two cores of a v4 chip, which every machine joins, as devices.
 _JOINED = {"v4": {"chip_config_name": "megacore"}}
 
@@ -64,6 +67,34 @@ def chips_of(size: str) -> int:
 def devices_of(kind: str, size: str) -> int:
     """What jax sees of a slice."""
     return chips_of(size) * _DEVICES.get(kind, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Torus:
+    """How devices that share a model are linked: so many `devices` on a chip, chips along `axes`,
+    each (length, whether it closes to a ring), of `dims` that a slice has.
+    """
+
+    devices: int
+    axes: tuple[tuple[int, bool], ...]
+    dims: int
+
+
+def torus_of(kind: str, shards: int) -> Torus:
+    """Of a whole slice or, where there is none of as many devices, of neighbours on one host.
+
+    Which axes close: "System architecture" of each version (docs.cloud.google.com/tpu/docs).
+    """
+    devices, sizes = min(shards, _DEVICES.get(kind, 1)), SLICES[kind]
+    chips = shards // devices
+    whole = [tuple(map(int, size.split("x"))) for size in sizes if chips_of(size) == chips]
+    lengths = whole[0] if whole else (chips,)
+    if sizes == FLAT:
+        closed = [length == _RING for length in lengths]
+    else:
+        closed = [all(length % _CUBE == 0 for length in lengths)] * len(lengths)
+    axes = [axis for axis in zip(lengths, closed, strict=True) if axis[0] > 1]
+    return Torus(devices, tuple(axes), sizes[0].count("x") + 1)
 
 
 def hosts_of(kind: str, size: str) -> int:
