@@ -31,15 +31,14 @@ from lepton_jax.config import (
     EngineSection,
     PoolSection,
     RunConfig,
-    SamplingParams,
     ScoringSection,
 )
 from lepton_jax.distributed.local import device_groups, local_engines, local_pool, pool_of
 from lepton_jax.distributed.pool import Pool
 from lepton_jax.distributed.ray_replicas import RayActors, platform_of
 from lepton_jax.engine.cascade import CascadeEngine
-from lepton_jax.engine.loop import Engine
-from lepton_jax.engine.protocol import Sync, TokenEngine
+from lepton_jax.engine.loop import Engine, Workload
+from lepton_jax.engine.protocol import Sync, TokenEngine, needs_head
 from lepton_jax.jobs.cascade import (
     CascadeMode,
     check_cascade,
@@ -201,7 +200,7 @@ class LeptonEngine:
     def start(
         self,
         *,
-        workload: Sequence[tuple[int, SamplingParams]] = (),
+        workload: Workload = (),
         strict: bool = False,
         profile: Profile | None = None,
     ) -> "LeptonEngine":
@@ -212,13 +211,15 @@ class LeptonEngine:
             programs are compiled from now on, in the background. Without it programs are compiled
             as they are first needed, and on a CPU the cache takes 1/64 of the memory, or one row.
           strict: a program that the workload can't reach is an error instead of a warning.
-          profile: that the config was made with: feedback begins with its knobs and reckons with
-            its costs.
+          profile: of the config: feedback begins with its knobs and reckons with its costs.
 
-        Returns self. Raises ValueError where the memory is too small; then nothing is started.
+        Returns self. Raises ValueError where the memory is too small, or an output head is missing
+        that the workload needs; then nothing is started.
         """
         self._need_idle()
         config = self._config
+        if any(needs_head(asked) for _, asked in workload):
+            self.loaded.config.require_head(config.model.path)
         require_profile(config, profile)
         if strict and not workload:
             raise ValueError(

@@ -6,7 +6,6 @@ gets its fingerprint. Loading itself is `load.py`.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
@@ -127,7 +126,7 @@ def fingerprint(config: ModelConfig, files: TensorFiles) -> str:
         sizes, sample = [path.stat().st_size for path in paths], files.sample()
     except OSError as error:
         raise CheckpointError(f"{files.path}: can't be read: {error}") from error
-    return digest([dataclasses.asdict(config), table, sizes, sample])
+    return digest([config.as_dict(), table, sizes, sample])
 
 
 def digest(value: Any) -> str:

@@ -53,7 +53,7 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         values = {field: getattr(self, field) for field in _KEYS}
-        values["config"] = dataclasses.asdict(self.config)
+        values["config"] = self.config.as_dict()
         return {"format": FORMAT, "version": VERSION} | values
 
     @classmethod
@@ -170,7 +170,7 @@ def _config(path: Path, values: dict[str, Any]) -> ModelConfig:
 
     try:
         ropes = tuple(built(RopeConfig, rope) for rope in values.get("ropes", ()))
-        return built(ModelConfig, values | {"ropes": ropes})
+        return built(ModelConfig, {"has_head": True} | values | {"ropes": ropes})
     except (ValueError, TypeError) as error:
         raise CheckpointError(
             f"{path}: its config can't be used: {error}. The directory is damaged or of another "

@@ -42,7 +42,7 @@ def open_foreign(kind: str, place: Path) -> tuple[ModelConfig, TensorFiles]:
         config_of = functools.partial(config_from_gguf, metadata, files.names)
     else:
         values, files = read_json(place / "config.json"), open_safetensors(place)
-        config_of = functools.partial(config_from_hf, values)
+        config_of = functools.partial(config_from_hf, values, files.names)
     _check_counts(place, values, tensors=len(files.names))
     try:
         config = config_of()

@@ -28,7 +28,6 @@ from lepton_jax.compression.calibrated_leaf import (
 )
 from lepton_jax.compression.layer_programs import LayerPrograms, embedded, final_inputs, layer_of
 from lepton_jax.compression.leaf import compress_weight
-from lepton_jax.compression.quality import head_path
 from lepton_jax.compression.rules import Rule, assign, weights_of
 from lepton_jax.compression.scheme import Scheme
 from lepton_jax.compression.smooth import needs_of, pairs_for, smoothed
@@ -76,7 +75,7 @@ def compress_layers(
     run.check(leaves, tokens)
     programs = LayerPrograms(model)
     total = model.config.num_layers + 1
-    head = head_path(model)
+    head = model.config.head_path
     if "embed" in run.schemes and not run.kinds("embed"):
         leaves["embed"] = run.compress("embed", leaves["embed"], None)
     x = embedded(model, leaves["embed"], jnp.asarray(tokens, jnp.int32))
@@ -145,7 +144,7 @@ class _Run:
         """Raises ValueError, naming the rule, where a method doesn't suit a weight."""
         for path in self.schemes:
             where = f"compression rule {self.rules[path].pattern!r}"
-            if path == "embed" and head_path(self.model) != path and self.kinds(path):
+            if path == "embed" and self.model.config.head_path != path and self.kinds(path):
                 raise ValueError(
                     f"{where}: the embedding is looked up, never multiplied, so nothing calibrates "
                     "it; give it a rule of its own without calibration"

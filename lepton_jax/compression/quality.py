@@ -89,8 +89,11 @@ class Quality:
 def reference(
     model: Model, leaves: Sequence[Any], windows: np.ndarray, *, progress: Progress | None = None
 ) -> Reference:
-    """Runs the dense model over int32 `windows [windows, T]`."""
-    head = leaves[list(model.specs).index(head_path(model))]
+    """Runs the dense model over int32 `windows [windows, T]`. Raises ValueError where it has no
+    output head.
+    """
+    model.config.require_head("the model")
+    head = leaves[list(model.specs).index(model.config.head_path)]
     states = _hidden_states(model, leaves, windows, attend=causal_attend, progress=progress)
     hidden = [np.asarray(h) for h in states]
     return Reference(model, head, windows, np.stack(hidden))
@@ -112,7 +115,7 @@ def compare(
     aren't finite.
     """
     sums = _place_sums(dense.model, model)
-    head = leaves[list(model.specs).index(head_path(model))]
+    head = leaves[list(model.specs).index(model.config.head_path)]
     totals = []  # [windows, 5]
     attend = causal_attend if kv_dtype is None else _cached_attend(kv_dtype)
     states = _hidden_states(model, leaves, dense.windows, attend=attend, progress=progress)
@@ -166,11 +169,6 @@ def common_prefix(ours: Sequence[int], theirs: Sequence[int]) -> int:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))
 
 
-def head_path(model: Model) -> str:
-    """Of the weight that makes logits."""
-    return "embed" if model.config.tie_embeddings else "head"
-
-
 def _cached_attend(kv_dtype: Any) -> Callable:
     """`causal_attend` of keys and values as a cache of this dtype gives them back."""
     like = kv_cache.planned((1,), ("head_dim",), kv_dtype)
@@ -204,7 +202,7 @@ def _hidden_states(
 
 def logits_of(model: Model, head, hidden):
     """float32 `[places, V]`; nothing but the head is needed of the weights."""
-    path, nothing = head_path(model), jnp.zeros(())
+    path, nothing = model.config.head_path, jnp.zeros(())
     leaves = [head if name == path else nothing for name in model.specs]
     return model.bind(leaves).logits(hidden)
 

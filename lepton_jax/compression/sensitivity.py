@@ -26,7 +26,7 @@ import numpy as np
 
 from lepton_jax.compression.layer_programs import LayerPrograms, embedded, layer_of
 from lepton_jax.compression.leaf import compress_weight
-from lepton_jax.compression.quality import head_path, logits_of
+from lepton_jax.compression.quality import logits_of
 from lepton_jax.compression.rules import weights_of
 from lepton_jax.compression.scheme import Scheme, planned_leaf
 from lepton_jax.models.build import Model
@@ -117,7 +117,7 @@ class _Run:
             self._inputs.append(x)
             x = self._of(index).outputs(layer_of(leaves, index), x)
         self._outputs = x
-        head = head_path(model)
+        head = model.config.head_path
         top = leaves["final_norm"], leaves[head]
         keys = jax.random.split(jax.random.key(seed), len(tokens))
         drawn, self.gradients = _draw(model, x, top, keys, draws=draws)

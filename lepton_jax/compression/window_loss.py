@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from lepton_jax.compression.layer_programs import LayerPrograms, embedded, layer_of
-from lepton_jax.compression.quality import head_path, logits_of
+from lepton_jax.compression.quality import logits_of
 from lepton_jax.models.build import Model
 from lepton_jax.models.decoder import rms_norm
 from lepton_jax.tensors import CompressedTensor
@@ -52,7 +52,8 @@ class WindowLoss:
         """
         ours, hidden = self._hidden(leaves, ids), hidden.astype(jnp.float32)
         off = jnp.sum((ours - hidden) ** 2) / jnp.sum(hidden**2)
-        kl = self._divergence(self._as_dense(leaves[head_path(self._model)]), head, ours, hidden)
+        our_head = self._as_dense(leaves[self._model.config.head_path])
+        kl = self._divergence(our_head, head, ours, hidden)
         loss = kl + self._weight * off
         return loss, {"loss": loss, "kl": kl, "hidden": off}
 

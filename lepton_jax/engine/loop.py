@@ -112,7 +112,7 @@ class Engine:
         """Lets a model propose, for `section.speculation` "draft"; before the warm-up.
 
         Its cache gets as many pages. `cost` as `section.draft_cost`. Raises ValueError where the
-        model has another vocabulary.
+        model has another vocabulary or no output head.
         """
         runner = self.runner
         mine, theirs = runner.model.config.vocab_size, model.config.vocab_size
@@ -121,6 +121,7 @@ class Engine:
                 f"the draft model has a vocabulary of {theirs} tokens, the model one of {mine}: "
                 "want the same tokenizer, such as the model compressed"
             )
+        model.config.require_head("the draft model")
         model = model.on(runner.placement.axis)
         leaves = runner.placement.beside(model.heads).put_all(model.specs, leaves)
         context = model.with_context(self.max_len)
@@ -224,8 +225,11 @@ class Engine:
           workload: of the coming requests.
           wait: returns when all are ready. Otherwise steps wait for what they need.
           only: which of these programs, where more is known.
+
+        Raises ValueError where they would need an output head that the model hasn't.
         """
         for _, asked in workload:
+            self.limits.check_head(asked)
             scores = isinstance(asked, ScoreSpec)
             self.runner.require(asked if scores else SampleSpec.of(asked, self.eos_ids))
         scored = [(count, asked) for count, asked in workload if isinstance(asked, ScoreSpec)]
@@ -290,6 +294,7 @@ def _limits(model: Model, sizes: Sizes) -> Limits:
         page_size=sizes.page_size,
         num_pages=sizes.num_pages,
         num_layers=model.config.num_layers,
+        has_head=bool(model.config.head_path),
     )
 
 

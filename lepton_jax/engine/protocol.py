@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 from lepton_jax.config import SamplingParams
 from lepton_jax.engine.request import Plan, StepOutput
-from lepton_jax.engine.scored import Scoring
+from lepton_jax.engine.scored import ScoreSpec, Scoring
+from lepton_jax.models.config import NO_HEAD
 
 
 class TokenEngine(Protocol):
@@ -67,9 +68,11 @@ class Limits:
     page_size: int
     num_pages: int
     num_layers: int
+    has_head: bool = True
 
     def check_request(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
         """Raises ValueError on a request that can never be served."""
+        self.check_head(params)
         self.check_ids(prompt_ids, "the prompt")
         self.check_ids(params.stop_token_ids, "sampling.stop_token_ids")
         self.check_ids(params.logit_bias, "sampling.logit_bias")
@@ -83,6 +86,7 @@ class Limits:
 
     def check_scoring(self, prompt_ids: Sequence[int], scoring: Scoring) -> None:
         """Raises ValueError on a prompt that can never be scored."""
+        self.check_head(scoring)
         self.check_ids(prompt_ids, "the prompt")
         self.check_ids(itertools.chain(*scoring.targets), "what is scored")
         if scoring.layer > self.num_layers:
@@ -99,6 +103,11 @@ class Limits:
             num_pages=self.num_pages,
         )
 
+    def check_head(self, asked: SamplingParams | Scoring | ScoreSpec) -> None:
+        """Raises ValueError where logits are asked of a model without an output head."""
+        if needs_head(asked) and not self.has_head:
+            raise ValueError(f"the model {NO_HEAD}")
+
     def check_ids(self, ids: Iterable[int], where: str) -> None:
         """Raises ValueError on an id that the model doesn't know, and says where it is."""
         bad = next((i for i in ids if not 0 <= i < self.vocab_size), None)
@@ -107,6 +116,11 @@ class Limits:
                 f"{where} has token id {bad}, which is outside the model's vocabulary of "
                 f"{self.vocab_size}: want ids of this model's tokenizer"
             )
+
+
+def needs_head(asked: SamplingParams | Scoring | ScoreSpec) -> bool:
+    """Whether logits are needed for what is asked of a prompt."""
+    return isinstance(asked, SamplingParams) or bool(asked.targets)
 
 
 def check_room(

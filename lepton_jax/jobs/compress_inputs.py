@@ -62,8 +62,9 @@ def require_alone(config: RunConfig) -> None:
 def require_fit(config: RunConfig, recipe: Recipe, model: Model) -> None:
     """Raises ValueError where a recipe, or the recovery after it, doesn't suit the dense model:
     rules that nothing uses, schemes that don't fit a weight, options that change nothing, curves
-    that no package draws.
+    that no package draws, an output head that the model hasn't.
     """
+    _require_head(config, recipe, model)
     if config.recovery.tensorboard:
         scalar_writers("recovery.tensorboard")
     planned = planned_model(recipe.structure, model)
@@ -75,6 +76,21 @@ def require_fit(config: RunConfig, recipe: Recipe, model: Model) -> None:
         if all(scheme.weights != "keep" for scheme in recipe.automatic.candidates):
             specs = {}  # whichever is chosen, no weight will hold floats
     trained_values(specs, leaves, train=config.recovery.train)
+
+
+def _require_head(config: RunConfig, recipe: Recipe, model: Model) -> None:
+    """Raises ValueError where predictions are needed, and an embedding model makes none."""
+    needing = {
+        "receipt.compare": config.receipt.compare,
+        f"recovery.train={config.recovery.train}": config.recovery.train != "none",
+        f"compression.{recipe.automatic}": bool(recipe.automatic),
+    }
+    asked = [name for name, needed in needing.items() if needed]
+    if asked and not model.config.head_path:
+        raise ValueError(
+            f"{config.model.path} has no output head, and {', '.join(asked)} needs its "
+            "predictions: leave that out (--config.receipt.compare=false)"
+        )
 
 
 def require_texts(

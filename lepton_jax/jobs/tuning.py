@@ -101,6 +101,7 @@ def _limits(config: RunConfig) -> Limits:
         page_size=engine.page_size,
         num_pages=engine.num_pages or sys.maxsize,
         num_layers=model.num_layers,
+        has_head=bool(model.head_path),
     )
 
 

@@ -10,10 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "tensor")
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 NO_ROPE = -1
+NO_HEAD = (
+    "has no output head, as embedding models have none: it gives embeddings (job.mode=embed, or "
+    "rank with rank_by=similarity), and nothing that needs probabilities of tokens"
+)
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,8 @@ class ModelConfig:
       num_experts: E; 0 = a dense ffn.
       experts_per_token: experts that each token visits.
       norm_expert_weights: the weights of a token's experts are divided by their sum.
+      has_head: an untied model has an output head; without one, as embedding models are saved,
+        nothing but hidden states comes out.
     """
 
     family: str
@@ -137,6 +144,7 @@ class ModelConfig:
     num_experts: int = 0
     experts_per_token: int = 0
     norm_expert_weights: bool = True
+    has_head: bool = True
 
     def __post_init__(self):
         for name in (
@@ -174,6 +182,25 @@ class ModelConfig:
     def group(self) -> int:
         """G: query heads per kv head."""
         return self.num_heads // self.num_kv_heads
+
+    @property
+    def head_path(self) -> str:
+        """Of the weight that makes logits; "" where there is none."""
+        return "embed" if self.tie_embeddings else "head" if self.has_head else ""
+
+    def require_head(self, name: str) -> None:
+        """Raises ValueError, naming the model so, where nothing makes logits."""
+        if not self.head_path:
+            raise ValueError(f"{name} {NO_HEAD}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """In JSON types, for files and fingerprints. A head goes without saying, as when there was
+        no model without one.
+        """
+        values = dataclasses.asdict(self)
+        if self.has_head:
+            values.pop("has_head")
+        return values
 
     def with_context(self, length: int) -> ModelConfig:
         """The same model run with contexts of at most `length` tokens (see `context_len`)."""

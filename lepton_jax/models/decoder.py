@@ -165,7 +165,7 @@ class Decoder(nnx.Module):
         self.embed = param((V, D), ("vocab", "embed"), dtype, inputs=1)
         self.layers = nnx.List([Layer(config, i, dtype, axis) for i in range(config.num_layers)])
         self.final_norm = norm_param(D, "embed")
-        if not config.tie_embeddings:
+        if config.head_path == "head":
             self.head = param((V, D), ("vocab", "embed"), dtype, inputs=1)
         if config.rope_factor_sets:
             shape = (config.rope_factor_sets, config.ropes[0].dim // 2)
@@ -219,7 +219,7 @@ class Decoder(nnx.Module):
         """Logits f32 `[R, V]` of hidden states `[R, D]`, which are already normed; this device's
         share of V, -inf where it is padding.
         """
-        table = self.embed if self.config.tie_embeddings else self.head
+        table = getattr(self, self.config.head_path)
         scores = einsum("RD,VD->RV", hidden.astype(jnp.float32), table.get_value())
         scores = soft_cap(scores, self.config.final_soft_cap)
         return self.axis.within(scores, self.config.vocab_size)

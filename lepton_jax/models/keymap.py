@@ -140,7 +140,7 @@ def hf_attention(config: ModelConfig, norm: Callable[..., np.ndarray] = as_is) -
         maps += [
             Mapping(f"layers.{{i}}.{x}_norm", (f"{attention}{x}_norm.weight",), norm) for x in "qk"
         ]
-    if not config.tie_embeddings:
+    if config.head_path == "head":
         maps.append(Mapping("head", ("lm_head.weight",), as_is))
     return maps
 
@@ -199,7 +199,7 @@ def gguf_base(config: ModelConfig, qkv: Callable[..., np.ndarray] = join_qkv) ->
         maps += [
             Mapping(path + ours, (f"{block}{name}.weight",), as_is) for ours, name in names.items()
         ]
-    if not config.tie_embeddings:
+    if config.head_path == "head":
         maps.append(Mapping("head", ("output.weight",), as_is))
     return maps + gguf_rope_factors(config) + gguf_ffn(config)
 

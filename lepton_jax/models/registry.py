@@ -40,12 +40,22 @@ _IGNORED_TENSORS = re.compile(
 )
 
 
-def config_from_hf(values: dict[str, Any]) -> ModelConfig:
-    """The ModelConfig of a config.json; ValueError on unknown architectures, keys and values."""
+def config_from_hf(values: dict[str, Any], tensor_names: Iterable[str] = ()) -> ModelConfig:
+    """The ModelConfig of a Hugging Face checkpoint.
+
+    Args:
+      values: of config.json.
+      tensor_names: names of its tensors. Only by them is it told that an untied model has no head;
+        without them it is taken to have one.
+
+    Raises ValueError on unknown architectures, keys and values.
+    """
     kind = values.get("model_type")
     family = next((f for f in FAMILIES.values() if kind in f.hf_types), None)
     known = sorted(name for f in FAMILIES.values() for name in f.hf_architectures)
-    unknown = [name for name in values.get("architectures") or () if name not in known]
+    headless = [name.replace("ForCausalLM", "Model") for name in known]
+    found = values.get("architectures") or ()
+    unknown = [name for name in found if name not in known and name not in headless]
     if family is None or unknown:
         raise ValueError(
             f"config.json: architecture {values.get('architectures')} (model_type {kind!r}) is not "
@@ -56,7 +66,9 @@ def config_from_hf(values: dict[str, Any]) -> ModelConfig:
     keys.refuse_quantized()
     config = family.hf_config(keys)
     keys.finish()
-    return _settled(config)
+    names = {canonical_name(config, "hf", name) for name in tensor_names}
+    has_head = not names or config.tie_embeddings or "lm_head.weight" in names
+    return _settled(dataclasses.replace(config, has_head=has_head))
 
 
 def config_from_gguf(metadata: dict[str, Any], tensor_names: Iterable[str] = ()) -> ModelConfig:

@@ -95,12 +95,14 @@ def target_of(config: RunConfig) -> Target:
 def served_of(config: RunConfig, chip: Chip) -> Served:
     """The model of a config as a device of this kind will hold it.
 
-    Raises ValueError (CheckpointError) on a model, preset or dtype that can't be.
+    Raises ValueError (CheckpointError) on a model, preset or dtype that can't be, and on a model
+    that can't generate.
     """
     path, recipe = config.model.path, Recipe.from_config(config.compression)
     recipe.require_no_calibration(path)
     manifest = _manifest(path)
     model = _model(config, chip.platform)
+    model.config.require_head(path)
     held = manifest.compressed() if manifest else []
     if held and recipe.rules:
         raise ValueError(

@@ -108,7 +108,7 @@ def _cost(
     weight_bytes = flops = 0
     multiplied = seconds = 0.0
     for path in served.leaves:
-        lines = sampled if path == _head(c) else tokens
+        lines = sampled if path == c.head_path else tokens
         nbytes, operations = _work(served, path, tokens=lines)
         multiplying = operations / _rate(chip, served.leaves[path], lines)
         weight_bytes, flops = weight_bytes + nbytes, flops + operations
@@ -144,10 +144,6 @@ def _cost(
 def _reductions(config: ModelConfig) -> int:
     """All-reduces of a step: two a layer and the embedding's."""
     return 2 * config.num_layers + 1
-
-
-def _head(config: ModelConfig) -> str:
-    return "embed" if config.tie_embeddings else "head"
 
 
 def _work(served: Served, path: str, *, tokens: int) -> tuple[int, int]:
