@@ -17,6 +17,7 @@ from lepton_jax.checkpoints.load import describe, identify, load
 from lepton_jax.checkpoints.manifest import Manifest
 from lepton_jax.checkpoints.orbax_store import save
 from lepton_jax.config import (
+    CalibrationSection,
     CompressionSection,
     EngineSection,
     ModelSection,
@@ -137,7 +138,8 @@ def test_it_is_compressed_without_measuring_predictions(headless, tmp_path):
 
 def test_recovery_and_plans_refuse_it(headless, tmp_path):
     with pytest.raises(ValueError, match="the model has no output head"):
-        LeptonOptimizer().recover(headless, headless, train="norms", windows=2, held_out=1)
+        text = CalibrationSection(window_tokens=32)
+        LeptonOptimizer().recover(headless, headless, windows=2, held_out=1, calibration=text)
     save(tmp_path / "saved", load(headless))
     config = RunConfig(
         model=ModelSection(path=str(tmp_path / "saved")), plan=PlanSection(compile=False)

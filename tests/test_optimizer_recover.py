@@ -60,6 +60,8 @@ def test_what_it_refuses(models, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)  # as if it weren't installed
     with pytest.raises(ValueError, match=r"recovery.tensorboard needs tensorboardX: pip install"):
         optimizer.recover("not read", dense, tensorboard="curves")
+    with pytest.raises(ValueError, match="window_tokens is 129, but the model's longest contex"):
+        optimizer.recover(student, dense, calibration=CalibrationSection(window_tokens=129))
     with pytest.raises(ValueError, match="recover: unknown field 'step'; did you mean 'steps'"):
         optimizer.recover(student, dense, step=3)
     with pytest.raises(ValueError, match="train='none' is not allowed here: want norms, lora"):

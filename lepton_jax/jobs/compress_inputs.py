@@ -111,7 +111,7 @@ def require_texts(
     if calibrated or recovers:
         tokens["calibration.window_tokens"] = config.calibration.window_tokens
     for name, count in tokens.items():
-        measures.require_room(name, count, model.config)
+        model.config.require_room(name, count)
     if not tokens and not config.model.tokenizer:
         return
     tokenizer = load_tokenizer(config)  # one that the config names will be saved

@@ -16,7 +16,6 @@ from lepton_jax.engine.loop import Engine
 from lepton_jax.engine.sizing import device_room
 from lepton_jax.jobs.benchmark import Bench
 from lepton_jax.jobs.workloads import Workload
-from lepton_jax.models.config import ModelConfig
 
 Side = tuple[Loaded, EngineSection]  # a model and the engine that serves it
 
@@ -76,15 +75,6 @@ def longest_texts(asked: ReceiptSection) -> dict[str, int]:
         "receipt.window_tokens": asked.window_tokens,
         f"{_PROMPT_TOKENS} + receipt.new_tokens": _PROMPT_TOKENS + asked.new_tokens,
     }
-
-
-def require_room(name: str, tokens: int, config: ModelConfig) -> None:
-    """Raises ValueError where a model's context is shorter than `tokens`."""
-    if tokens > config.max_position:
-        raise ValueError(
-            f"{name} is {tokens}, but the model's longest context is {config.max_position}: "
-            "lower it"
-        )
 
 
 def _served(side: Side, prompts: Sequence[Sequence[int]], *, new: int) -> list[list[int]]:

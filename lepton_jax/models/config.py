@@ -202,6 +202,14 @@ class ModelConfig:
             values.pop("has_head")
         return values
 
+    def require_room(self, name: str, tokens: int) -> None:
+        """Raises ValueError, naming the field, where its tokens are more than the model claims."""
+        if tokens > self.max_position:
+            raise ValueError(
+                f"{name} is {tokens}, but the model's longest context is {self.max_position}: "
+                "lower it"
+            )
+
     def with_context(self, length: int) -> ModelConfig:
         """The same model run with contexts of at most `length` tokens (see `context_len`)."""
         if not 0 < length <= self.max_position:

@@ -44,14 +44,18 @@ def recover_model(
       folder: where the training is kept; one that is there goes on.
       listen: called as `Training.run` says.
 
-    Raises ValueError where the two models don't belong together, one lies on several devices, or
-    nothing can be trained.
+    Raises ValueError where the two models don't belong together, one lies on several devices or
+    has a shorter context than a window, or nothing can be trained.
     """
     calibration = calibration or CalibrationSection()
+    if section.train == "none":
+        raise ValueError("recovery.train='none' is not allowed here: want norms, lora or all")
     if section.tensorboard:
         scalar_writers("recovery.tensorboard")
     tokenizer = getattr(teacher, "tokenizer", None)  # of an engine
     student, teacher = _loaded(student), _loaded(teacher)
+    for model in (student, teacher):
+        model.config.require_room("calibration.window_tokens", calibration.window_tokens)
     drawn = draw_windows(
         Path(calibration.text).expanduser() if calibration.text else CALIBRATION_TEXT,
         tokenizer or tokenizers.load(teacher.tokenizer_source),
@@ -61,8 +65,6 @@ def recover_model(
     )
     seen = reference(teacher.model, teacher.leaves, drawn.tokens)
     folder = None if folder is None else Path(folder).expanduser()
-    if section.train == "none":
-        raise ValueError("recovery.train='none' is not allowed here: want norms, lora or all")
     taught = dict(taught_by=teacher.fingerprint)
     found, told = recover(student, seen, section, folder=folder, listen=listen, **taught)
     weights = weights_sha256(found.model.specs, found.leaves)
