@@ -1,13 +1,16 @@
 """SparseGPT against the textbook loops in float64, on random layers with correlated inputs."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from dense_leaves import dense_of
 from test_compression_gptq import fit, layer
 
 from lepton_jax.compression.quantize import make_leaf
-from lepton_jax.compression.scheme import Scheme
+from lepton_jax.compression.scheme import Scheme, planned_leaf
 from lepton_jax.compression.sparsegpt import sparsegpt
+from lepton_jax.tensors import ParamSpec
 
 TOPS = {"int8": (127, -127), "int4": (7, -8)}
 
@@ -104,7 +107,21 @@ def test_what_is_kept_makes_up_for_what_is_not():
     assert loss(settled.weights) < 0.75 * loss(np.where(mask, weight, 0))
 
 
-def test_groups_that_m_does_not_divide():
+def test_blocks_are_multiples_of_m():
+    weight, hessian = layer(outputs=12, inputs=96)
+    scheme = Scheme("keep", prune="sparsegpt", pattern="8:16")
+    settled, mask = sparsegpt(weight, hessian, scheme, block=24)  # the largest that fits is 16
+    assert np.all(np.asarray(mask).reshape(-1, 16).sum(axis=1) == 8)
+    expected = textbook(weight, hessian, scheme, block=16)
+    np.testing.assert_allclose(settled.weights, expected, atol=1e-4)
+
+
+def test_groups_that_m_does_not_divide_are_refused_before_anything_is_read():
     scheme = Scheme("int4", group=6, prune="sparsegpt", pattern="2:4")
-    with pytest.raises(ValueError, match="'2:4' does not divide blocks of 6 inputs"):
+    with pytest.raises(ValueError, match="pattern 2:4 does not divide groups of 6 inputs"):
         sparsegpt(*layer(), scheme)
+    spec = ParamSpec((4, 96), np.dtype(np.float32), ("out", "in"), inputs=1)
+    with pytest.raises(ValueError, match=r"^layers\.0\.down: .* groups of 6 inputs.*another group"):
+        planned_leaf("layers.0.down", spec, scheme)
+    wanda = dataclasses.replace(scheme, prune="wanda")  # compares all inputs at once
+    assert planned_leaf("layers.0.down", spec, wanda).group == 6

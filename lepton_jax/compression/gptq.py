@@ -153,7 +153,8 @@ class ColumnGrids:
 
     They are fitted to the loss itself: an input's error counts as the inverse of its squared
     diagonal in the factor. A scheme that quantizes nothing has none. `block` is how many inputs a
-    block may have; `fitted`: before the first input is decided, also where there are groups.
+    block may have, `unit` how many stay together in one; `fitted`: before the first input is
+    decided, also where there are groups.
     """
 
     def __init__(
@@ -164,6 +165,7 @@ class ColumnGrids:
         *,
         order: jax.Array,
         block: int,
+        unit: int = 1,
         fitted: bool,
     ):
         inputs = weight.shape[1]
@@ -178,7 +180,7 @@ class ColumnGrids:
             importance = (1.0 / jnp.diag(factor) ** 2)[jnp.argsort(order)]
             self._fixed = fit_grid(parts, scheme, importance.reshape(parts.shape[1:]))
         by_group = group and not fitted
-        self.block = group if by_group else _divisor(inputs, block)
+        self.block = group if by_group else _divisor(inputs, block, unit)
 
     def begin(self, part: jax.Array, diagonal: jax.Array, start: jax.Array) -> _Place:
         """For the block `part [size, O]`, as the errors before have made it."""
@@ -210,6 +212,7 @@ class ColumnGrids:
         return Settled(columns.T, values.T.reshape(columns.shape[1], -1, self._size), grid)
 
 
-def _divisor(inputs: int, most: int) -> int:
-    """The largest block of at most `most` inputs that divides them all."""
-    return next(size for size in range(min(most, inputs), 0, -1) if inputs % size == 0)
+def _divisor(inputs: int, most: int, unit: int) -> int:
+    """The largest block of at most `most` inputs, whole units of them, that divides them all."""
+    sizes = range(most - most % unit, 0, -unit)
+    return next((size for size in sizes if inputs % size == 0), unit)

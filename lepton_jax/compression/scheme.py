@@ -204,8 +204,15 @@ class Scheme:
             check_tiles(shape, *self.tile)
             self.kept_of(inputs // self.tile[1])
         elif self.n_of_m:
-            if inputs % self.n_of_m[1]:
+            among = self.n_of_m[1]
+            if inputs % among:
                 raise ValueError(f"pattern {self.pattern} does not divide {inputs} inputs")
+            group = self.group_of(inputs)
+            if self.prune == "sparsegpt" and group % among:
+                raise ValueError(
+                    f"sparsegpt decides a group's inputs together, and pattern {self.pattern} does "
+                    f"not divide groups of {group} inputs: take another M or another group"
+                )
         elif self.prune != "none":
             self.kept_of(inputs if self.prune == "wanda" else math.prod(shape))
 

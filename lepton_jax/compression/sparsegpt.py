@@ -49,20 +49,17 @@ def sparsegpt(
       scheme: unstructured sparsity is reached in each block of inputs over all outputs; N:M is
         chosen when the first of M inputs is reached.
       damp: share of the Hessian's mean diagonal that is added to the diagonal.
-      block: inputs that are chosen from together; with groups of a grid, those of one group.
+      block: inputs that are chosen from together at most, in multiples of M; with groups of a grid,
+        those of one group.
 
-    Raises ValueError where M doesn't divide a block.
+    Raises ValueError where M doesn't divide the inputs or a group.
     """
     weight = weight.astype(jnp.float32)
-    inputs = weight.shape[1]
-    factor = inverse_factor(hessian, damp)
-    grids = ColumnGrids(weight, scheme, factor, order=jnp.arange(inputs), block=block, fitted=False)
+    scheme.require_pattern(weight.shape)
     keep, among = scheme.n_of_m or (0, 0)
-    if among and grids.block % among:
-        raise ValueError(
-            f"scheme: pattern={scheme.pattern!r} does not divide blocks of {grids.block} inputs "
-            f"(of {inputs}): take another M or another group"
-        )
+    order, factor = jnp.arange(weight.shape[1]), inverse_factor(hessian, damp)
+    blocks = dict(order=order, block=block, unit=among or 1, fitted=False)
+    grids = ColumnGrids(weight, scheme, factor, **blocks)
 
     def begin(part, diagonal, start):
         mask = jnp.ones(part.shape, bool) if among else _largest(part, diagonal, scheme.sparsity)
