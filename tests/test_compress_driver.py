@@ -1,6 +1,7 @@
 """compress from Python and the command line, on a tiny model: directories, receipts, mistakes."""
 
 import dataclasses
+import html
 import json
 import shutil
 import signal
@@ -31,8 +32,10 @@ from lepton_jax.config import (
     RecoverySection,
     RunConfig,
 )
+from lepton_jax.engine.sizing import kv_dtype_of
 from lepton_jax.jobs import measures
 from lepton_jax.jobs.verify import failures, report, verify_receipt
+from lepton_jax.tensors import CompressedTensor
 
 QUICK = ReceiptSection(**RECEIPT | {"prompts": 0})
 # Of one row and one size: what is asked and what is timed share the engine's programs.
@@ -117,6 +120,49 @@ def test_what_the_receipt_holds(whole, model):
         exact = np.asarray(leaves[path])
         off = np.linalg.norm(np.asarray(smaller[path].dense(np.float32)) - exact)
         assert error == pytest.approx(off / np.linalg.norm(exact), rel=1e-3)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Dtypes of the caches that models were asked with, in their order; they answer nothing."""
+    dtypes = []
+
+    def answers(side, *, windows, **_):
+        loaded, section = side
+        compressed = any(isinstance(leaf, CompressedTensor) for leaf in loaded.leaves)
+        own = loaded.model.specs["embed"].dtype
+        dtypes.append(kv_dtype_of(section, own, compressed=compressed).name)
+        return [[1, 2, 3]] * len(windows)
+
+    monkeypatch.setattr(measures, "greedy_answers", answers)
+    return dtypes
+
+
+def test_both_models_have_the_dense_ones_cache_unless_the_recipe_names_another(
+    model, tmp_path, asked
+):
+    made = compress(model, tmp_path / "int8", preset="int8", config=CONFIG)
+    assert asked == ["float32", "float32"]
+    assert made["caches"] == {"dense": "float32", "compressed": "float32"}
+    assert '"compressed": "float32"' in html.unescape((tmp_path / "int8/receipt.html").read_text())
+    config = dataclasses.replace(CONFIG, engine=EngineSection(kv_dtype="bfloat16"))
+    made = compress(model, tmp_path / "narrow", preset="int8", config=config)
+    assert asked[2:] == ["float32", "bfloat16"]
+    assert made["caches"] == {"dense": "float32", "compressed": "bfloat16"}
+    del asked[:]
+    assert not failures(verify_receipt(tmp_path / "int8"))
+    assert not failures(verify_receipt(tmp_path / "narrow"))
+    assert asked == ["float32", "float32", "float32", "bfloat16"]
+
+
+def test_a_receipt_of_before_is_verified_by_the_rule_that_it_was_measured_by(
+    model, tmp_path, asked
+):
+    compress(model, tmp_path / "int8", preset="int8", config=CONFIG)
+    edit_receipt(tmp_path / "int8", lambda receipt: receipt.pop("caches"))
+    del asked[:]
+    assert not failures(verify_receipt(tmp_path / "int8"))
+    assert asked == ["float32", "bfloat16"]
 
 
 def test_the_tokenizer_that_the_config_names_is_kept(model, tmp_path):

@@ -158,7 +158,7 @@ def test_a_recipe_may_have_a_cache_and_times_stand_beside_the_ideal(model, tmp_p
     )
     found = SweepJob(settings).run()
     # Decode and prefill of each, the dense model beside it.
-    assert timed == [["auto", "int8"]] * 2 + [["auto", "auto"]] * 2
+    assert timed == [["float32", "int8"]] * 2 + [["float32", "float32"]] * 2
     dense, cached, zeros = json.loads((tmp_path / "sweep" / "table.json").read_text())
     assert "KL with its cache" in (tmp_path / "sweep" / "table.md").read_text()
     assert cached["KL with its cache"] not in ("", cached["KL, nats a token"])

@@ -91,6 +91,7 @@ def page(receipt: Mapping[str, Any]) -> str:
     """The page of one receipt."""
     shown = ("source", "measure", "held_out", "calibration", "environment", "fingerprint")
     rest = {name: receipt[name] for name in (*shown, "weights_sha256")}
+    rest["caches"] = receipt.get("caches")  # older receipts name none
     return render(
         _PAGE,
         title=f"Receipt: {receipt['recipe']['title']}",

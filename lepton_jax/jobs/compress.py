@@ -29,6 +29,7 @@ from lepton_jax.compression.calibration_data import HELD_OUT_TEXT
 from lepton_jax.compression.presets import scheme_of_each
 from lepton_jax.compression.recipe import Recipe, parse_rule
 from lepton_jax.config import EngineSection, RunConfig
+from lepton_jax.engine.sizing import kv_dtype_of
 from lepton_jax.jobs import measures
 from lepton_jax.jobs.benchmark import device_name
 from lepton_jax.jobs.compress_inputs import (
@@ -140,7 +141,7 @@ def measure_dense(config: RunConfig, progress: Progress) -> Dense:
     windows = held_out.tokens
     told = windows_of(progress, "dense on held-out text")
     reference = quality.reference(loaded.model, loaded.leaves, windows, progress=told)
-    side, told = (loaded, _with_own_cache(config.engine)), stage(progress, "dense in the engine")
+    side, told = _dense_side(config, loaded), stage(progress, "dense in the engine")
     answers = measures.greedy_answers(side, asked=asked, windows=windows, progress=told)
     rates = None
     if asked.repeats and not together:
@@ -186,6 +187,7 @@ def compress(config: RunConfig, recipe: Recipe, dense: Dense, *, progress: Progr
         "sensitivity": result.sensitivity,
         "recovery": _recovery_told(config, dense, result, found=found, progress=progress),
         "kv": measure_kv(config, dense, loaded, progress=progress),
+        "caches": caches(config.engine, dense.model) if dense.reference else None,
         "environment": receipt.environment(),
         "weights": rows,
     }
@@ -253,11 +255,11 @@ def _speed(
 ) -> dict[str, Any]:
     """Tokens/s of both models; the dense one is read again to take turns where it fits."""
     repeats, turns = config.receipt.repeats, dense.rates is None
-    ours, told = (loaded, config.engine), stage(progress, "speed in the engine")
+    ours, told = _our_side(config, dense, loaded), stage(progress, "speed in the engine")
     if turns:
         reading = stage(progress, "load dense")
         again = checkpoints.load(config.model.path, **load_options(config), progress=reading)
-        sides = (again, _with_own_cache(config.engine)), ours
+        sides = _dense_side(config, again), ours
         before, now = measures.rates(sides, repeats=repeats, progress=told)
     else:
         before, (now,) = dense.rates, measures.rates([ours], repeats=repeats, progress=told)
@@ -303,7 +305,7 @@ def measure_prefix(
 ) -> dict[str, Any] | None:
     """How far greedy answers follow the dense model's; None where none were asked for."""
     answers = measures.greedy_answers(
-        (loaded, config.engine),
+        _our_side(config, dense, loaded),
         asked=config.receipt,
         windows=dense.windows,
         progress=stage(progress, "compressed in the engine"),
@@ -311,9 +313,23 @@ def measure_prefix(
     return _prefix_row(answers, dense.answers, seed=config.receipt.seed)
 
 
-def _with_own_cache(engine: EngineSection) -> EngineSection:
-    """The dense model's engine: the cache's dtype is measured, and no part of the measure."""
-    return dataclasses.replace(engine, kv_dtype="auto")
+def caches(engine: EngineSection, dense: Model) -> dict[str, str]:
+    """Dtypes of the caches that the "dense" and the "compressed" model are timed and asked with:
+    the dense one's own, unless engine.kv_dtype names another for the compressed one.
+    """
+    embed = dense.specs["embed"].dtype
+    own = kv_dtype_of(EngineSection(), embed, compressed=False)
+    return {"dense": own.name, "compressed": kv_dtype_of(engine, embed, compressed=False).name}
+
+
+def _dense_side(config: RunConfig, loaded: Loaded) -> measures.Side:
+    dtype = caches(config.engine, loaded.model)["dense"]
+    return loaded, dataclasses.replace(config.engine, kv_dtype=dtype)
+
+
+def _our_side(config: RunConfig, dense: Dense, loaded: Loaded) -> measures.Side:
+    dtype = caches(config.engine, dense.model)["compressed"]
+    return loaded, dataclasses.replace(config.engine, kv_dtype=dtype)
 
 
 def _prefix_row(

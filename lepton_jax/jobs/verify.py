@@ -32,6 +32,7 @@ from lepton_jax.config import (
     RunConfig,
     from_mapping,
 )
+from lepton_jax.engine.sizing import kv_dtype_of
 from lepton_jax.jobs.compress import (
     gap_closed,
     measure_dense,
@@ -40,6 +41,7 @@ from lepton_jax.jobs.compress import (
     measure_quality,
 )
 from lepton_jax.jobs.compress_inputs import Progress, dense_bytes, describe, silent
+from lepton_jax.tensors import CompressedTensor
 
 _OF_A_WEIGHT = ("path", "shape", "type", "bytes", "kept")
 _ENDS = ("value", "low", "high")
@@ -89,7 +91,7 @@ def verify_receipt(
             tokenizer=source["tokenizer"],
             chat_variables=source["chat_variables"],
         ),
-        engine=from_mapping(EngineSection, receipt["engine"], where="receipt.engine"),
+        engine=_engine(receipt, loaded),
         receipt=dataclasses.replace(
             from_mapping(ReceiptSection, receipt["measure"], where="receipt.measure"), repeats=0
         ),
@@ -100,6 +102,20 @@ def verify_receipt(
     if receipt["quality"]:
         checks += _measured(receipt, config, loaded, progress)
     return checks + _told(place, receipt)
+
+
+def _engine(receipt: receipts.Receipt, loaded: Loaded) -> EngineSection:
+    """What the compressed model is asked in, with the cache that it had when it was measured."""
+    engine = from_mapping(EngineSection, receipt["engine"], where="receipt.engine")
+    if receipt.get("caches"):
+        return dataclasses.replace(engine, kv_dtype=receipt["caches"]["compressed"])
+    # Receipts that name no caches are of a time when "auto" depended on what was compressed.
+    own = kv_dtype_of(
+        engine,
+        loaded.model.specs["embed"].dtype,
+        compressed=any(isinstance(leaf, CompressedTensor) for leaf in loaded.leaves),
+    )
+    return dataclasses.replace(engine, kv_dtype=own.name)
 
 
 def _hashes(receipt: receipts.Receipt, loaded: Loaded) -> list[Check]:
