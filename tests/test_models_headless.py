@@ -9,6 +9,7 @@ import checkpoint_makers as make
 import numpy as np
 import pytest
 from compress_makers import model_folder
+from published_configs import PUBLISHED
 from safetensors.numpy import load_file
 
 from lepton_jax import LeptonEngine, LeptonOptimizer, SamplingParams, compress
@@ -27,6 +28,7 @@ from lepton_jax.config import (
 )
 from lepton_jax.engine.loop import Engine
 from lepton_jax.engine.scored import ScoreSpec
+from lepton_jax.models.registry import config_from_hf
 from lepton_jax.planning.plan import make_plan
 
 SECTION = EngineSection(rows=2, max_len=64, prefill_chunk=32, page_size=16)
@@ -65,6 +67,17 @@ def test_all_but_the_head_is_loaded(whole, tmp_path, prefix, architecture):
     for path, leaf in zip(found.model.specs, found.leaves, strict=True):
         np.testing.assert_array_equal(leaf, leaves[path], err_msg=path)
     assert found.bytes == expected.bytes - head.nbytes
+
+
+@pytest.mark.parametrize("architecture", ["Qwen3ForCausalLM", "Qwen3Model"])
+def test_a_config_learns_of_the_head_from_the_names_of_the_tensors(architecture):
+    values = PUBLISHED["qwen3-0.6b"] | {"architectures": [architecture]}
+    untied = values | {"tie_word_embeddings": False}
+    body = ["embed_tokens.weight", "norm.weight"]
+    assert config_from_hf(untied, body).head_path == ""
+    assert config_from_hf(untied, [*body, "lm_head.weight"]).head_path == "head"
+    assert config_from_hf(untied).head_path == "head"  # nobody has looked
+    assert config_from_hf(values, body).head_path == "embed"
 
 
 def test_another_weight_is_still_missed(whole, tmp_path):
