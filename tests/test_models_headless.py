@@ -27,8 +27,9 @@ from lepton_jax.config import (
     RunConfig,
 )
 from lepton_jax.engine.loop import Engine
-from lepton_jax.engine.scored import ScoreSpec
+from lepton_jax.engine.scored import ScoreSpec, Scoring
 from lepton_jax.models.registry import config_from_hf
+from lepton_jax.optimizer.sample import SampledRequest
 from lepton_jax.planning.plan import make_plan
 
 SECTION = EngineSection(rows=2, max_len=64, prefill_chunk=32, page_size=16)
@@ -159,6 +160,13 @@ def test_recovery_and_plans_refuse_it(headless, tmp_path):
     )
     with pytest.raises(ValueError, match="saved has no output head"):
         make_plan(config)
+
+
+def test_tuning_measures_no_divergence_of_it(headless, tmp_path):
+    config = RunConfig(model=ModelSection(path=str(headless)), engine=SECTION)
+    request = SampledRequest((1, 2, 3), Scoring(pool="last"))
+    with pytest.raises(ValueError, match=f"max_kl=0.1 is of predictions, and {headless} has no"):
+        LeptonOptimizer(max_kl=0.1, directory=tmp_path).search(config, [request] * 4)
 
 
 def test_saved_ones_come_back_and_others_are_as_before(headless, whole, tmp_path):

@@ -128,6 +128,11 @@ class Search:
     def _read(self) -> tuple[Model, Axes]:
         """The model without its weights, which only the shelf keeps, and what varies."""
         loaded = self._shelf.model(self._config)
+        if self._asked.max_kl and not loaded.config.head_path:
+            raise ValueError(
+                f"optimizer.max_kl={self._asked.max_kl:g} is of predictions, and "
+                f"{self._config.model.path} has no output head: leave it out"
+            )
         return loaded.model, self._axes(loaded)
 
     def _axes(self, loaded: Loaded) -> Axes:
