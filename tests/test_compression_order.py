@@ -6,7 +6,6 @@ the same 768 places for all methods.
 """
 
 import dataclasses
-
 from pathlib import Path
 from typing import NamedTuple
 

@@ -1,7 +1,7 @@
 """How much the int8 presets change a real model's next-token distributions, on public-domain prose.
 
 Measured: the mean Kullback-Leibler divergence KL(float32 || preset), in nats a token, over
-10,220 tokens of `fixtures/parity/prose.txt` in windows of 512 that start afresh. Perplexities
+4,088 tokens of `fixtures/parity/prose.txt` in windows of 512 that start afresh. Perplexities
 are printed with it (`pytest -s`). That the engine computes what the plain decoder computes is
 `test_parity_real.py`'s business.
 
@@ -11,7 +11,6 @@ inputs in the sensitive weights (`int8_g32`) meet the goal with 1.7e-3. A key-va
 may cost 0.3 % of perplexity.
 """
 
-import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +25,7 @@ from lepton_jax.text import load as load_tokenizer
 
 PROSE = Path(__file__).parent / "fixtures" / "parity" / "prose.txt"
 WINDOW = 512
-WINDOWS = 20  # more than 10,000 tokens
+WINDOWS = 8
 MOST = {"int8": 4.5e-3, "int8_g32": 2e-3, "w8a8": 2e-2}  # nats a token, see above
 
 
@@ -66,10 +65,8 @@ def test_8_bit_caches_cost_a_third_of_a_percent_at_most(exact, smollm2_path, kv_
     """Perplexity of the float32 model that reads its keys and values from such a cache, as far as
     these windows tell: float8's interval is 0.6 % wide and moves with a CPU's rounding.
     """
-    some = {name: getattr(exact.reference, name)[:8] for name in ("windows", "hidden")}
-    dense = dataclasses.replace(exact.reference, **some)
     leaves = load(smollm2_path, dtype="float32").leaves
-    found = compare(dense, exact.model, leaves, seed=0, kv_dtype=kv_dtype)
+    found = compare(exact.reference, exact.model, leaves, seed=0, kv_dtype=kv_dtype)
     print(f"{kv_dtype} cache: KL {found.kl.value:.2e}, perplexity {found.perplexity_ratio}")
     assert 0 < found.kl.value < most_kl
     assert found.perplexity_ratio.low < 1 + 3e-3
