@@ -16,6 +16,11 @@ _STATIC = (  # experts have no static activations
     r"embed|head|layers\.\d+\.experts_.* -> weights=int8",
     r"layers\..* -> weights=int8 activations=static",
 )
+_DYNAMIC = (
+    _TABLES,
+    r"layers\.\d+\.(qkv|down|experts_down) -> weights=int8 rounding=gptq",
+    r"layers\..* -> weights=int8 activations=dynamic rounding=gptq",
+)
 _UNIFORM = (
     "weights=int8 group=32",
     "weights=int8",
@@ -45,6 +50,7 @@ def get_config(arg=None):
             "rules": ("embed -> weights=int8 group=32", ".* -> weights=int8 group=32 rounding=gptq")
         },
         "w8a8": {"preset": "w8a8"},
+        "w8a8-smooth-gptq": {"rules": _DYNAMIC, "smooth": "smoothquant"},
         "w8a8-static": {"rules": _STATIC},
         "w8a8-percentile": {"rules": _STATIC, "ranges": "percentile"},
         "w8a8-mse": {"rules": _STATIC, "ranges": "mse"},

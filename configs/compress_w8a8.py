@@ -1,11 +1,19 @@
-"""int8 weights, and int8 activations where they cost little, with a receipt.
+"""int8 weights, and int8 activations where they cost little, by SmoothQuant and GPTQ, with a receipt.
 
     python -m lepton_jax.compress --config=configs/compress_w8a8.py --config.model.path=MODEL \\
         --config.output=DIR
 
-Faster than int8 where rows are many: the products are of integers.
+Faster than int8 where rows are many: the products are of integers. Scales of activations are made
+as they come; calibration moves their outliers into the weights and rounds these. The preset w8a8
+has the same bytes and speed without calibration, at about three times the divergence.
 """
 
 
 def get_config(arg=None):
-    return {"model": {"path": arg or "demo:smollm2"}, "compression": {"preset": "w8a8"}}
+    rules = (
+        "embed|head -> weights=int8",
+        r"layers\.\d+\.(qkv|down|experts_down) -> weights=int8 rounding=gptq",
+        r"layers\..* -> weights=int8 activations=dynamic rounding=gptq",
+    )
+    compression = {"rules": rules, "smooth": "smoothquant"}
+    return {"model": {"path": arg or "demo:smollm2"}, "compression": compression}
