@@ -18,9 +18,8 @@ def start(tmp_path, model, output, *flags):
     command = [sys.executable, "-m", "lepton_jax.run", "--config=configs/quickstart.py"]
     settings = {"model.path": model, "compression.preset": "none", "job.output": tmp_path / output}
     command += [f"--config.{name}={value}" for name, value in settings.items()]
-    command += ["--config.engine.prefill_chunk=128", *flags]  # one size of prefill to compile
     with (tmp_path / "log.txt").open("wb") as log:
-        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        return subprocess.Popen([*command, *flags], cwd=ROOT, stdout=log, stderr=log)
 
 
 def finish(process, tmp_path):

@@ -88,7 +88,7 @@ def alone():
 
 
 # 4 devices: two banks of two; the last devices of the eight, not the first.
-@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("count", [2, 4])
 def test_what_one_device_gives(alone, count):
     devices = jax.devices()[8 - count :]
     engine = Engine(MODEL, LEAVES, section=SECTION, eos_ids=(2,), devices=devices)
@@ -107,7 +107,6 @@ def test_what_one_device_gives(alone, count):
         assert leaf.sharding.device_set == set(devices)
 
 
-@pytest.mark.slow
 def test_compressed_and_speculating():
     compress = compressor(preset_rules("int8"), MODEL.specs)
     pairs = zip(MODEL.specs.items(), LEAVES, strict=True)
