@@ -1,4 +1,4 @@
-"""int8 weights, and int8 activations where they cost little, by SmoothQuant and GPTQ, with a receipt.
+"""int8 weights, int8 activations where they cost little, by SmoothQuant and GPTQ; with a receipt.
 
     python -m lepton_jax.compress --config=configs/compress_w8a8.py --config.model.path=MODEL \\
         --config.output=DIR
