@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import pytest
+from test_models_config import attribute_reads
 
 from lepton_jax import cli
 from lepton_jax.config import (
@@ -122,6 +123,15 @@ def test_values_in_the_forms_that_json_and_python_give():
     assert params.stop == ("END",)
     assert params.stop_token_ids == (3,)
     assert params.logit_bias == {7: 2.0}
+
+
+def test_every_field_is_read():
+    reads = attribute_reads(skip=("config.py", "config_"))
+    for section in dataclasses.fields(RunConfig):
+        kind = type(getattr(RunConfig(), section.name))
+        fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+        unread = [field.name for field in fields if field.name not in reads]
+        assert not unread, f"{section.name} has fields that nothing reads: {unread}"
 
 
 def test_every_field_is_documented():

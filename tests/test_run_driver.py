@@ -97,6 +97,8 @@ MISTAKES = [
     (["--config=config.py", "--config.engine.rows=0"], "rows=0 is not allowed: want 1"),
     (["--config=config.py", "--config.sampling.seed=x"], "want a whole number or none"),
     (["--config=config.py", "--config.mesh.model=0"], "model=0 is not allowed"),
+    (["--config=config.py", "--follow=2"], "job.exact=True is not allowed: want false"),
+    (["--config=config.py", "--follow=-1", "--config.job.exact=false"], "job.follow=-1.0 is not"),
     (["--config=config.py", "--input=x"], "--input; did you mean --config.job.input?"),
     (["--config=config.py", "--explian"], "unknown flag --explian; did you mean --explain?"),
     (["--config=config.py", "stray"], "unknown arguments 'stray'"),
@@ -141,9 +143,7 @@ def test_a_table_in_and_parquet_out(drive, files):
 
 
 def test_a_report_and_scalars_where_they_are_asked_for(drive, files):
-    done = drive(
-        files, "--config=config.py", "--config.job.report=true", "--config.job.tensorboard=events"
-    )
+    done = drive(files, "--config=config.py", "--report", "--config.job.tensorboard=events")
     assert done.returncode == 1, done.stderr
     assert "<svg" in (files / "out.jsonl.report.html").read_text()
     assert any((files / "events").iterdir())

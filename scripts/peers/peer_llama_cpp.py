@@ -82,20 +82,26 @@ class Contender:
 
     def _serve(self, prompts: list[list[int]], new: int) -> tuple[int, float]:
         """Serves all prompts. Returns the generated tokens and the moment after the first batch."""
-        waiting, free = list(reversed(prompts)), list(reversed(range(self._slots)))
+        waiting, free = list(reversed(prompts)), list(range(self._slots))
         running: dict[int, list[int]] = {}  # sequence: [last token, position, tokens generated]
         memory = lib.llama_get_memory(self._context)
         generated, began = 0, 0.0
         while waiting or running:
             self._batch.n_tokens = 0
-            for sequence, (token, position, _) in running.items():
-                self._add([token], position, sequence)
-            order = list(running)
-            while waiting and free and self._batch.n_tokens + len(waiting[-1]) <= self._capacity:
-                prompt, sequence = waiting.pop(), free.pop()
-                self._add(prompt, 0, sequence)
-                running[sequence] = [0, len(prompt) - 1, 0]
-                order.append(sequence)
+            came: dict[int, list[int]] = {}  # sequence: prompt
+            free.sort(reverse=True)
+            room = self._capacity - len(running)
+            while waiting and free and len(waiting[-1]) <= room:
+                room -= len(waiting[-1])
+                came[free.pop()] = waiting.pop()
+            order = sorted(running.keys() | came)  # others are computed one by one
+            for sequence in order:
+                if prompt := came.get(sequence):
+                    self._add(prompt, 0, sequence)
+                    running[sequence] = [0, len(prompt) - 1, 0]
+                else:
+                    token, position, _ = running[sequence]
+                    self._add([token], position, sequence)
             for sequence, token in zip(order, self._decode(len(order)), strict=True):
                 state = running[sequence]
                 running[sequence] = [int(token), state[1] + 1, state[2] + 1]
