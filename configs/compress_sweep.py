@@ -17,8 +17,8 @@ _STATIC = (  # experts have no static activations
     r"layers\..* -> weights=int8 activations=static",
 )
 _DYNAMIC = (
-    _TABLES,
-    r"layers\.\d+\.(qkv|down|experts_down) -> weights=int8 rounding=gptq",
+    r"embed|head|layers\.\d+\.experts_down -> weights=int8",
+    r"layers\.\d+\.(qkv|down) -> weights=int8 rounding=gptq",
     r"layers\..* -> weights=int8 activations=dynamic rounding=gptq",
 )
 _UNIFORM = (

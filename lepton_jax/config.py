@@ -468,9 +468,10 @@ class RunConfig:
         for name, value in dataclasses.asdict(self.hosts).items():
             if value != getattr(HostsSection, name):
                 raise ValueError(
-                    f"hosts.{name}={value!r}: this engine is of one host. Run python -m "
-                    "lepton_jax.run on each, or give LeptonEngine(sync=hosts) the hosts that "
-                    "lepton_jax.distributed.hosts.join(config) meets before jax looks for devices"
+                    f"hosts.{name}={value!r}: this engine is of one host: leave it out. For "
+                    "several give hosts.coordinator to python -m lepton_jax.run on each, or "
+                    "LeptonEngine(sync=hosts) the hosts that lepton_jax.distributed.hosts.join"
+                    "(config) meets before jax looks for devices"
                 )
 
     def require_no_idle_fields(self) -> None:

@@ -97,6 +97,7 @@ class BeatStats:
 
     Attributes:
       prefill_tokens: prompt tokens computed by a program of `prefill_places` tokens; 0: none ran.
+      long_prompt: one prompt, which goes on in the next beat, filled that program.
       rows: in the decode block, by a program of `row_places` rows over `view` cached tokens.
       steps: that the block ran, with drafts of up to `draft` tokens; `decode_tokens` what they
         gave, in `rounds` steps of rows.
@@ -114,6 +115,7 @@ class BeatStats:
     prefill_tokens: int = 0
     prefill_places: int = 0
     prefill_seconds: float = 0.0
+    long_prompt: bool = False
     rows: int = 0
     row_places: int = 0
     view: int = 0

@@ -13,9 +13,10 @@ import pytest
 import zstandard
 from jobs_fakes import job_config, run_job
 
+from lepton_jax.config import JobSection
 from lepton_jax.jobs.files import places
 from lepton_jax.jobs.files.places import JobError
-from lepton_jax.jobs.files.source import short_names
+from lepton_jax.jobs.files.source import Source, short_names
 from lepton_jax.jobs.mode_for import mode_for
 
 ROWS = [{"id": f"r{i}", "prompt": f"row {i}, été"} for i in range(5)]
@@ -60,6 +61,9 @@ def test_every_input_gives_the_same_answers(tmp_path, name):
     output, tally = run_job(job_config(path, tmp_path / "out.jsonl"))
     assert texts(output) == ECHOED
     assert (tally.rows, tally.errors) == (5, 0)
+    source = Source(JobSection(input=str(path)))
+    source.digests()
+    assert source.rows >= 5  # a cell of CSV may be several lines
 
 
 def test_csv_and_parquet_hold_what_the_lines_hold(tmp_path):

@@ -304,7 +304,7 @@ import json, os, random, signal, sys, time, traceback
 sys.path.insert(0, {tests!r})
 from lepton_jax.jobs import driver
 driver._BLOCK = 3
-from jobs_fakes import EOS, ByteTokenizer, FakeEngine, Killed, MortalEngine, job_config, run_job
+from jobs_fakes import FakeEngine, job_config, run_job
 from test_jobs_files_modes import Scorer, score_file
 
 class SlowEngine(FakeEngine):
@@ -322,11 +322,12 @@ def start(output, order, mode):
     if pid:
         return pid
     try:
-        if mode == "generate":
+        source = folder + "/" + mode + ".jsonl"
+        if mode in ("generate", "batch"):
             engine = SlowEngine(rows=4, answer=lambda prompt: prompt[::-1] * 2)
-            run_job(job_config(folder + "/in.jsonl", output, rows=4, order=order), engine)
+            run_job(job_config(source, output, rows=4, order=order), engine)
         else:
-            score_file(folder + "/texts.jsonl", output, mode, SlowScorer())
+            score_file(source, output, mode, SlowScorer())
         os._exit(0)
     except BaseException:
         traceback.print_exc()
@@ -360,18 +361,31 @@ print(kills)
 """
 
 
+def batch_request(name, prompt):
+    body = {"model": "m", "prompt": prompt, "max_tokens": 20}
+    return {"custom_id": name, "method": "POST", "url": "/v1/completions", "body": body}
+
+
 @pytest.mark.slow
 def test_fifty_kills_at_random_moments_change_nothing(tmp_path):
-    rows = [{"id": i, "prompt": "abcdefgh"[: 1 + i % 8] * 5} for i in range(80)]
-    lines = "".join(json.dumps(row) + "\n" for row in rows) + "{\n"
-    (tmp_path / "in.jsonl").write_text(lines)
-    (tmp_path / "texts.jsonl").write_text(lines.replace('"prompt"', '"text"'))
+    texts = ["abcdefgh"[: 1 + i % 8] * 5 for i in range(80)]
+    asked = {
+        "generate": [{"id": i, "prompt": text} for i, text in enumerate(texts)],
+        "batch": [batch_request(str(i), text) for i, text in enumerate(texts)],
+        "rank": [{"id": i, "query": t, "candidates": [t, "b"]} for i, t in enumerate(texts)],
+    }
+    for mode in ("classify", "embed", "score", "perplexity"):
+        asked[mode] = [{"id": i, "text": text} for i, text in enumerate(texts)]
+    for mode, rows in asked.items():
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{mode}.jsonl").write_text(lines + "{\n")
     script = tmp_path / "killer.py"
     script.write_text(KILLER.format(tests=str(ROOT / "tests")))
     cases = [f"{name}:input:generate" for name in NAMES] + ["finished.jsonl:finished:generate"]
-    cases += ["classify.csv:input:classify", "embed.parquet:input:embed"]
+    cases += ["classify.csv:input:classify", "embed.parquet:input:embed", "b.jsonl:input:batch"]
+    cases += [f"{mode}.jsonl:input:{mode}" for mode in ("rank", "score", "perplexity")]
     done = subprocess.run(
-        [sys.executable, script, tmp_path, "7", *cases],
+        [sys.executable, script, tmp_path, "5", *cases],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,

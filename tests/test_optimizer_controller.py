@@ -175,6 +175,17 @@ def test_long_prompts_are_not_cut_by_blocks_for_few_rows(work, costs, timed):
     assert beats > 4 and seconds("latency")[1] == 1
 
 
+def test_blocks_beside_short_prompts_are_no_matter_of_long_ones():
+    """Pages for half of the slots: rows wait although slots are free."""
+    tight = dataclasses.replace(SIZES, num_pages=100)
+    engine = SimulatedEngine(tight, TPU)
+    engine.scheduler.turn(**DEFAULT)
+    feedback = Feedback(engine, timed=False)
+    engine.run(rows(300, mean=20, limit=40, prompt=(30, 50)))
+    assert max(decision.numbers.get("missed_share", 0) for decision in feedback.decisions) == 0
+    assert engine.scheduler.knobs.prefill_beats == 4
+
+
 def test_a_shift_is_followed():
     """Short answers, then long ones, where beats are dear: no knobs that stay are good for both."""
     work = rows(1500, mean=4, limit=64, seed=6) + rows(96, mean=900, limit=256, seed=5)

@@ -31,7 +31,7 @@ from lepton_jax.optimizer.predict import Outlook, Predictor
 from lepton_jax.optimizer.sample import SampledRequest
 from lepton_jax.optimizer.search import Search
 from lepton_jax.optimizer.shelf import draft_of
-from lepton_jax.optimizer.space import with_fields
+from lepton_jax.optimizer.space import space, with_fields
 from lepton_jax.optimizer.trial import Trial
 from lepton_jax.planning.chips import Chip
 
@@ -219,6 +219,13 @@ def test_the_share_of_attention_grows_with_the_texts(predictor):
 
     shares = [share(8, 8), share(80, 80), share(800, 80), share(800, 2000), share(8000, 2000)]
     assert shares == sorted(shares) and 0 < shares[0] < 0.2 and 0.6 < shares[-1] < 1
+
+
+def test_a_page_size_stays_where_a_block_of_its_pages_is_given():
+    config = RunConfig(engine=EngineSection(page_size=32, attention_block=96))
+    search = Search(config, REQUESTS, None, accuracy=None)
+    shared = space(config, {("engine.page_size",): [(64,)]}, given=search._given)
+    assert [dict(one.fields)["engine.page_size"] for one in shared] == [32]
 
 
 def test_a_draft_model_takes_memory(predictor):

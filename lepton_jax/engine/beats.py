@@ -46,6 +46,7 @@ class Beats:
             prefill_tokens=sum(len(chunk.tokens) for chunk in plan.chunks),
             prefill_places=done.prefill_places,
             prefill_seconds=done.prefill_seconds,
+            long_prompt=plan.long_prompt,
             rows=len(plan.rows),
             row_places=shape.rows if shape else 0,
             view=shape.view if shape else 0,

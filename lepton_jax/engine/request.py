@@ -6,6 +6,7 @@ caller gets. Plain data, no jax. Read next: `scheduler.py`, and `scored.py` for 
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -165,6 +166,15 @@ class Plan:
     @property
     def scoring(self) -> bool:
         return bool(self.chunks) and self.chunks[0].row.request.scoring is not None
+
+    @property
+    def long_prompt(self) -> bool:
+        return is_long_prompt(self.chunks)
+
+
+def is_long_prompt(chunks: Sequence[Chunk]) -> bool:
+    """Whether one prompt, which goes on in the next beat, fills a prefill alone."""
+    return len(chunks) == 1 and not chunks[0].final
 
 
 @dataclasses.dataclass(frozen=True)

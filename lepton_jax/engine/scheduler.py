@@ -31,6 +31,7 @@ from lepton_jax.engine.request import (
     Request,
     Row,
     StepOutput,
+    is_long_prompt,
 )
 from lepton_jax.engine.rungs import Sizes
 from lepton_jax.engine.scored import Scored, ScoreResult
@@ -191,9 +192,9 @@ class Scheduler:
         for chunk in chunks:  # not sooner: within a program nothing is free for another row
             if chunk.final and chunk.row.request.scoring:
                 self._release(chunk.row)
-        long_alone = len(chunks) == 1 and not chunks[0].final
-        self._alone += long_alone
-        enough = long_alone and self._alone > self._knobs.prefill_beats
+        long_prompt = is_long_prompt(chunks)
+        self._alone += long_prompt
+        enough = long_prompt and self._alone > self._knobs.prefill_beats
         if chunks and self._may_admit() and not self._starved and not enough:
             rows, steps = (), 0
         else:

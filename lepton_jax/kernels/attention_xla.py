@@ -358,8 +358,8 @@ def _blocks(page_table, page_size, block):
     """The page table padded to whole blocks of about `block` tokens, `[R, blocks, pages of a
     block]`, and the tokens of one.
     """
-    pages = max(1, block // page_size)
     rows, width = page_table.shape
+    pages = max(1, min(width, block // page_size))
     blocks = -(-width // pages)
     padded = jnp.pad(page_table, ((0, 0), (0, blocks * pages - width)))
     return padded.reshape(rows, blocks, pages), pages * page_size

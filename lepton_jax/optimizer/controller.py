@@ -76,7 +76,7 @@ class Counts:
         self.idled += beat.idled
         self.prefilled += beat.prefill_tokens
         self.preemptions += beat.preemptions
-        if beat.prefill_tokens and beat.waiting and beat.running < beat.slots:
+        if beat.long_prompt and beat.waiting and beat.running < beat.slots:
             rows = min(beat.slots, beat.running + beat.waiting)
             self.missed += beat.steps * max(0.0, 1 - beat.rows / rows)
 

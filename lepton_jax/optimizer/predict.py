@@ -35,7 +35,8 @@ from lepton_jax.tensors import CompressedTensor
 _DISPATCH = 0.002  # seconds that the host needs for a beat, where nothing is measured
 _ROWS, _TOKENS = (1, 32), (128, 512)  # at which the roofline is read
 
-Kind = tuple[CompressionSection, str, int, int]  # with dtype of the cache, replicas, devices
+# With dtype of the cache, replicas, devices, attention's block.
+Kind = tuple[CompressionSection, str, int, int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,8 +262,8 @@ def simulated(request: SampledRequest, length: int) -> SimulatedRow:
 
 
 def _kind(config: RunConfig) -> Kind:
-    mesh = config.mesh
-    return config.compression, config.engine.kv_dtype, mesh.data, mesh.model
+    mesh, e = config.mesh, config.engine
+    return config.compression, e.kv_dtype, mesh.data, mesh.model, e.attention_block
 
 
 def _alike(kind: Kind, other: Kind) -> int:

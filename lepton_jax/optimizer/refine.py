@@ -57,9 +57,10 @@ def _sized(config: RunConfig, predictor: Predictor) -> Iterator[tuple[dict, floa
 
 def _blocked(config: RunConfig, predictor: Predictor) -> Iterator[tuple[dict, float]]:
     share = 1 - _BLOCK_GAIN * predictor.attention_share(config)
+    page_size = config.engine.page_size  # of which blocks are multiples
     for block in backend_for(jax.default_backend()).BLOCKS[1:]:
-        if block % config.engine.page_size == 0:
-            yield {"engine.attention_block": block}, share
+        if block % page_size == 0:
+            yield {"engine.attention_block": block, "engine.page_size": page_size}, share
 
 
 def _looked_up(

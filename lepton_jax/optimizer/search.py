@@ -78,6 +78,8 @@ class Search:
         self._given, self._asked = frozenset(given), config.optimizer
         if config.compression.rules or "compression.rules" in given:
             self._given |= {"compression.preset"}
+        if config.engine.attention_block:
+            self._given |= {"engine.page_size"}
         if config.engine.prefill_sizes:
             self._given |= {"engine.prefill_chunk"}
         self._budget = self._asked.memory or _device_memory()
@@ -131,7 +133,7 @@ class Search:
         if self._asked.max_kl and not loaded.config.head_path:
             raise ValueError(
                 f"optimizer.max_kl={self._asked.max_kl:g} is of predictions, and "
-                f"{self._config.model.path} has no output head: leave it out"
+                f"{self._config.model.path} has no output head: set it to 0"
             )
         return loaded.model, self._axes(loaded)
 

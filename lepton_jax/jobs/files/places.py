@@ -12,7 +12,7 @@ import importlib
 import io
 import os
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -147,14 +147,27 @@ def digest(path: str) -> tuple[str, int | None]:
             return f"{files.checksum(inside):x}", None
         except OSError as error:
             raise JobError(f"job.input={path!r} can't be read: {reason(error)}") from error
-    sha, lines, last = hashlib.sha256(), 0, b"\n"
+    sha, (form, codec) = hashlib.sha256(), form_of(path)
     with open_stored(path) as data:
-        while block := data.read(_BLOCK):
-            sha.update(block)
-            lines += block.count(b"\n")
-            last = block
-    plain = form_of(path) not in (("parquet", ""),) and not form_of(path)[1]
-    return sha.hexdigest(), lines + (not last.endswith(b"\n")) if plain else None
+        lines: int | None = _lines(_hashed(data, sha))
+    if codec:
+        lines = None  # a broken archive is told where its rows are read
+        with contextlib.suppress(JobError), open_content(path) as content:
+            lines = _lines(iter(lambda: content.read(_BLOCK), b""))
+    return sha.hexdigest(), None if form == "parquet" else lines
+
+
+def _hashed(data: BinaryIO, sha: Any) -> Iterator[bytes]:
+    while block := data.read(_BLOCK):
+        sha.update(block)
+        yield block
+
+
+def _lines(blocks: Iterable[bytes]) -> int:
+    count, last = 0, b"\n"
+    for block in blocks:
+        count, last = count + block.count(b"\n"), block
+    return count + (not last.endswith(b"\n"))
 
 
 def put(local: Path, path: str) -> None:
