@@ -45,7 +45,7 @@ from lepton_jax.jobs.cascade import (
     dense_config,
     half_of_the_cache,
 )
-from lepton_jax.jobs.classify import ClassifyMode
+from lepton_jax.jobs.classify import ClassifyMode, classify_fields
 from lepton_jax.jobs.compress import CompressJob
 from lepton_jax.jobs.compress_inputs import load_tokenizer
 from lepton_jax.jobs.embed import EmbedMode
@@ -55,7 +55,7 @@ from lepton_jax.jobs.perplexity import PerplexityMode
 from lepton_jax.jobs.promise import Promise
 from lepton_jax.jobs.rank import RankMode
 from lepton_jax.jobs.row_bar import RowBar
-from lepton_jax.jobs.rows import Prompts
+from lepton_jax.jobs.rows import Prompts, each_prompt
 from lepton_jax.jobs.score import ScoreMode, score_fields
 from lepton_jax.jobs.scoring import ChoosingMode, score_all
 from lepton_jax.jobs.session import (
@@ -373,7 +373,7 @@ class LeptonEngine:
 
     def predict(
         self,
-        texts: str | Sequence[str],
+        texts: Prompts,
         labels: Sequence[str] | None = None,
         *,
         template: str | None = None,
@@ -386,7 +386,7 @@ class LeptonEngine:
         """Probabilities of labels, float64 `[B, labels]`; each row adds up to 1.
 
         Args:
-          texts: to classify, or a single one.
+          texts: to classify, or with `chat` lists of messages; or a single one of these.
           labels: to choose from; by default, as with all that follows, those of the config.
           template, chat, system, calibrate, normalize: as in `config.ScoringSection`.
           progress: as in `generate`.
@@ -401,7 +401,7 @@ class LeptonEngine:
             normalize=normalize,
         )
         mode = self._chooses("classify", section)
-        works = [mode.parse({"text": text}) for text in _listed(texts)]
+        works = [mode.parse(classify_fields(text)) for text in each_prompt(texts)]
         rows = self._score_all(mode, works, progress=progress)
         found = np.array([list(row["probabilities"].values()) for row in rows])
         return found.reshape(len(rows), len(section.labels))
@@ -535,8 +535,7 @@ class LeptonEngine:
         return self._open
 
     def _add(self, session: Session, prompts, params: Params | None, tools) -> list[str]:
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], (int, Mapping))):
-            prompts = [prompts]
+        prompts = each_prompt(prompts)
         each = params_of_each(len(prompts), self._config.sampling if params is None else params)
         keys = [f"prompt-{next(self._numbers)}" for _ in prompts]
         for key, prompt, asked in zip(keys, prompts, each, strict=True):

@@ -229,6 +229,17 @@ def test_tools_go_with_messages(tiny, monkeypatch):
         tiny.generate(["hi"], tools=tools)
 
 
+def test_chats_are_classified_as_their_rows_would_be(tiny, monkeypatch):
+    template = "{{ messages[0].content }}"
+    monkeypatch.setitem(tiny.tokenizer._parts.templates, "default", template)
+    chat = [{"role": "user", "content": "hi"}]
+    found = tiny.predict([chat, chat], chat=True)
+    assert found.shape == (2, 2)
+    np.testing.assert_array_equal(tiny.predict(chat, chat=True)[0], found[0])
+    with pytest.raises(ValueError, match="the row has messages, which want scoring.chat=true"):
+        tiny.predict(chat)
+
+
 def test_one_text_is_one_row_and_no_texts_are_none(tiny):
     assert tiny.predict("Lovely soup!").shape == (1, 2) and tiny.predict([]).shape == (0, 2)
     assert tiny.embed("Lovely soup!").shape == (1, 32) and tiny.embed([]).shape == (0, 32)

@@ -155,6 +155,11 @@ class ClassifyMode(ChoosingMode):
         return [*messages, {"role": "user", "content": self._before.replace("{text}", text)}]
 
 
+def classify_fields(item: str | Sequence[Mapping]) -> dict[str, Any]:
+    """The row without its id of a text or of a chat's messages."""
+    return {"text": item} if isinstance(item, str) else {"messages": item}
+
+
 def _split_template(section: ScoringSection) -> tuple[str, str]:
     """What stands before the label, with {text} in it, and after it."""
     template = section.template or ("{text}" if section.chat else "{text}\nLabel: {label}")

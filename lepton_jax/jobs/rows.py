@@ -160,6 +160,12 @@ def _is_text(value: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
+def each_prompt(prompts: Prompts) -> list:
+    """Several prompts, or a single text, list of ids or list of messages, as a list."""
+    found = [prompts] if isinstance(prompts, str) else list(prompts)
+    return [found] if found and isinstance(found[0], (int, Mapping)) else found
+
+
 def need_messages(values: Mapping[str, Any]) -> list[dict]:
     """The messages of a row. Raises RowError (invalid_row)."""
     messages, wanted = values.get("messages"), 'a list of {"role", "content"} objects'
