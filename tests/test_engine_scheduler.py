@@ -10,7 +10,7 @@ from fake_device import FakeEngine, expected_tokens, request
 
 import lepton_jax.engine.scheduler as scheduler_module
 from lepton_jax.engine.knobs import Knobs, best_steps
-from lepton_jax.engine.request import BlockResult, Plan
+from lepton_jax.engine.request import BlockResult, Chunk, Plan, Row, is_long_prompt
 from lepton_jax.engine.scheduler import Scheduler
 
 NEVER = dict(stop_token_ids=())  # such a row runs to its limit
@@ -160,6 +160,18 @@ def test_ready_rows_decode_after_so_many_beats_of_a_long_prompt(beats, plans):
     assert [names(e.beat()) for _ in plans] == plans  # then no waiting request is left
     e.run()
     finished_as_alone(e, a, b, c)
+
+
+def test_a_prompt_is_long_also_beside_what_a_guide_adds():
+    def chunk(prompt, start, count, *, final):
+        row = Row(request("a", [1] * prompt), 9)
+        return Chunk(row, 0, (), start, (1,) * count, final)
+
+    long = chunk(100, 8, 8, final=False)
+    assert is_long_prompt([long])
+    assert is_long_prompt([chunk(5, 7, 2, final=True), long])
+    assert not is_long_prompt([chunk(5, 0, 5, final=True), long])
+    assert not is_long_prompt([chunk(100, 96, 4, final=True)])
 
 
 def test_nobody_waits_for_a_long_prompt_in_the_last_slot():

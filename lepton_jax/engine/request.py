@@ -173,8 +173,11 @@ class Plan:
 
 
 def is_long_prompt(chunks: Sequence[Chunk]) -> bool:
-    """Whether one prompt, which goes on in the next beat, fills a prefill alone."""
-    return len(chunks) == 1 and not chunks[0].final
+    """Whether one prompt, which goes on in the next beat, fills a prefill, alone or beside tokens
+    that guides added to outputs.
+    """
+    prompts = [chunk for chunk in chunks if chunk.start < len(chunk.row.request.prompt_ids)]
+    return len(prompts) == 1 and not prompts[0].final
 
 
 @dataclasses.dataclass(frozen=True)
