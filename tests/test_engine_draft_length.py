@@ -182,3 +182,13 @@ def test_a_large_draft_model_never_pays_and_is_tried_again_ever_more_rarely():
         made.take(beat(draft, 1.0, tokens=8 * 3 if draft else 8))
     assert tried == [64, 193, 450, 963, 1988]
     assert made.choose([ROW], 2) == 0
+
+
+def test_a_trial_waits_for_a_block():
+    made = DraftModelRule([3, 7], [1], cost=0.05, share=1.0)
+    for _ in range(64):
+        made.choose([ROW], 7)
+        made.take(beat(0, 1.0, tokens=8))
+    assert [made.choose([ROW], 7) for _ in range(3)] == [3, 3, 3]  # beats that only prefill
+    made.take(beat(3, 1.0, tokens=8))
+    assert made.choose([ROW], 7) == 0

@@ -229,6 +229,8 @@ class DraftModelRule(DraftRule):
             seen = _acceptance(beat.decode_tokens / beat.rounds - 1, beat.draft)
             weight = min(1.0, beat.rounds / _ROUNDS)
             self._acceptance += weight * (seen - self._acceptance)
+            if not self.chosen:  # it was a trial
+                self._plain, self._patience = 0, min(2 * self._patience, _LONGEST_PATIENCE)
         elif beat.steps:
             self._plain += 1
 
@@ -238,7 +240,6 @@ class DraftModelRule(DraftRule):
         if chosen:
             self._plain, self._patience = 0, _PATIENCE
         elif self._plain >= self._patience and self._drafts and self._drafts[0] <= most:
-            self._plain, self._patience = 0, min(2 * self._patience, _LONGEST_PATIENCE)
             return self._drafts[0]
         return chosen
 
