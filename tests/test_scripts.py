@@ -150,7 +150,10 @@ def test_what_cannot_be_used_is_named_with_the_reason(tmp_path):
     assert find_python(tmp_path, "--newest").returncode == 2
 
 
-def test_the_quickstart_runs_twice_from_anywhere_and_hands_its_arguments_on(tmp_path):
+def ran_twice(tmp_path, *command):
+    """What the python of a checkout's environment was asked for by a script that ran twice, from
+    another folder, and the checkout.
+    """
     checkout = tmp_path / "a checkout"
     shutil.copytree(SCRIPTS, checkout / "scripts")
     shutil.copy(SCRIPTS.parent / "pyproject.toml", checkout)
@@ -158,17 +161,32 @@ def test_the_quickstart_runs_twice_from_anywhere_and_hands_its_arguments_on(tmp_
     python.parent.mkdir(parents=True)
     python.write_text(f'#!/bin/sh\necho "$PWD: $@" >>"{asked}"\n')
     python.chmod(0o755)
+    script, *arguments = command
     for _ in "ab":
         ran = subprocess.run(
-            [checkout / "scripts" / "quickstart.sh", "--config.job.keep=a b"],
-            cwd="/",
-            capture_output=True,
-            text=True,
+            [checkout / "scripts" / script, *arguments], cwd="/", capture_output=True, text=True
         )
         assert ran.returncode == 0, ran.stderr
-    lines = asked.read_text().splitlines()
+    return checkout, asked.read_text().splitlines()
+
+
+def test_the_quickstart_runs_twice_from_anywhere_and_hands_its_arguments_on(tmp_path):
+    checkout, lines = ran_twice(tmp_path, "quickstart.sh", "--config.job.keep=a b")
     run = "-m lepton_jax.run --config=configs/quickstart.py --config.job.keep=a b"
     assert [line for line in lines if "lepton_jax.run" in line] == [f"{checkout}: {run}"] * 2
+    assert sum(" install " in line for line in lines) == 1
+
+
+def test_the_tests_run_twice_from_anywhere_and_hand_their_arguments_on(tmp_path):
+    checkout, lines = ran_twice(tmp_path, "test.sh", "-k", "a b")
+    asked = [line.removeprefix(f"{checkout}: -m ") for line in lines]
+    assert [line.split()[:2] for line in asked if line.startswith("ruff")] == [
+        ["ruff", "check"],
+        ["ruff", "format"],
+    ] * 2
+    tests = [line for line in asked if line.startswith("pytest")]
+    assert [line.endswith(" -k a b") for line in tests] == [True] * 4
+    assert [" -m not slow" in line for line in tests] == [True, False] * 2
     assert sum(" install " in line for line in lines) == 1
 
 
