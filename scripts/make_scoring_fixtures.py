@@ -10,8 +10,9 @@ requirements; run it from the checkout's root in an environment of its own:
 Weights are the `.gguf` file dequantized to float32 by transformers; texts are tokenized by
 lepton_jax, whose tokenizers have tests of their own. The file holds {"texts": [{"text",
 "logprobs"}], "choices": [{"context", "choices", "logprobs": [[...] a choice]}], "hidden": [{"text",
-"last", "mean"}]}. A text is scored after the beginning of text; contexts and choices are tokenized
-as lm-evaluation-harness does it; hidden states are those after the final norm.
+"last", "mean"}], "layers": [{"text", "0", "15"}]}. A text is scored after the beginning of text;
+contexts and choices are tokenized as lm-evaluation-harness does it; hidden states are those after
+the final norm, and in "layers" the last token's after so many layers.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from lepton_jax.text import load as load_tokenizer
 FIXTURES = Path(__file__).resolve().parent.parent / "tests" / "fixtures"
 TEXTS, SHORTEST, LONGEST = 64, 20, 200  # tokens
 HIDDEN = 8
+LAYERS = (0, 15)  # of two texts
 CHOICES = [
     ("The capital of France is", [" Berlin", " Paris", " a large city in Germany"]),
     ("Question: What do bees make?\nAnswer:", [" honey", " milk", " bricks and mortar", " hon"]),
@@ -76,7 +78,17 @@ def logprobs(model, context: list[int], continuation: list[int]) -> list[float]:
 def hidden(model, ids: list[int]) -> dict[str, list[float]]:
     states = model.model(torch.tensor([ids])).last_hidden_state[0].double()
     pooled = {"last": states[-1], "mean": states.mean(0)}
-    return {name: [round(value, 5) for value in state.tolist()] for name, state in pooled.items()}
+    return {name: rounded(state) for name, state in pooled.items()}
+
+
+@torch.no_grad()
+def layers(model, ids: list[int]) -> dict[str, list[float]]:
+    states = model.model(torch.tensor([ids]), output_hidden_states=True).hidden_states
+    return {str(layer): rounded(states[layer][0, -1]) for layer in LAYERS}
+
+
+def rounded(state: torch.Tensor) -> list[float]:
+    return [round(value, 5) for value in state.double().tolist()]
 
 
 def main() -> None:
@@ -99,9 +111,11 @@ def main() -> None:
         for context, found in CHOICES
     ]
     states = [{"text": text, **hidden(model, tokenizer.encode(text))} for text in pieces[:HIDDEN]]
+    inner = [{"text": text, **layers(model, tokenizer.encode(text))} for text in pieces[:2]]
+    found = {"texts": texts, "choices": choices, "hidden": states, "layers": inner}
     lines = [
         f'"{name}": [\n' + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]"
-        for name, rows in (("texts", texts), ("choices", choices), ("hidden", states))
+        for name, rows in found.items()
     ]
     (FIXTURES / "scoring").mkdir(exist_ok=True)
     (FIXTURES / "scoring" / "smollm2.json").write_text("{" + ",\n".join(lines) + "}\n")

@@ -418,7 +418,8 @@ def test_the_local_launcher_starts_all_hosts_alike_and_ends_with_the_worst(tmp_p
 
 
 WAITING = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
 from lepton_jax.config import HostsSection, MeshSection, RunConfig
 from lepton_jax.distributed.hosts import join
 section = HostsSection(f"127.0.0.1:{sys.argv[1]}", count=2, index=int(sys.argv[2]), timeout=60)

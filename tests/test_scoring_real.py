@@ -61,6 +61,15 @@ def test_choices(engine, expected):
     assert after["scored_tokens"] - before["scored_tokens"] < asked
 
 
+def test_hidden_states_between_layers(engine, expected):
+    texts = [row["text"] for row in expected["layers"]]
+    for layer in (0, 15):
+        vectors = engine.embed(texts, pooling="last", layer=layer)
+        want = np.array([row[str(layer)] for row in expected["layers"]])
+        want /= np.linalg.norm(want, axis=-1, keepdims=True)
+        assert np.sum(vectors * want, axis=-1).min() >= COSINE
+
+
 def test_hidden_states(engine, expected):
     texts = [row["text"] for row in expected["hidden"]]
     for pooling in ("last", "mean"):
