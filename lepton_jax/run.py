@@ -20,7 +20,7 @@ from lepton_jax.config import RunConfig
 if TYPE_CHECKING:
     from lepton_jax.distributed.hosts import Hosts
 
-_REPORT = flags.DEFINE_bool("report", False, "as --config.job.report: a page about the run")
+_REPORT = flags.DEFINE_bool("report", None, "as --config.job.report: a page about the run")
 _FOLLOW = flags.DEFINE_float("follow", None, "as --config.job.follow: seconds to wait for new rows")
 _EXPLAIN = flags.DEFINE_bool("explain", False, "say at the end what the optimizer did, and why")
 
@@ -30,19 +30,19 @@ def main(config: RunConfig) -> int:
     from lepton_jax.distributed.hosts import join
     from lepton_jax.distributed.ray_replicas import leave_devices
 
+    leave_devices(config.pool)
     with cli.user_errors(ValueError):
-        config = _with_flags(config)
-        leave_devices(config.pool)
         hosts = join(config)
     with hosts:
         with cli.user_errors(ValueError, OSError):
             hosts.require_same_models(config)
+            config = _with_flags(config)
         return _run(config, hosts)
 
 
 def _with_flags(config: RunConfig) -> RunConfig:
     """The config with what has a flag of its own."""
-    asked = {"report": _REPORT.value or None, "follow": _FOLLOW.value}
+    asked = {"report": _REPORT.value, "follow": _FOLLOW.value}
     given = {name: value for name, value in asked.items() if value is not None}
     return dataclasses.replace(config, job=dataclasses.replace(config.job, **given))
 

@@ -236,8 +236,9 @@ def test_chats_are_classified_as_their_rows_would_be(tiny, monkeypatch):
     found = tiny.predict([chat, chat], chat=True)
     assert found.shape == (2, 2)
     np.testing.assert_array_equal(tiny.predict(chat, chat=True)[0], found[0])
-    with pytest.raises(ValueError, match="the row has messages, which want scoring.chat=true"):
-        tiny.predict(chat)
+    for one in (chat, chat[0]):
+        with pytest.raises(ValueError, match="the row has messages, which want scoring.chat=true"):
+            tiny.predict(one)
 
 
 def test_one_text_is_one_row_and_no_texts_are_none(tiny):

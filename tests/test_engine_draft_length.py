@@ -192,3 +192,8 @@ def test_a_trial_waits_for_a_block():
     assert [made.choose([ROW], 7) for _ in range(3)] == [3, 3, 3]  # beats that only prefill
     made.take(beat(3, 1.0, tokens=8))
     assert made.choose([ROW], 7) == 0
+    made.take(beat(3, 1.0, tokens=8))  # of a block that was in flight
+    for block in range(128):
+        assert made.choose([ROW], 7) == 0, block
+        made.take(beat(0, 1.0, tokens=8))
+    assert made.choose([ROW], 7) == 3

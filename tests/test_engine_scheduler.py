@@ -170,6 +170,7 @@ def test_a_prompt_is_long_also_beside_what_a_guide_adds():
     long = chunk(100, 8, 8, final=False)
     assert is_long_prompt([long])
     assert is_long_prompt([chunk(5, 7, 2, final=True), long])
+    assert is_long_prompt([chunk(5, 8, 8, final=False)])  # outputs of a preempted row
     assert not is_long_prompt([chunk(5, 0, 5, final=True), long])
     assert not is_long_prompt([chunk(100, 96, 4, final=True)])
 

@@ -229,7 +229,7 @@ class DraftModelRule(DraftRule):
             seen = _acceptance(beat.decode_tokens / beat.rounds - 1, beat.draft)
             weight = min(1.0, beat.rounds / _ROUNDS)
             self._acceptance += weight * (seen - self._acceptance)
-            if not self.chosen:  # it was a trial
+            if not self.chosen and self._plain >= self._patience:  # it was a trial
                 self._plain, self._patience = 0, min(2 * self._patience, _LONGEST_PATIENCE)
         elif beat.steps:
             self._plain += 1

@@ -176,8 +176,8 @@ def is_long_prompt(chunks: Sequence[Chunk]) -> bool:
     """Whether one prompt, which goes on in the next beat, fills a prefill, alone or beside tokens
     that guides added to outputs.
     """
-    prompts = [chunk for chunk in chunks if chunk.start < len(chunk.row.request.prompt_ids)]
-    return len(prompts) == 1 and not prompts[0].final
+    added = [chunk.final and chunk.start >= len(chunk.row.request.prompt_ids) for chunk in chunks]
+    return added.count(False) == 1 and not chunks[added.index(False)].final
 
 
 @dataclasses.dataclass(frozen=True)

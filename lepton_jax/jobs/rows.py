@@ -162,7 +162,7 @@ def _is_text(value: str) -> bool:
 
 def each_prompt(prompts: Prompts) -> list:
     """Several prompts, or a single text, list of ids or list of messages, as a list."""
-    found = [prompts] if isinstance(prompts, str) else list(prompts)
+    found = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
     return [found] if found and isinstance(found[0], (int, Mapping)) else found
 
 

@@ -150,7 +150,7 @@ def digest(path: str) -> tuple[str, int | None]:
     sha, (form, codec) = hashlib.sha256(), form_of(path)
     with open_stored(path) as data:
         lines: int | None = _lines(_hashed(data, sha))
-    if codec:
+    if codec and form != "parquet":
         lines = None  # a broken archive is told where its rows are read
         with contextlib.suppress(JobError), open_content(path) as content:
             lines = _lines(iter(lambda: content.read(_BLOCK), b""))

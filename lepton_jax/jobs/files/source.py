@@ -86,7 +86,8 @@ class Source:
         self.follower = self._follower(job) if job.follow else None
 
     def digests(self) -> list[list[str]]:
-        """[name, digest] of each file: what the answers depend on. Reads local files once.
+        """[name, digest] of each file: what the answers depend on. Reads local files once,
+        archives twice.
 
         A file that is followed has none: it may have grown.
         """
