@@ -25,6 +25,15 @@ _FOLLOW = flags.DEFINE_float("follow", None, "as --config.job.follow: seconds to
 _EXPLAIN = flags.DEFINE_bool("explain", False, "say at the end what the optimizer did, and why")
 
 
+def start(config: RunConfig) -> int:
+    """`main` with what has flags of its own, so that hosts compare that too."""
+    asked = {"report": _REPORT.value, "follow": _FOLLOW.value}
+    given = {name: value for name, value in asked.items() if value is not None}
+    with cli.user_errors(ValueError):
+        config = dataclasses.replace(config, job=dataclasses.replace(config.job, **given))
+    return main(config)
+
+
 def main(config: RunConfig) -> int:
     """One job from its config; the exit code."""
     from lepton_jax.distributed.hosts import join
@@ -36,15 +45,7 @@ def main(config: RunConfig) -> int:
     with hosts:
         with cli.user_errors(ValueError, OSError):
             hosts.require_same_models(config)
-            config = _with_flags(config)
         return _run(config, hosts)
-
-
-def _with_flags(config: RunConfig) -> RunConfig:
-    """The config with what has a flag of its own."""
-    asked = {"report": _REPORT.value, "follow": _FOLLOW.value}
-    given = {name: value for name, value in asked.items() if value is not None}
-    return dataclasses.replace(config, job=dataclasses.replace(config.job, **given))
 
 
 def _run(config: RunConfig, hosts: "Hosts") -> int:
@@ -110,4 +111,4 @@ def _run(config: RunConfig, hosts: "Hosts") -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run_driver(main))
+    sys.exit(cli.run_driver(start))
