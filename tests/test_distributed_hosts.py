@@ -420,6 +420,7 @@ def test_the_local_launcher_starts_all_hosts_alike_and_ends_with_the_worst(tmp_p
 WAITING = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
+signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # as the drivers do
 from lepton_jax.config import HostsSection, MeshSection, RunConfig
 from lepton_jax.distributed.hosts import join
 section = HostsSection(f"127.0.0.1:{sys.argv[1]}", count=2, index=int(sys.argv[2]), timeout=60)
@@ -448,13 +449,17 @@ def waiting_pair():
     return pair
 
 
-@pytest.mark.parametrize("which", [0, 1])
-def test_an_interrupted_host_ends_all_as_one_host_would_end(which):
+@pytest.mark.parametrize(
+    ("which", "sent", "code"),
+    [(0, signal.SIGINT, 130), (1, signal.SIGINT, 130), (1, signal.SIGTERM, 143)],
+)
+def test_an_interrupted_host_ends_all_as_one_host_would_end(which, sent, code):
     pair = waiting_pair()
-    pair[which].send_signal(signal.SIGINT)
+    pair[which].send_signal(sent)
     said = [host.communicate(timeout=30)[1] for host in pair]
-    assert [host.returncode for host in pair] == [130, 130], said
-    assert said[which].splitlines()[-1] == "interrupted" and "Traceback" not in said[which]
+    assert [host.returncode for host in pair] == [code, code], said
+    assert "Traceback" not in said[which]
+    assert said[which].endswith("interrupted\n") == (sent == signal.SIGINT)
     assert f"error: host {which} of 2 was interrupted; repeat the command" in said[1 - which]
 
 

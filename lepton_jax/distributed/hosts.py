@@ -242,6 +242,8 @@ def _start_jax(section: HostsSection, *where: Any) -> None:
             f"hosts.coordinator={section.coordinator}: jax can't join the hosts ({error}): "
             f"{'let all hosts reach this port of host 0, or give another' if where else auto}"
         ) from error
+    if handler := signal.getsignal(signal.SIGTERM):
+        signal.signal(signal.SIGTERM, handler)  # jax took it for the notice of a preemption to come
 
 
 def _meet(address: tuple[str, int], *, index: int, count: int, seconds: float) -> dict[int, Link]:
