@@ -6,7 +6,12 @@ import json
 import numpy as np
 import pytest
 
-from lepton_jax.compression.calibration_data import CALIBRATION_TEXT, HELD_OUT_TEXT, draw_windows
+from lepton_jax.compression.calibration_data import (
+    CALIBRATION_TEXT,
+    HELD_OUT_TEXT,
+    draw_windows,
+    share_seen,
+)
 from lepton_jax.text import chat_template
 
 BOS = 1000
@@ -123,3 +128,16 @@ def test_the_shipped_texts_are_long_and_share_nothing():
     assert len(texts[0]) > 300_000 and len(texts[1]) > 90_000
     long = [{line for line in text.splitlines() if len(line) > 80} for text in texts]
     assert not long[0] & long[1]
+
+
+def test_shared_runs_of_32_tokens_are_counted_wherever_they_stand():
+    ids = np.random.default_rng(0).integers(0, 2**31 - 1, 1000, np.int32)
+    held_out = ids[:200].reshape(2, 100)
+    seen = np.stack([ids[500:600], ids[600:700]])
+    assert share_seen(held_out, seen) == 0
+    seen[1, 3:43] = held_out[0, 50:90]
+    assert share_seen(held_out, seen) == 40 / 200
+    seen[0, 60:91] = held_out[1, :31]  # shorter than a run
+    assert share_seen(held_out, seen) == 40 / 200
+    assert share_seen(held_out, held_out[::-1]) == 1
+    assert share_seen(held_out[:, :31], held_out) == 0

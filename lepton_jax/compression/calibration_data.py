@@ -26,6 +26,7 @@ CALIBRATION_TEXT = Path(__file__).parent / "data" / "calibration.txt"
 HELD_OUT_TEXT = Path(__file__).parent / "data" / "heldout.txt"
 _NOW = datetime.datetime(2026, 1, 1)  # for chat templates: windows are the same on each day
 _PIECE = 4096  # characters of plain text that are tokenized at once
+_RUN = 32  # tokens in a row that two texts hardly have in common by chance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +107,28 @@ def draw_windows(
             starts=[start for _, start, _ in chosen],
         ),
     )
+
+
+def share_seen(held_out: np.ndarray, seen: np.ndarray) -> float:
+    """The part of the tokens `[windows, T]` that stand in runs of 32 which other windows
+    `[windows, U]` have too. 0 where windows are shorter than such a run.
+    """
+    if min(held_out.shape[1], seen.shape[1]) < _RUN:
+        return 0.0
+    found = np.isin(_runs(held_out), _runs(seen))  # [windows, T - 31]
+    covered = np.zeros(held_out.shape, bool)
+    for offset in range(_RUN):
+        covered[:, offset : offset + found.shape[1]] |= found
+    return float(covered.mean())
+
+
+def _runs(tokens: np.ndarray) -> np.ndarray:
+    """A number for each run of 32 tokens, the same for the same run: uint64 `[windows, T - 31]`."""
+    ids, size = tokens.astype(np.uint64), tokens.shape[1] - _RUN + 1
+    numbers = np.zeros((len(ids), size), np.uint64)
+    for offset in range(_RUN):
+        numbers = numbers * np.uint64(0x9E3779B97F4A7C15) + ids[:, offset : offset + size]
+    return numbers
 
 
 def _front(encode: Callable[..., Sequence[int]]) -> list[int]:

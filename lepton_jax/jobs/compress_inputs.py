@@ -7,6 +7,8 @@ Read next: `compress_model.py` (a recipe applied), `compress.py` (what is measur
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,7 @@ from lepton_jax.compression.calibration_data import (
     HELD_OUT_TEXT,
     Windows,
     draw_windows,
+    share_seen,
 )
 from lepton_jax.compression.leaf import relative_error
 from lepton_jax.compression.presets import compress_specs, scheme_of_each
@@ -34,6 +37,10 @@ from lepton_jax.models.build import Model
 from lepton_jax.telemetry import scalar_writers
 from lepton_jax.tensors import CompressedTensor
 from lepton_jax.text import tokenizer as tokenizers
+
+log = logging.getLogger(__name__)
+
+_MOST_SEEN = 0.5  # conversations may share their instructions
 
 Progress = Callable[[str, int, int, str], None]  # stage, done, total, what
 
@@ -118,12 +125,27 @@ def require_texts(
     held_out = [text_windows(asked, tokenizer, HELD_OUT_TEXT)] if asked.compare else []
     sections = [config.calibration] * calibrated + [recovery_text(config)] * recovers
     seen = [text_windows(section, tokenizer, CALIBRATION_TEXT) for section in sections]
-    digests = [{windows.receipt["sha256"] for windows in drawn} for drawn in (held_out, seen)]
-    if digests[0] & digests[1]:
+    for measured, read in itertools.product(held_out, seen):
+        _require_unseen(measured, read)
+
+
+def _require_unseen(measured: Windows, read: Windows) -> None:
+    """Raises ValueError where most of what is measured is what calibration reads; warns of less."""
+    texts = [windows.receipt["path"] for windows in (read, measured)]
+    if measured.receipt["sha256"] == read.receipt["sha256"]:
         raise ValueError(
-            f"calibration.text and receipt.text are the same, {seen[0].receipt['path']}: quality "
-            "must be measured on text that calibration never saw"
+            f"calibration.text and receipt.text are the same, {texts[0]}: quality must be measured "
+            "on text that calibration never saw"
         )
+    share = share_seen(measured.tokens, read.tokens)
+    told = (
+        f"{share:.0%} of what quality is measured on (receipt.text, {texts[1]}) is in what "
+        f"calibration reads (calibration.text, {texts[0]})"
+    )
+    if share > _MOST_SEEN:
+        raise ValueError(f"{told}: give texts that don't share passages")
+    if share:
+        log.warning("%s, in runs of 32 tokens and more", told)
 
 
 def load_tokenizer(config: RunConfig) -> tokenizers.Tokenizer:
