@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from tpu_topology import compile_on, topology_mesh
 
-from lepton_jax.planning.module_text import Module
+from lepton_jax.planning.module_text import VECTOR_MEMORY, Module
 from lepton_jax.planning.topology import devices_of, split_name, topology_devices, torus_of
 from lepton_jax.planning.traffic import traffic
 
@@ -30,6 +30,13 @@ def test_vector_memory_costs_nothing_and_main_memory_its_size():
     assert moved(A, "%b = f32[1000,8]{1,0} negate(%a)") == (KB, KB)
     assert moved(A, f"%b = {FAST} negate(%a)") == (KB, 0)
     assert moved(f"%a = {FAST} parameter(0)", f"%b = {FAST} negate(%a)") == (0, 0)
+
+
+def test_what_goes_through_vector_memory_is_asked_for_by_name():
+    lines = (A, f"%b = {FAST} negate(%a)", "%c = f32[1000,8]{1,0} negate(%b)")
+    assert moved(*lines) == (KB, KB)
+    assert moved(*lines, space=VECTOR_MEMORY) == (KB, KB)
+    assert moved(*lines[:2], space=VECTOR_MEMORY) == (0, KB)
 
 
 def test_a_prefetch_is_read_once():

@@ -22,12 +22,12 @@ _CALLED = re.compile(
 )
 _CONDITION = re.compile(r"condition=%([\w.\-]+)")
 _TRIPS = re.compile(r'known_trip_count"?[:=]\{"?n"?[:=]"?(\d+)')
-MAIN_MEMORY = 0  # a TPU's HBM; 1 is its vector memory, others hold scalars and semaphores
+MAIN_MEMORY, VECTOR_MEMORY = 0, 1  # a TPU's HBM and VMEM; others hold scalars and semaphores
 
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """`space` is the memory that it is in: MAIN_MEMORY or another."""
+    """`space` is the memory that it is in: MAIN_MEMORY, VECTOR_MEMORY or another."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -37,10 +37,9 @@ class Array:
     def nbytes(self) -> int:
         return -(-math.prod(self.dims) * _bits(self.dtype) // 8)
 
-    @property
-    def main_bytes(self) -> int:
-        """Its bytes where it is in main memory, else 0."""
-        return self.nbytes if self.space == MAIN_MEMORY else 0
+    def bytes_in(self, space: int) -> int:
+        """Its bytes where it is in that memory, else 0."""
+        return self.nbytes if self.space == space else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +53,8 @@ class Instruction:
     attributes: str
     is_root: bool
 
-    @property
-    def main_bytes(self) -> int:
-        return sum(array.main_bytes for array in self.arrays)
+    def bytes_in(self, space: int) -> int:
+        return sum(array.bytes_in(space) for array in self.arrays)
 
     @property
     def called(self) -> list[str]:

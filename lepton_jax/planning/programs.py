@@ -20,6 +20,7 @@ from lepton_jax.engine.row_params import SampleSpec
 from lepton_jax.engine.rungs import Sizes
 from lepton_jax.engine.runner import Runner
 from lepton_jax.planning.memory import Memory, cache_bytes
+from lepton_jax.planning.module_text import VECTOR_MEMORY, Module
 from lepton_jax.planning.roofline import is_expert, visited_share
 from lepton_jax.planning.served import Served
 from lepton_jax.planning.topology import compile_absent
@@ -43,6 +44,12 @@ class Program:
     traffic: Traffic
     seconds: float
     text: str = dataclasses.field(repr=False)
+    through_vector_memory: float = 0.0  # bytes in one run
+
+    @property
+    def vector_bytes(self) -> float:
+        """Through vector memory in one step, what kernels do there left out."""
+        return self.through_vector_memory / self.steps
 
     @property
     def step_bytes(self) -> float:
@@ -106,13 +113,16 @@ def _compile(served: Served, runner: Runner, shape: DecodeShape | PrefillShape) 
     seconds = time.perf_counter() - begin
     decode, text = isinstance(shape, DecodeShape), compiled.as_text()
     steps, tokens = (shape.steps, shape.rows) if decode else (1, shape.tokens)
+    counted = dict(steps=steps, partly=_read_in_part(served, runner.sizes, tokens))
+    module = Module(text)
     return Program(
         kind="decode" if decode else "prefill",
         steps=steps,
         memory=_memory(served, runner.sizes, compiled),
-        traffic=traffic(text, steps=steps, partly=_read_in_part(served, runner.sizes, tokens)),
+        traffic=traffic(module, **counted),
         seconds=seconds,
         text=text,
+        through_vector_memory=traffic(module, space=VECTOR_MEMORY, **counted).total,
     )
 
 

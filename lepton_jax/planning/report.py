@@ -112,7 +112,8 @@ def _moved(plan: Plan, decode: Program) -> str:
     whole = (decode.step_bytes + cost.cache_bytes) / (cost.weight_bytes + cost.cache_bytes)
     return (
         f"  program moves {decode.step_bytes / 1e9:.2f} GB a step besides the cache: {ratio:.3f} x "
-        f"the weights; with the cache {whole:.3f} x the least (compiled)"
+        f"the weights; with the cache {whole:.3f} x the least; and {decode.vector_bytes / 1e9:.2f} "
+        "GB through vector memory (compiled)"
     )
 
 
@@ -181,6 +182,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         if program is not None:
             data[f"compiled_{name}"] = {
                 "step_bytes": int(program.step_bytes),
+                "vector_bytes": int(program.vector_bytes),
                 "temporaries": program.memory.temporaries,
                 "code": program.memory.code,
                 "collectives": {

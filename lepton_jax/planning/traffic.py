@@ -1,8 +1,8 @@
-"""What a compiled program moves: bytes through main memory, and collectives with their bytes.
+"""What a compiled program moves: bytes through each memory, and collectives with their bytes.
 
 XLA's own count (`cost_analysis`) takes prefetches twice, and gathers and updates in place at the
 size of the whole array, so the scheduled module is read instead: what lies in vector memory costs
-nothing, a slice, gather or update costs its own size, loops count as often as they run.
+main memory nothing, a slice, gather or update costs its own size, loops count as often as they run.
 Read next: `module_text.py`.
 """
 
@@ -12,7 +12,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 
-from lepton_jax.planning.module_text import Computation, Instruction, Module
+from lepton_jax.planning.module_text import MAIN_MEMORY, Computation, Instruction, Module
 
 _COLLECTIVES = (
     "all-reduce",
@@ -52,7 +52,7 @@ _PUTS = {"dynamic-update-slice": 1, "scatter": 2}  # the operand that holds the 
 
 @dataclasses.dataclass
 class Traffic:
-    """Bytes read from and written to main memory; collectives and their bytes by kind."""
+    """Bytes read from and written to a memory; collectives and their bytes by kind."""
 
     read: float = 0.0
     written: float = 0.0
@@ -74,22 +74,30 @@ class Traffic:
                 mine[kind] += times * value
 
 
-def traffic(text: str, *, steps: int = 1, partly: Mapping[int, float] | None = None) -> Traffic:
+def traffic(
+    module: Module | str,
+    *,
+    steps: int = 1,
+    partly: Mapping[int, float] | None = None,
+    space: int = MAIN_MEMORY,
+) -> Traffic:
     """Of one run of a module.
 
     Args:
-      text: the scheduled module as XLA prints it.
+      module: the scheduled one, or its text as XLA prints it.
       steps: how often a loop of the entry runs whose count isn't known; deeper ones run once.
       partly: sizes in bytes of arrays that a kernel reads in part, and what it reads of one as its
         operand: nothing of a cache, where the caller adds what is live; the experts that are
         visited.
+      space: the memory whose bytes are counted.
     """
-    return _Reader(Module(text), steps, partly or {}).entry()
+    module = Module(module) if isinstance(module, str) else module
+    return _Reader(module, steps, partly or {}, space).entry()
 
 
 class _Reader:
-    def __init__(self, module: Module, steps: int, partly: Mapping[int, float]):
-        self.module, self.steps, self.partly = module, steps, partly
+    def __init__(self, module: Module, steps: int, partly: Mapping[int, float], space: int):
+        self.module, self.steps, self.partly, self.space = module, steps, partly, space
         self._known: dict[str, Traffic] = {}
 
     def entry(self) -> Traffic:
@@ -131,14 +139,15 @@ class _Reader:
         """A copy shows (target, source, flag), a slice ((source), target, flag)."""
         first, second = step.arrays[:2]
         target, source = (first, second) if step.opcode == "copy-start" else (second, first)
-        found.read += target.nbytes if source.main_bytes else 0
-        found.written += target.main_bytes
+        found.read += target.nbytes if source.bytes_in(self.space) else 0
+        found.written += target.bytes_in(self.space)
 
     def _add_plain(self, found: Traffic, computation: Computation, step: Instruction) -> None:
         for place, operand in enumerate(step.operands):
             source = computation.by_name.get(operand)
-            if source is not None and source.main_bytes:
-                found.read += min(source.main_bytes, self._read(step, place, source.main_bytes))
+            whole = source.bytes_in(self.space) if source is not None else 0
+            if whole:
+                found.read += min(whole, self._read(step, place, whole))
         found.written += self._written(computation, step)
 
     def _read(self, step: Instruction, place: int, whole: int) -> float:
@@ -177,28 +186,28 @@ class _Reader:
 
     def _written(self, computation: Computation, step: Instruction) -> int:
         if step.opcode == "custom-call":
-            return sum(a.main_bytes for a in step.arrays if a.nbytes not in self.partly)
-        if not step.main_bytes:
+            return sum(a.bytes_in(self.space) for a in step.arrays if a.nbytes not in self.partly)
+        if not step.bytes_in(self.space):
             return 0
         if step.opcode in _PUTS:
             return self._update_bytes(computation, step)
         if step.opcode != "fusion":
-            return step.main_bytes
+            return step.bytes_in(self.space)
         inner = self.module.computations[step.called[0]]
         root = inner.root
         results = [inner.by_name[n] for n in root.operands] if root.opcode == "tuple" else [root]
         if len(results) != len(step.arrays):
-            return step.main_bytes
+            return step.bytes_in(self.space)
         total = 0
         for result, array in zip(results, step.arrays, strict=True):
             while result.opcode in ("bitcast", "reshape") and result.operands[0] in inner.by_name:
                 result = inner.by_name[result.operands[0]]
-            if array.main_bytes and result.opcode in _PUTS:
+            if array.bytes_in(self.space) and result.opcode in _PUTS:
                 total += self._update_bytes(inner, result)
-            elif array.main_bytes and result.opcode == "fusion":
-                total += self._written(inner, result) or array.main_bytes
+            elif array.bytes_in(self.space) and result.opcode == "fusion":
+                total += self._written(inner, result) or array.bytes_in(self.space)
             else:
-                total += array.main_bytes
+                total += array.bytes_in(self.space)
         return total
 
     @staticmethod
