@@ -38,8 +38,8 @@ def _everywhere(scheme):
     return {"rules": (f".* -> {scheme}",)}
 
 
-def _automatic(share):
-    return {"auto_bytes": share, "candidates": _UNIFORM}
+def _automatic(share, rounding=""):
+    return {"auto_bytes": share, "candidates": tuple(each + rounding for each in _UNIFORM)}
 
 
 def get_config(arg=None):
@@ -83,6 +83,9 @@ def get_config(arg=None):
         "auto-25": _automatic(0.252),
         "auto-20": _automatic(0.2),
         "auto-14": _automatic(0.1335),
+        "uniform-int4-g64-gptq": _everywhere("weights=int4 group=64 rounding=gptq"),
+        "auto-20-gptq": _automatic(0.2, " rounding=gptq"),
+        "auto-14-gptq": _automatic(0.1335, " rounding=gptq"),
         "drop-4-recovered": {"drop_layers": 4, "recovery": _RECOVERY},
         "sparsegpt-24-recovered": _layers(
             "weights=keep prune=sparsegpt pattern=2:4 storage=sparse", recovery=_RECOVERY

@@ -321,7 +321,10 @@ def test_a_budget_becomes_rules_and_an_8_bit_cache_is_measured_too(model, tmp_pa
         ({"auto_bytes": 0.5, "auto_kl": 0.1}, "are both given"),
         ({"auto_kl": 0.1, "candidates": ()}, "compression.candidates is empty"),
         ({"auto_kl": 0.1, "preset": "int8"}, "auto_kl=0.1 finds the rules itself"),
-        ({"auto_kl": 0.1, "candidates": ("weights=int8 rounding=gptq",)}, "calibration of its own"),
+        (
+            {"auto_kl": 0.1, "candidates": ("weights=int8 activations=static",)},
+            r"activations='static'.* can't be tried without calibration of its own",
+        ),
         (
             {"auto_kl": 0.1, "candidates": ("weights=int3",)},
             r"^compression.candidates .*int3.*allowed are int8",

@@ -243,12 +243,14 @@ def test_a_sweep_measures_sensitivities_once(model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(automatic, "measure_sensitivity", noted)
     budgets = {"small": 0.2, "large": 0.24}
+    recipes = {n: {"auto_bytes": b, "candidates": CANDIDATES} for n, b in budgets.items()}
+    with_gptq = tuple(f"{candidate} rounding=gptq" for candidate in CANDIDATES)
     settings = RunConfig(
         model=ModelSection(path=str(model)),
         receipt=QUICK,
         calibration=CALIBRATION,
         sweep=SweepSection(
-            recipes={n: {"auto_bytes": b, "candidates": CANDIDATES} for n, b in budgets.items()}
+            recipes=recipes | {"gptq": {"auto_bytes": 0.24, "candidates": with_gptq}}
         ),
         output=str(tmp_path / "sweep"),
     )
@@ -256,6 +258,11 @@ def test_a_sweep_measures_sensitivities_once(model, tmp_path, monkeypatch):
     assert len(measured) == 1
     told = [found[name]["sensitivity"] for name in budgets]
     assert told[0]["predicted_kl"] > told[1]["predicted_kl"]
+    assert found["gptq"]["sensitivity"] == told[1] | {"schemes": list(with_gptq)}
+    assert found["gptq"]["size"] == found["large"]["size"]
+    rules = dict(rule.split(" -> ") for rule in found["gptq"]["recipe"]["rules"])
+    assert len(rules) == 3 and "gptq" not in rules.pop("embed")  # it is looked up, not multiplied
+    assert all("rounding=gptq" in scheme for scheme in rules.values())
     for one in told:
         read = receipts.read_sensitivity(one)
         assert (read.paths, read.schemes) == (measured[0].paths, measured[0].schemes)

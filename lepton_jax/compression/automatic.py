@@ -4,13 +4,14 @@
     choice.rules    # ordinary ones, as a person might have written them
 
 Every weight is tried under every candidate on calibration tokens (`sensitivity.py`), then one is
-chosen for each (`allocate.py`).
+chosen for each (`allocate.py`). What GPTQ would round is tried rounded to nearest, which loses
+more: the order of weights is much the same, and what is predicted is an upper bound.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,11 +58,11 @@ class Automatic:
                 "compression.candidates is empty: name schemes to choose from, such as "
                 "'weights=int8' and 'weights=int4 group=32'"
             )
-        for scheme in self.candidates:
-            if scheme.calibrated:
+        for scheme, tried in zip(self.candidates, self.tried, strict=True):
+            if tried.calibrated:
                 raise ValueError(
-                    f"compression.candidates: {scheme} needs calibration of its own; take "
-                    "rounding=nearest or mse, prune=magnitude, and activations=float or dynamic"
+                    f"compression.candidates: {scheme} can't be tried without calibration of its "
+                    "own; take prune=magnitude, and activations=float or dynamic"
                 )
 
     def __bool__(self) -> bool:
@@ -69,6 +70,21 @@ class Automatic:
 
     def __str__(self) -> str:
         return f"auto_bytes={self.bytes:g}" if self.bytes else f"auto_kl={self.kl:g}"
+
+    @property
+    def tried(self) -> tuple[Scheme, ...]:
+        """What each candidate is measured as."""
+        return tuple(map(_to_nearest, self.candidates))
+
+    def rules(self, model: Model, chosen: Sequence[int]) -> tuple[Rule[Scheme], ...]:
+        """That give the model's weights the candidates of these indices. An embedding that is only
+        looked up, which nothing calibrates, is rounded to nearest.
+        """
+        schemes = {}
+        for path, index in zip(weights_of(model.specs), chosen, strict=True):
+            looked_up = path == "embed" and model.config.head_path != path
+            schemes[path] = (self.tried if looked_up else self.candidates)[index]
+        return rules_of(tuple(schemes), tuple(schemes.values()))
 
     def most_bytes(self, dense: Model) -> float:
         """Of all weights that are made of the dense model's."""
@@ -100,6 +116,7 @@ class Choice:
       sensitivity: what was measured.
       chosen: index of each weight's scheme.
       bytes, kl: of the whole model, as predicted.
+      rules: that give each weight its scheme.
     """
 
     automatic: Automatic
@@ -107,11 +124,7 @@ class Choice:
     chosen: tuple[int, ...]
     bytes: int
     kl: float
-
-    @property
-    def rules(self) -> tuple[Rule[Scheme], ...]:
-        schemes = [self.sensitivity.schemes[index] for index in self.chosen]
-        return rules_of(self.sensitivity.paths, schemes)
+    rules: tuple[Rule[Scheme], ...]
 
 
 def choose(
@@ -138,8 +151,9 @@ def choose(
     """
     automatic.require_room(model, dense)
     found = automatic.known or measure_sensitivity(
-        model, leaves, tokens, automatic.candidates, seed=seed, progress=progress
+        model, leaves, tokens, automatic.tried, seed=seed, progress=progress
     )
+    found = dataclasses.replace(found, schemes=automatic.candidates)
     others = _others(model)
     chosen = allocate(
         found.kl,
@@ -149,7 +163,13 @@ def choose(
     )
     lines = np.arange(len(chosen))
     size, loss = found.bytes[lines, chosen].sum(), found.kl[lines, chosen].sum()
-    return Choice(automatic, found, tuple(chosen), int(size) + others, float(loss))
+    rules = automatic.rules(model, chosen)
+    return Choice(automatic, found, tuple(chosen), int(size) + others, float(loss), rules)
+
+
+def _to_nearest(scheme: Scheme) -> Scheme:
+    """What needs no activations and takes the same bytes, where there is such."""
+    return dataclasses.replace(scheme, rounding="nearest") if scheme.rounding == "gptq" else scheme
 
 
 def _in_float32(model: Model) -> int:

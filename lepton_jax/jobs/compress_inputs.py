@@ -29,6 +29,7 @@ from lepton_jax.compression.calibration_data import (
 from lepton_jax.compression.leaf import relative_error
 from lepton_jax.compression.presets import compress_specs, scheme_of_each
 from lepton_jax.compression.recipe import Recipe
+from lepton_jax.compression.rules import weights_of
 from lepton_jax.compression.structure import planned_model
 from lepton_jax.compression.trainable import trained_values
 from lepton_jax.config import CalibrationSection, ReceiptSection, RunConfig
@@ -80,6 +81,10 @@ def require_fit(config: RunConfig, recipe: Recipe, model: Model) -> None:
     require_methods(planned, recipe.rules, recipe.options)
     if recipe.automatic:
         recipe.automatic.require_room(planned, model)
+        for index in range(len(recipe.automatic.candidates)):
+            everywhere = [index] * len(weights_of(planned.specs))
+            rules = recipe.automatic.rules(planned, everywhere)
+            require_methods(planned, rules, recipe.options)
         if all(scheme.weights != "keep" for scheme in recipe.automatic.candidates):
             specs = {}  # whichever is chosen, no weight will hold floats
     trained_values(specs, leaves, train=config.recovery.train)

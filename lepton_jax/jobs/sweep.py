@@ -184,9 +184,9 @@ class SweepJob:
         """With the sensitivities that another recipe's budget was met by, which are the same."""
         for name, receipt in self._receipts.items():
             other = self._recipes[name]
-            same = (other.structure, other.automatic.candidates) == (
+            same = (other.structure, other.automatic.tried) == (
                 recipe.structure,
-                recipe.automatic.candidates,
+                recipe.automatic.tried,
             )
             if recipe.automatic and receipt["sensitivity"] and same:
                 known = receipts.read_sensitivity(receipt["sensitivity"])

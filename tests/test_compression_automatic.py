@@ -1,0 +1,38 @@
+"""Which rules come of a budget where GPTQ shall round: what is tried, and what is done."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from engine_reference import tiny
+
+from lepton_jax.compression.automatic import Automatic
+from lepton_jax.compression.calibrate import Options, require_methods
+from lepton_jax.compression.presets import scheme_of_each
+from lepton_jax.compression.rules import weights_of
+from lepton_jax.compression.scheme import Scheme
+from lepton_jax.models.build import abstract_model
+
+INT8 = Scheme(rounding="gptq")
+INT4 = Scheme("int4", group=8, rounding="gptq")
+PAIR = Automatic(bytes=0.2, candidates=(INT8, INT4, Scheme()))
+
+
+def test_what_gptq_rounds_is_tried_rounded_to_nearest():
+    assert PAIR.tried == (Scheme(), Scheme("int4", group=8), Scheme())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_weight_gets_its_candidate_but_what_is_only_looked_up(tied):
+    model, _ = tiny("llama", layers=2)
+    config = dataclasses.replace(model.config, tie_embeddings=tied)
+    model = abstract_model(config, jnp.float32, jnp.float32)
+    paths = weights_of(model.specs)
+    chosen = np.arange(len(paths)) % 2
+    rules = PAIR.rules(model, chosen)
+    require_methods(model, rules, Options())
+    found = scheme_of_each(rules, model.specs)
+    for path, index in zip(paths, chosen, strict=True):
+        looked_up = path == "embed" and not tied
+        assert found[path] == (PAIR.tried if looked_up else PAIR.candidates)[index]
