@@ -126,16 +126,17 @@ def test_two_banks_of_two_answer_and_score_as_one_device_does(alone):
 
 
 def test_compressed_and_speculating():
-    compress = compressor(preset_rules("int8"), MODEL.specs)
-    pairs = zip(MODEL.specs.items(), LEAVES, strict=True)
+    model, dense = tiny("llama", layers=1)
+    compress = compressor(preset_rules("int8"), model.specs)
+    pairs = zip(model.specs.items(), dense, strict=True)
     leaves = [compress(path, spec, leaf) for (path, spec), leaf in pairs]
     section = EngineSection(**vars(SECTION) | dict(kv_dtype="int8", rows=2))
     section = dataclasses.replace(section, speculation="lookup", draft_tokens=3)
     answers = []
     for count in (1, 2):
-        engine = Engine(MODEL, leaves, section=section, devices=jax.devices()[:count])
+        engine = Engine(model, leaves, section=section, devices=jax.devices()[:count])
         engine.scheduler.draft_policy = longest_draft
-        engine.add_request("a", LONG[:20], params(max_tokens=24))
+        engine.add_request("a", [5, 6, 7] * 6, params(max_tokens=24))
         answers.append([i for output in _until_idle(engine) for i in output.token_ids])
         assert engine.stats()["accepted_tokens"] > 0
     assert answers[0] == answers[1]
