@@ -20,6 +20,7 @@ from lepton_jax.compression.quantize import quantize
 from lepton_jax.compression.recipe import parse_rule
 from lepton_jax.compression.scheme import Scheme
 from lepton_jax.compression.statistics import act_range, measure, merge, zeros
+from lepton_jax.models.build import abstract_model
 from lepton_jax.models.decoder import rms_norm
 from lepton_jax.tensors import NMTensor, QTensor
 
@@ -29,6 +30,16 @@ PRODUCTS = r"layers\.\d+\.(qkv|out|gate_up|down|experts_gate_up|experts_down)"
 @pytest.fixture(scope="module")
 def tiny():
     return tiny_models.with_tokens
+
+
+def alike(model, leaves, tokens):
+    """A model's first two layers, as if they had the window and positions of the first."""
+    windows, ropes = model.config.layer_windows, model.config.layer_ropes
+    config = dataclasses.replace(
+        model.config, num_layers=2, layer_windows=windows[:1] * 2, layer_ropes=ropes[:1] * 2
+    )
+    model = abstract_model(config, jnp.float32, jnp.float32)
+    return model, {path: leaves[path] for path in model.specs}, tokens
 
 
 def without_rounding_of_inputs(leaves):
@@ -178,7 +189,7 @@ WANDA = "weights=keep prune=wanda sparsity=0.25"
     ],
 )
 def test_families_and_methods(tiny, case, methods, limit):
-    model, leaves, tokens = tiny(case)
+    model, leaves, tokens = alike(*tiny(case))
     steps = []
     rules = [parse_rule(rf"layers\.\d+\.({of}) -> {how}") for of, (how, _) in methods.items()]
     found, errors = compress_layers(

@@ -20,6 +20,7 @@ from lepton_jax.compression.rules import weights_of
 from lepton_jax.compression.scheme import Scheme
 from lepton_jax.compression.sensitivity import measure_sensitivity
 from lepton_jax.config import CompressionSection
+from lepton_jax.models.build import abstract_model
 from lepton_jax.text import load as load_tokenizer
 
 SCHEMES = (Scheme(), Scheme("int4", group=8))
@@ -43,16 +44,27 @@ def forward(model):
     return jax.jit(logits)
 
 
-@pytest.mark.parametrize("case", ["gemma2", "qwen3_moe"])
-def test_predicted_kl_is_the_true_one_of_every_weight(case):
+@functools.cache
+def measured(case):
+    """A model of two layers that are alike, its leaves by path, tokens, and what is found."""
     model, leaves = tiny(case, layers=2)
+    windows = model.config.layer_windows[:1] * 2
+    config = dataclasses.replace(model.config, layer_windows=windows)
+    model = abstract_model(config, jnp.float32, jnp.float32)
     leaves = dict(zip(model.specs, leaves, strict=True))
     tokens = np.random.default_rng(0).integers(3, model.config.vocab_size, (12, 24))
-    tokens, seen, logits = tokens.astype(np.int32), [], forward(model)
+    tokens, seen = tokens.astype(np.int32), []
     found = measure_sensitivity(
         model, leaves, tokens, SCHEMES, draws=64, progress=lambda *at: seen.append(at)
     )
     assert seen == [(1, 3, "layers.1"), (2, 3, "layers.0"), (3, 3, "embed")]
+    return model, leaves, tokens, found
+
+
+@pytest.mark.parametrize("case", ["gemma2", "qwen3_moe"])
+def test_predicted_kl_is_the_true_one_of_every_weight(case):
+    model, leaves, tokens, found = measured(case)
+    logits = forward(model)
     assert list(found.paths) == weights_of(model.specs)
     for row, path in enumerate(found.paths):
         if model.config.num_experts and not path.startswith(("layers.1.", "head")):
@@ -76,10 +88,7 @@ def test_a_scheme_that_does_not_fit_names_the_weight():
 
 
 def test_a_budget_in_kl_is_met_with_the_fewest_bytes():
-    model, leaves = tiny("llama", layers=2)
-    leaves = dict(zip(model.specs, leaves, strict=True))
-    tokens = np.random.default_rng(0).integers(3, model.config.vocab_size, (4, 16), np.int32)
-    known, sizes = measure_sensitivity(model, leaves, tokens, SCHEMES), []
+    (model, leaves, tokens, known), sizes = measured("gemma2"), []
     least, most = known.kl.min(1).sum(), known.kl.max(1).sum()
     for budget in (least, (least * most) ** 0.5, most):
         section = CompressionSection(auto_kl=budget, candidates=tuple(map(scheme_text, SCHEMES)))

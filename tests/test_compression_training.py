@@ -40,7 +40,7 @@ MIXED = {  # by path, and what trains of its numbers
     "embed": ("weights=int8", {"scale"}),
     "layers.0.qkv": (f"{SPARSE} pattern=2:4 storage=sparse", {"values"}),
     "layers.0.out": (f"{SPARSE} sparsity=0.5 storage=sparse", {"values"}),
-    "layers.0.gate_up": (f"{SPARSE} sparsity=0.5", {""}),
+    "layers.0.gate_up": (f"{SPARSE} sparsity=0.05", {""}),  # few zeros, stored with the others
     "layers.0.down": ("weights=int8 prune=magnitude pattern=2:4 storage=sparse", {"scale"}),
     "head": ("weights=int4 group=16", {"scale"}),
 }
@@ -76,28 +76,14 @@ def test_it_comes_nearer_and_stays_as_small(train, teacher):
         fixed = train == "norms" and path in MIXED and fields != {"scale"}
         assert changed == (set() if fixed else fields), path
         zeros = np.asarray(dense_of(a)) == 0
-        if zeros.mean() > 0.1:
-            assert not np.any(np.asarray(dense_of(b))[zeros]), f"{path}: zeros must stay"
-
-
-@pytest.mark.parametrize("train", ["all", "lora"])
-def test_few_zeros_stay_too(train, teacher):
-    texts = (
-        f"layers.0.gate_up -> {SPARSE} sparsity=0.05",
-        f"head|layers.* -> {SPARSE} pattern=2:4",
-    )
-    rules = [parse_rule(text) for text in texts]
-    before = compress_layers(MODEL, dict(LEAVES), TOKENS, rules)[0]
-    section = dataclasses.replace(QUICK, train=train)
-    after, _ = Training(MODEL, before, teacher, section).run()
-    now, zeros = after["layers.0.gate_up"], before["layers.0.gate_up"] == 0
-    assert 0 < zeros.mean() < 0.1 and not np.any(now[zeros])
-    assert not np.array_equal(now, before["layers.0.gate_up"])
+        assert not np.any(np.asarray(dense_of(b))[zeros]), f"{path}: zeros must stay"
+        assert path != "layers.0.gate_up" or 0 < zeros.mean() < 0.1
 
 
 def test_a_step_is_compiled_once(teacher):
     """Also where the leaves have been put on a device, as loading does."""
-    placed = jax.device_put(student(), jax.devices()[0])
+    some = {path: student()[path] for path in ("embed", "layers.0.qkv")}
+    placed = jax.device_put(LEAVES | some, jax.devices()[0])
     training = Training(MODEL, placed, teacher, dataclasses.replace(QUICK, train="norms", steps=3))
     compiled = []
     training.run(listen=lambda step, _: compiled.append(training._update._cache_size()))
@@ -125,7 +111,9 @@ def test_the_loss_is_kl_and_the_hidden_states_error(teacher):
 
 def test_gradients_against_differences(teacher):
     """Through decompression, layers and slices of logits, by a step along a random direction."""
-    before = student()
+    before, head = student(), student()["head"]
+    # In bfloat16 its scale would move by steps.
+    before = before | {"head": dataclasses.replace(head, scale=head.scale.astype(jnp.float32))}
     parts = Trainable(MODEL, before, train="all", rank=1)
     loss = WindowLoss(MODEL, MODEL, hidden_weight=1.0)
     start = parts.zeros(before, seed=0)

@@ -44,9 +44,10 @@ def model_with_characters():
 
 MODEL, LEAVES = model_with_characters()
 ROOMY = EngineSection(rows=4, page_size=8, num_pages=400, prefill_chunk=32, max_len=256)
-TIGHT = EngineSection(rows=4, page_size=4, num_pages=34, prefill_chunk=16, max_len=128)
+TIGHT = EngineSection(rows=4, page_size=4, num_pages=34, prefill_chunk=8, max_len=128)
 PROGRAMS: dict[EngineSection, dict] = {}
 DRAWN = SampleSpec(stochastic=True, stop_ids=1, guided=1)  # programs of most tests here
+FREE = dataclasses.replace(DRAWN, guided=0)  # its blocks are those of DRAWN: they have no masks
 PENALIZED = dataclasses.replace(DRAWN, penalties=True, logprobs=2)  # and of those on few pages
 NAMES = ("a", "id", "shop_name", "x y")
 PATTERNS = ("^[a-f]{2,4}$", "^\\d\\d-\\d$", "^(ab|c)$")
@@ -199,7 +200,7 @@ def test_forced_tokens_are_the_ones_that_the_model_would_be_asked_for():
 
 def test_free_rows_beside_guided_ones_are_not_changed():
     free = [(ids(seed), SamplingParams(max_tokens=12, ignore_eos=True)) for seed in range(6)]
-    alone = answers(free, engine=make(spec=SampleSpec(stop_ids=1)))
+    alone = answers(free, engine=make(spec=FREE))
     schema = {"type": "string", "minLength": 3, "maxLength": 9}
     guided = [(ids(9 + n), SamplingParams(json_schema=schema, n=2, seed=n)) for n in range(4)]
     mixed = answers([x for pair in zip(free, guided, strict=False) for x in pair] + free[4:])
@@ -328,7 +329,8 @@ def test_two_devices_give_the_answers_of_one():
     asked = [
         (ids(n), SamplingParams(json_schema=schema, temperature=n % 2, seed=n)) for n in range(4)
     ]
-    engine = guided(Engine(MODEL, LEAVES, section=ROOMY, eos_ids=(2,), devices=jax.devices()[:2]))
+    section = dataclasses.replace(ROOMY, prefill_chunk=8)  # with one size of prefills
+    engine = guided(Engine(MODEL, LEAVES, section=section, eos_ids=(2,), devices=jax.devices()[:2]))
     found = answers(asked, engine=engine)
     assert [answer.token_ids for answer in found] == [a.token_ids for a in answers(asked)]
     for answer in found:
@@ -350,7 +352,7 @@ def test_a_warm_up_compiles_all_that_guided_rows_need():
 
 
 def test_a_program_without_guided_rows_has_no_mask():
-    engine = make(spec=SampleSpec())
+    engine = make(spec=FREE)
     answers([(ids(1), SamplingParams(max_tokens=3))], engine=engine)
     assert engine.runner.spec.guided == 0
     answers([(ids(1), SamplingParams(choices=("a", "b")))], engine=engine)

@@ -29,10 +29,10 @@ def make(kv_dtype, sizes):
     return Engine(MODEL, LEAVES, section=EngineSection(**sizes, max_len=MAX_LEN, kv_dtype=kv_dtype))
 
 
-def answers(engine):
-    """Tokens and their log-probabilities, in the order of PROMPTS."""
-    found = [([], []) for _ in PROMPTS]
-    for name, prompt in enumerate(PROMPTS):
+def answers(engine, prompts=PROMPTS):
+    """Tokens and their log-probabilities, in the order of the prompts."""
+    found = [([], []) for _ in prompts]
+    for name, prompt in enumerate(prompts):
         engine.add_request(str(name), prompt, GREEDY)
     while engine.has_work:
         for output in engine.step():
@@ -42,15 +42,35 @@ def answers(engine):
     return found
 
 
-@pytest.mark.parametrize("kv_dtype", ["int8", "float8_e4m3fn"])
-def test_however_a_run_is_cut_its_answers_are_the_same(kv_dtype):
-    tight = make(kv_dtype, TIGHT)
-    cut, whole = answers(tight), answers(make(kv_dtype, ROOMY))
-    stats = tight.stats()
+def crowded(kv_dtype):
+    """An engine on few pages and what it answered."""
+    engine = make(kv_dtype, TIGHT)
+    found, stats = answers(engine), engine.stats()
     assert stats["preemptions"] > 0 and stats["prefix_hit_tokens"] > 0
-    for (mine, near), (theirs, far) in zip(cut, whole, strict=True):
+    return engine, found
+
+
+def assert_same(found, others):
+    for (mine, near), (theirs, far) in zip(found, others, strict=True):
         assert mine == theirs
         np.testing.assert_allclose(near, far, atol=2e-2)
+
+
+def test_answers_are_those_of_other_pages_chunks_and_blocks():
+    _, found = crowded("int8")
+    assert_same(found, answers(make("int8", ROOMY)))
+
+
+def test_answers_are_those_of_prompts_alone_in_smaller_chunks_and_blocks():
+    engine, found = crowded("float8_e4m3fn")
+    engine.scheduler.turn(prefill_chunk=8, decode_block=1)
+    alone = []
+    for prompt in PROMPTS:
+        engine.forget()
+        hits = engine.stats()["prefix_hit_tokens"]
+        alone += answers(engine, [prompt])
+        assert engine.stats()["prefix_hit_tokens"] == hits
+    assert_same(found, alone)
 
 
 @pytest.mark.parametrize(("kv_dtype", "most"), [("int8", 0.02), ("float8_e4m3fn", 0.1)])

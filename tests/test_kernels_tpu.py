@@ -285,7 +285,10 @@ def test_a_decode_block_compiles_without_copying_its_caches(chip, heads):
     assert_lean(compiled, cache.shape)
 
 
-@pytest.mark.parametrize(("chip", "heads"), CHIPS_AND_HEADS, ids=str)
+# Of each kind of cache one: as it is, of padded heads, of pages for each head.
+@pytest.mark.parametrize(
+    ("chip", "heads"), [CHIPS_AND_HEADS[0], CHIPS_AND_HEADS[1], CHIPS_AND_HEADS[3]], ids=str
+)
 def test_prefill_compiles_without_copying_its_caches(chip, heads):
     num_kv_heads, group, head_dim = heads
     cache = layer(num_kv_heads, head_dim, pages=LARGE, page=64).abstract()

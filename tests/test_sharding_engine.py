@@ -18,6 +18,7 @@ from lepton_jax.checkpoints.load import load
 from lepton_jax.checkpoints.orbax_store import save
 from lepton_jax.compression.presets import compressor, preset_rules
 from lepton_jax.config import EngineSection, SamplingParams
+from lepton_jax.engine.knobs import longest_draft
 from lepton_jax.engine.loop import Engine
 from lepton_jax.engine.packing import DecodeShape, PrefillShape
 from lepton_jax.engine.scored import Scoring
@@ -87,11 +88,17 @@ def alone():
     return served(engine), scored(engine)
 
 
-# 4 devices: two banks of two; the last devices of the eight, not the first.
-@pytest.mark.parametrize("count", [2, 4])
-def test_what_one_device_gives(alone, count):
-    devices = jax.devices()[8 - count :]
-    engine = Engine(MODEL, LEAVES, section=SECTION, eos_ids=(2,), devices=devices)
+def last(count):
+    """An engine on the last devices of the eight, not the first."""
+    return Engine(MODEL, LEAVES, section=SECTION, eos_ids=(2,), devices=jax.devices()[8 - count :])
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return last(2)
+
+
+def same_answers(engine, alone):
     for name, (tokens, logprobs) in served(engine).items():
         want, want_logprobs = alone[0][name]
         assert (name, tokens) == (name, want)
@@ -99,24 +106,39 @@ def test_what_one_device_gives(alone, count):
             assert own == pytest.approx(want_own, abs=1e-5)
             assert [i for i, _ in top] == [i for i, _ in want_top]
             assert [p for _, p in top] == pytest.approx([p for _, p in want_top], abs=1e-5)
+    for leaf in jax.tree.leaves((engine.runner.leaves, engine.runner._caches)):
+        assert leaf.sharding.device_set == set(engine.runner.placement.devices)
+
+
+def test_two_devices_answer_as_one_does(alone, pair):
+    same_answers(pair, alone)
+    assert pair.runner.placement.devices == tuple(jax.devices()[6:])
+
+
+def test_two_banks_of_two_answer_and_score_as_one_device_does(alone):
+    engine = last(4)
+    same_answers(engine, alone)
+    assert engine.runner.placement.devices == tuple(jax.devices()[4:])
     got = scored(engine)
     np.testing.assert_allclose(got.logprobs, alone[1].logprobs, atol=1e-5)
     np.testing.assert_array_equal(got.greedy, alone[1].greedy)
     np.testing.assert_allclose(got.pooled, alone[1].pooled, atol=1e-5)
-    for leaf in jax.tree.leaves((engine.runner.leaves, engine.runner._caches)):
-        assert leaf.sharding.device_set == set(devices)
 
 
 def test_compressed_and_speculating():
-    compress = compressor(preset_rules("int8"), MODEL.specs)
-    pairs = zip(MODEL.specs.items(), LEAVES, strict=True)
+    model, dense = tiny("llama", layers=1)
+    compress = compressor(preset_rules("int8"), model.specs)
+    pairs = zip(model.specs.items(), dense, strict=True)
     leaves = [compress(path, spec, leaf) for (path, spec), leaf in pairs]
-    section = EngineSection(**vars(SECTION) | dict(kv_dtype="int8", rows=2, speculation="lookup"))
+    section = EngineSection(**vars(SECTION) | dict(kv_dtype="int8", rows=2))
+    section = dataclasses.replace(section, speculation="lookup", draft_tokens=3)
     answers = []
     for count in (1, 2):
-        engine = Engine(MODEL, leaves, section=section, devices=jax.devices()[:count])
-        engine.add_request("a", LONG[:20], params(max_tokens=24))
+        engine = Engine(model, leaves, section=section, devices=jax.devices()[:count])
+        engine.scheduler.draft_policy = longest_draft
+        engine.add_request("a", [5, 6, 7] * 6, params(max_tokens=24))
         answers.append([i for output in _until_idle(engine) for i in output.token_ids])
+        assert engine.stats()["accepted_tokens"] > 0
     assert answers[0] == answers[1]
 
 
@@ -155,12 +177,11 @@ def test_devices_tell_each_other_no_more_than_they_must():
     assert kinds == {PrefillShape, DecodeShape}
 
 
-def test_candidates_travel_and_logits_do_not():
-    engine = Engine(MODEL, LEAVES, section=SECTION, devices=jax.devices()[:2])
-    engine.runner.require(engine.runner.spec.of(REQUESTS["nucleus"][1], ()))
-    engine.add_request("drawn", *REQUESTS["nucleus"])
-    list(_until_idle(engine))
-    for shape, program in engine.runner.programs.compiled.items():
+def test_candidates_travel_and_logits_do_not(pair):
+    pair.add_request("drawn", *REQUESTS["nucleus"])
+    list(_until_idle(pair))
+    for shape, program in pair.runner.programs.compiled.items():
+        assert shape.spec.truncate
         gathered = [size for what, size in collectives(program.as_text()) if what == "all-gather"]
         # The best candidates of each device, and every device's total.
         assert gathered and max(gathered) <= shape.rows * 2 * 64

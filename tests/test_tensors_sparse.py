@@ -30,6 +30,9 @@ from lepton_jax.tensors.tile_dots import gathered_dot, tiled_dot
 
 KINDS = ["bitmask", "2:4", "4:8", "tiles"]
 DTYPES = ["float32", "bfloat16", "int8"]
+# Both N:M kinds are one code: what one of them computes in a dtype, the other does too.
+STORED = [(kind, dtype) for kind in KINDS for dtype in DTYPES]
+STORED = [pair for pair in STORED if pair not in (("2:4", "bfloat16"), ("4:8", "int8"))]
 
 
 @jax.jit
@@ -73,8 +76,7 @@ def sparse(kind, shape, dtype, seed=0):
     return leaf, wide if scale is None else wide * np.asarray(scale, np.float64)[..., None]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "dtype"), STORED)
 def test_products_are_those_of_the_weight_they_stand_for(kind, dtype):
     leaf, dense = sparse(kind, (2, 24, 32), dtype)
     assert leaf.shape == dense.shape
@@ -94,8 +96,7 @@ def test_products_are_those_of_the_weight_they_stand_for(kind, dtype):
         assert np.abs(parts - exact).max() <= tolerance
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "dtype"), STORED)
 def test_experts_and_rows(kind, dtype):
     leaf, dense = sparse(kind, (3, 2, 8, 32), dtype)
     x, sizes = np.random.default_rng(1).normal(size=(7, 32)), np.array([3, 0, 4])
@@ -154,9 +155,23 @@ shapes = st.sampled_from([(1, 1, 2), (3, 4, 3)])
 dtypes = st.sampled_from(["bfloat16", "int8"])
 
 
-@given(shapes, st.sampled_from([0, 0.4, 1]), dtypes, st.integers(0, 99))
+# Of each two of shape, share and dtype all pairs.
+bitmasks = st.sampled_from(
+    [
+        ((1, 1, 2), 0, "bfloat16"),
+        ((1, 1, 2), 0.4, "int8"),
+        ((1, 1, 2), 1, "bfloat16"),
+        ((3, 4, 3), 0, "int8"),
+        ((3, 4, 3), 0.4, "bfloat16"),
+        ((3, 4, 3), 1, "int8"),
+    ]
+)
+
+
+@given(bitmasks, st.integers(0, 99))
 @settings(max_examples=20, deadline=None)
-def test_bitmask_packing_is_exact(shape, share, dtype, seed):
+def test_bitmask_packing_is_exact(stored, seed):
+    shape, share, dtype = stored
     shape = (*shape[:2], 8 * shape[2])
     values, _ = random_weight(shape, dtype, seed)
     kept = max(1, int(share * values.size))
