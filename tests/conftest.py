@@ -13,9 +13,12 @@ from pathlib import Path
 
 import jax
 import pytest
+from first_layers import first_layers
 
 from lepton_jax import compile_cache
 from lepton_jax.checkpoints.demo import demo_model
+from lepton_jax.checkpoints.load import load
+from lepton_jax.checkpoints.orbax_store import save
 
 jax.config.update("jax_num_cpu_devices", 8)
 # Also of what tests start: jax keeps compiled programs by the number of devices.
@@ -50,6 +53,13 @@ def _programs_of_one_file():
 def smollm2_path() -> Path:
     """SmolLM2-135M-Instruct as a .gguf file."""
     return demo_model("smollm2")
+
+
+@pytest.fixture(scope="session")
+def beginning_path(smollm2_path, tmp_path_factory) -> Path:
+    """SmolLM2's first four layers as a saved model: for tests of processes, not of answers."""
+    folder = tmp_path_factory.mktemp("beginning") / "model"
+    return save(folder, first_layers(load(smollm2_path, dtype="bfloat16"), 4))
 
 
 @pytest.fixture(scope="session")

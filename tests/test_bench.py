@@ -231,9 +231,9 @@ def test_a_start_that_fails_says_why(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_starts_and_a_prefill_of_a_real_model(smollm2_path):
+def test_starts_and_a_prefill_of_a_real_models_layers(beginning_path):
     done = drive(
-        f"--config=configs/bench.py:{smollm2_path}",
+        f"--config=configs/bench.py:{beginning_path}",
         "--config.bench.measure=starts,prefill_512x1",
         "--config.bench.repeats=1",
         "--config.engine.rows=4",

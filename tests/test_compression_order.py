@@ -5,7 +5,6 @@ whole models are in README. Texts: calibration on the one that ships, prose of o
 the same 768 places for all methods.
 """
 
-import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from first_layers import model_of_first
 
 from lepton_jax.checkpoints.load import load
 from lepton_jax.compression.calibrate import Options, compress_layers
 from lepton_jax.compression.calibration_data import CALIBRATION_TEXT, draw_windows
 from lepton_jax.compression.layer_programs import LayerPrograms, embedded
 from lepton_jax.compression.recipe import parse_rule
-from lepton_jax.models.build import abstract_model
 from lepton_jax.models.decoder import rms_norm
 from lepton_jax.tensors import einsum
 from lepton_jax.text import load as load_tokenizer
@@ -54,17 +53,6 @@ def hidden_states(model, programs, leaves, tokens):
     return rms_norm(x, leaves["final_norm"], model.config.norm_eps)
 
 
-def beginning_of(model):
-    """The model of the first layers, which alone are compressed."""
-    config = dataclasses.replace(
-        model.config,
-        num_layers=LAYERS,
-        layer_windows=model.config.layer_windows[:LAYERS],
-        layer_ropes=model.config.layer_ropes[:LAYERS],
-    )
-    return abstract_model(config, model.dtype, model.activation_dtype)
-
-
 @pytest.fixture(scope="module")
 def exact(smollm2_path) -> Exact:
     loaded = load(smollm2_path, dtype="float32")
@@ -76,7 +64,7 @@ def exact(smollm2_path) -> Exact:
     programs = LayerPrograms(loaded.model)
     hidden = hidden_states(loaded.model, programs, leaves, prose)
     logprobs = [logprobs_of(leaves["embed"], window) for window in hidden]
-    beginning = beginning_of(loaded.model)
+    beginning = model_of_first(loaded.model, LAYERS)
     return Exact(loaded.model, beginning, leaves, prose, drawn.tokens, logprobs, programs)
 
 

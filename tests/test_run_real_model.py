@@ -47,6 +47,7 @@ def test_a_killed_process_leaves_rows_that_the_next_one_goes_on_from(tmp_path, s
     flags = [
         f"--config.job.input={tmp_path / 'in.jsonl'}",
         "--config.engine.rows=2",
+        "--config.engine.prefill_chunk=128",
         "--config.sampling.max_tokens=40",
         "--config.compression.preset=w8a8",
         "--config.sampling.temperature=0.9",

@@ -27,7 +27,7 @@ def expected() -> dict:
 
 @pytest.fixture(scope="module")
 def engine(smollm2_path):
-    section = EngineSection(page_size=16, prefill_chunk=256, max_len=256)
+    section = EngineSection(page_size=16, prefill_chunk=256, prefill_sizes=(256,), max_len=256)
     config = RunConfig(model=ModelSection(dtype="float32"), engine=section)
     with LeptonEngine() as lepton:
         yield lepton.load_model(smollm2_path, config=config)
