@@ -1,4 +1,4 @@
-"""Long inputs: memory that doesn't grow, many rows with every kind of bad one."""
+"""Long inputs: memory that doesn't grow, a hundred thousand rows with every kind of bad one."""
 
 import json
 import os
@@ -52,8 +52,8 @@ class InstantEngine(FakeEngine):
         self.added.clear()
 
 
-def test_many_rows_with_five_percent_bad_in_twenty_ways(tmp_path):
-    rows, wrong = 20_000, {}
+def test_a_hundred_thousand_rows_with_five_percent_bad_in_twenty_ways(tmp_path):
+    rows, wrong = 100_000, {}
     with (tmp_path / "in.jsonl").open("w", errors="surrogateescape") as file:
         for number in range(rows):
             if number % 20 == 7:
