@@ -259,7 +259,7 @@ def test_logits_of_a_large_vocabulary_are_never_whole():
     class Wide:
         """Only its hidden states and logits: `V` = 262,144."""
 
-        def __call__(self, tokens, positions, caches, attend):
+        def __call__(self, tokens, positions, caches, attend, *, tap=None):
             return jnp.zeros((tokens.shape[0], 8)), caches
 
         def logits(self, hidden):

@@ -104,20 +104,23 @@ def test_a_tap_sees_every_layer_of_a_run():
     model, leaves = tiny("llama")
     ids = tiny_models.load("llama").ids[:8]
     attend = lambda *operands, layer=None, **options: causal_attend(*operands, **options)  # noqa: E731
-    found = []
-    for each in (model, model.in_loops(leaves)):
-        places = []
 
-        @jax.jit
-        def tapped(leaves, ids, each=each, places=places):
-            seen, caches = {}, (None,) * len(each.runs)
-            each.bind(leaves)(ids, jnp.arange(8), caches, attend, tap=seen.__setitem__)
-            places.extend(seen)
-            return list(seen.values())
+    @functools.partial(jax.jit, static_argnums=0)
+    def kept(each, leaves, ids, wanted):
+        def tap(kept, layer, x):
+            return jnp.where(layer == wanted, x, kept)
 
-        found.append(tapped(leaves, ids))
-        assert places == [0, 1, 2]
-    np.testing.assert_allclose(*found, atol=1e-5)
+        caches = (None,) * len(each.runs)
+        _, _, found = each.bind(leaves)(ids, jnp.arange(8), caches, attend, tap=tap)
+        return found
+
+    looped = model.in_loops(leaves)
+    assert looped.runs != model.runs
+    for layer in range(3):
+        states = kept(model, leaves, ids, layer)
+        assert jnp.abs(states).max() > 0
+        np.testing.assert_allclose(kept(looped, leaves, ids, layer), states, atol=1e-5)
+    assert not kept(looped, leaves, ids, 3).any()  # those after the last layer are no tap's
 
 
 MIXTURES = [list(SCHEMES), ["int8", "int8 in groups"], ["int8", "w8a8"]]

@@ -31,6 +31,7 @@ from lepton_jax.compression.rules import weights_of
 from lepton_jax.compression.scheme import Scheme, planned_leaf
 from lepton_jax.models.build import Model
 from lepton_jax.models.decoder import rms_norm
+from lepton_jax.tensors.leaves import dense_of
 
 DRAWS = 8  # next tokens drawn at each place
 Progress = Callable[[int, int, str], None]
@@ -138,7 +139,7 @@ class _Run:
                 continue
             rows = []
             for scheme in self.schemes:
-                changed = layer | {name: compress_weight(layer[name], scheme)}
+                changed = layer | {name: _compressed(layer[name], scheme)}
                 rows.append(_change(self.gradients, programs.outputs(changed, x), self._outputs))
             self.changes[path] = np.stack(rows)
         self.gradients = programs.pulled(layer, x, self.gradients)
@@ -154,6 +155,19 @@ class _Run:
             x = embedded(self.model, table, self.tokens)
             rows.append(_change(self.gradients, x, self._outputs))
         self.changes["embed"] = self.changes.get("embed", 0.0) + np.stack(rows)
+
+
+def _compressed(array: jax.Array, scheme: Scheme) -> Any:
+    """As it is stored, or where activations stay as they are its values, so that all such schemes
+    run in one program.
+    """
+    leaf = compress_weight(array, scheme)
+    return leaf if scheme.activations != "float" else _values(leaf)
+
+
+@jax.jit
+def _values(leaf: Any) -> jax.Array:
+    return dense_of(leaf, jnp.float32)
 
 
 @jax.jit

@@ -73,16 +73,17 @@ def score(
         **{field.name: inputs[field.name] for field in dataclasses.fields(PagedBatch)}
     )
     attend = attend_pages(backend, batch, decode=False, here=model.axis.holds(inputs["banks"]))
-    inner = _Inner(inputs) if shape.spec.inner else None
-    tapped = {"tap": inner.tap} if inner else {}
-    hidden, caches = decoder(inputs["tokens"], inputs["positions"], caches, attend, **tapped)
+    inner = _Inner(inputs, layers=model.config.num_layers) if shape.spec.inner else None
+    hidden, caches, *kept = decoder(
+        inputs["tokens"], inputs["positions"], caches, attend, tap=inner
+    )
     pieces = {}
     if shape.spec.targets:
         pieces |= _log_probabilities(decoder, hidden, inputs, model)
     if shape.spec.pool:
         weights = jax.lax.bitcast_convert_type(inputs["weights"], jnp.float32)
         # As a sum by rows, not a product: unused lines are 0 and padding never counts.
-        states = inner.states(hidden) if inner else hidden
+        states = inner.states(hidden, *kept) if inner else hidden
         shares = jnp.where(weights[:, None] > 0, weights[:, None] * states.astype(jnp.float32), 0)
         pooled = jax.ops.segment_sum(shares, inputs["rows"], num_segments=shape.rows)
         pieces |= dict(pooled=bits_of(pooled))
@@ -90,22 +91,19 @@ def score(
 
 
 class _Inner:
-    """Keeps the hidden states that prompts ask for between layers, while the layers are traced."""
+    """The hidden states that prompts ask for between layers: a decoder's `tap`."""
 
-    def __init__(self, inputs: dict):
-        self._wanted = inputs["layer"][inputs["rows"]]
-        self._kept: jax.Array | None = None
-        self._count = 0
+    def __init__(self, inputs: dict, *, layers: int):
+        self._wanted, self._layers = inputs["layer"][inputs["rows"]], layers
 
-    def tap(self, layer: int, x: jax.Array) -> None:
-        """Takes x `[T, D]` after so many layers."""
-        self._count, here = layer + 1, (self._wanted == layer)[:, None]
-        self._kept = x if self._kept is None else jnp.where(here, x, self._kept)
+    def __call__(self, kept: jax.Array, layer: jax.Array | int, x: jax.Array) -> jax.Array:
+        """What is kept `[T, D]` once x, the same shape, went through so many layers."""
+        return jnp.where((self._wanted == layer)[:, None], x, kept)
 
-    def states(self, last: jax.Array) -> jax.Array:
+    def states(self, last: jax.Array, kept: jax.Array) -> jax.Array:
         """`[T, D]`, from `last` where the state after the final norm is asked."""
-        final = (self._wanted < 0) | (self._wanted >= self._count)
-        return jnp.where(final[:, None], last, self._kept)
+        final = (self._wanted < 0) | (self._wanted >= self._layers)
+        return jnp.where(final[:, None], last, kept)
 
 
 def _log_probabilities(decoder, hidden: jax.Array, inputs: dict, model: Model) -> dict:

@@ -24,7 +24,7 @@ from flax import nnx
 from lepton_jax.models.config import ModelConfig
 from lepton_jax.models.moe import experts_ffn
 from lepton_jax.models.rope import rope_table, rotate
-from lepton_jax.models.runs import Run
+from lepton_jax.models.runs import Run, Tap
 from lepton_jax.sharding.axis import WHOLE, Axis
 from lepton_jax.tensors import einsum, einsum_parts, take
 
@@ -178,8 +178,8 @@ class Decoder(nnx.Module):
         caches: tuple,
         attend: Callable,
         *,
-        tap: Callable[[int, jax.Array], None] | None = None,
-    ) -> tuple[jax.Array, tuple]:
+        tap: Tap | None = None,
+    ) -> tuple[jax.Array, ...]:
         """Runs every layer over a flat batch of tokens.
 
         Args:
@@ -189,11 +189,12 @@ class Decoder(nnx.Module):
           attend: `attend(q [T,K,G,H], k [T,K,H], v [T,K,H], cache, *, scale, window, soft_cap)`
             returns (out `[T,K,G,H]`, the new cache); window and soft_cap are 0 where there is none.
             Layers of a run also pass `layer`, a `LayerOf`, and may pass a window as an array.
-          tap: gets (layers so far, hidden states `[T, D]` as they are between layers), the
-            embeddings first, but not those after the last layer.
+          tap: `tap(kept, layers so far, hidden states)` returns what it keeps, all `[T, D]`, zeros
+            at first. It sees the states between layers, the embeddings first, but not those after
+            the last layer.
 
         Returns:
-          Hidden states `[T, D]` after the final norm, and the new caches.
+          Hidden states `[T, D]` after the final norm, the new caches, and what a tap kept.
         """
         c = self.config
         if len(caches) != len(self.runs):
@@ -209,11 +210,12 @@ class Decoder(nnx.Module):
             rope_table(rope, positions, context_len=c.context_len, factors=factors)
             for rope in c.ropes
         ]
-        new_caches = []
+        new_caches, kept = [], None if tap is None else jnp.zeros_like(x)
         for run, cache in zip(self.runs, caches, strict=True):
-            x, cache = run(x, tables, cache, attend, tap=tap)
+            x, cache, kept = run((x, cache, kept), tables, attend, tap=tap)
             new_caches.append(cache)
-        return rms_norm(x, self.final_norm.get_value(), c.norm_eps), tuple(new_caches)
+        hidden = rms_norm(x, self.final_norm.get_value(), c.norm_eps)
+        return (hidden, tuple(new_caches)) if tap is None else (hidden, tuple(new_caches), kept)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits f32 `[R, V]` of hidden states `[R, D]`, which are already normed; this device's

@@ -22,6 +22,7 @@ from lepton_jax.models.config import NO_ROPE, ModelConfig
 from lepton_jax.tensors import ParamSpec
 from lepton_jax.tensors.chosen import chooser
 
+Tap = Callable[[Any, Any, jax.Array], Any]  # (what was kept, layers so far, states) -> what is kept
 UNLIMITED = 1 << 30  # a window that no text fills, where a run has layers with and without one
 
 
@@ -70,38 +71,34 @@ class Run:
 
     def __call__(
         self,
-        x: jax.Array,
+        carry: tuple[jax.Array, Any, Any],
         tables: Sequence[tuple],
-        cache: Any,
         attend: Callable,
         *,
-        tap: Callable[[int, jax.Array], None] | None = None,
-    ) -> tuple[jax.Array, Any]:
-        """All layers of x `[T, D]`, and the cache that they share.
+        tap: Tap | None = None,
+    ) -> tuple[jax.Array, Any, Any]:
+        """All layers of `carry`: x `[T, D]`, the cache that they share, and what a tap kept.
 
         `tables`: cos and sin of each of the model's ropes; `attend` and `tap` as the decoder's.
-        Where there is a tap, which is called for each layer, the layers are unrolled.
         """
         windows = [self._config.layer_windows[layer.index] for layer in self.layers]
         ropes = [self._config.layer_ropes[layer.index] for layer in self.layers]
         window_of, table_of = _windows(windows), _tables(tables, ropes)
-        count = len(self.layers)
+        first, count = self.layers[0].index, len(self.layers)
 
         def through(layer, index, carry):
-            x, cache = carry
+            x, cache, kept = carry
+            if tap is not None:
+                kept = tap(kept, first + index, x)
             here = attend if count == 1 else partial(attend, layer=LayerOf(index, count))
             window, table = window_of(index), table_of(index)
-            return layer(x, table, cache=cache, attend=here, window=window)
+            return *layer(x, table, cache=cache, attend=here, window=window), kept
 
-        if count > 1 and tap is None:
-            return jax.lax.fori_loop(
-                0, count, lambda index, carry: through(self._at(index), index, carry), (x, cache)
-            )
-        for place, layer in enumerate(self.layers):
-            if tap is not None:
-                tap(layer.index, x)
-            x, cache = through(layer, place, (x, cache))
-        return x, cache
+        if count == 1:
+            return through(self.layers[0], 0, carry)
+        return jax.lax.fori_loop(
+            0, count, lambda index, carry: through(self._at(index), index, carry), carry
+        )
 
     def _at(self, index: jax.Array) -> nnx.Module:
         chosen = {

@@ -110,6 +110,7 @@ class CostMeter:
         self._decodes: dict[tuple[int, int, int], deque] = defaultdict(lambda: deque(maxlen=_KEPT))
         self._prefills: dict[int, deque] = defaultdict(lambda: deque(maxlen=_KEPT))
         self._gaps: deque = deque(maxlen=_KEPT)
+        self._fitted: dict[Costs, Costs] = {}  # by prior, until the next beat
 
     def take(self, beat: BeatStats) -> None:
         """Adds a beat's timings; those of speculative blocks are another program's."""
@@ -119,12 +120,18 @@ class CostMeter:
         if beat.prefill_places and beat.prefill_seconds:
             self._prefills[beat.prefill_places].append(beat.prefill_seconds)
         self._gaps.append(beat.gap_seconds)
+        self._fitted.clear()
 
     def costs(self, prior: Costs) -> Costs:
         """The model nearest to the medians, in shares of each; what nothing measured is scaled
         from `prior`, so that its proportions stay. So do those of what the measured can't part:
         where all steps had as many rows, what these cost and what the step does.
         """
+        if prior not in self._fitted:
+            self._fitted[prior] = self._fit(prior)
+        return self._fitted[prior]
+
+    def _fit(self, prior: Costs) -> Costs:
         decodes = {key: statistics.median(times) for key, times in self._decodes.items()}
         prefills = {key: statistics.median(times) for key, times in self._prefills.items()}
         steps = {key[0] for key in decodes}
