@@ -4,8 +4,9 @@ r"""What speculation gives on a model, beside plain decoding, in one process and
     python scripts/bench_speculation.py --preset=none --draft=w8a8 --workloads=copy,story
 
 For each workload and number of rows the engines off, lookup and, with --draft, draft (the model
-itself, compressed by that preset) serve the same requests; a line a case: seconds of decode, the
-ratio to off, acceptance, tokens a step, and how many texts are those of off. Greedy; medians.
+itself, compressed by that preset, or the model at that path, such as one with fewer layers) serve
+the same requests; a line a case: seconds of decode, the ratio to off, acceptance, tokens a step,
+and how many texts are those of off. Greedy; medians.
 """
 
 import argparse
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lepton_jax.api import LeptonEngine
 from lepton_jax.checkpoints.loaded import Loaded
 from lepton_jax.compression.load import load_compressed
+from lepton_jax.compression.presets import PRESETS
 from lepton_jax.compression.recipe import Recipe
 from lepton_jax.config import EngineSection, SamplingParams
 from lepton_jax.engine.loop import Engine
@@ -116,7 +118,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="demo:smollm2")
     parser.add_argument("--preset", default="w8a8")
-    parser.add_argument("--draft", default="", help="preset of the model as its own draft model")
+    parser.add_argument(
+        "--draft", default="", help="preset of the model as its own draft model, or a model's path"
+    )
     parser.add_argument("--draft_tokens", type=int, default=7)
     parser.add_argument("--draft_cost", type=float, default=0.0, help="as engine.draft_cost")
     parser.add_argument("--rows", default="1,8")
@@ -127,7 +131,9 @@ def main(argv: list[str] | None = None) -> None:
     lepton = LeptonEngine().load_model(args.model, compression=args.preset)
     draft = None
     if args.draft:
-        draft = load_compressed(lepton.config.model, Recipe.of(preset=args.draft))
+        other = args.draft not in PRESETS
+        section = dataclasses.replace(lepton.config.model, path=args.draft if other else args.model)
+        draft = load_compressed(section, Recipe.of(preset="none" if other else args.draft))
     for name in args.workloads.split(","):
         for rows in map(int, args.rows.split(",")):
             measure(lepton, draft, args, name=name, rows=rows)
