@@ -83,7 +83,12 @@ def get_config(arg=None):
         "auto-25": _automatic(0.252),
         "auto-20": _automatic(0.2),
         "auto-14": _automatic(0.1335),
-        "uniform-int4-g64-gptq": _everywhere("weights=int4 group=64 rounding=gptq"),
+        "uniform-int4-g64-gptq": {
+            "rules": (
+                "embed|head -> weights=int4 group=64",
+                _LAYERS + "weights=int4 group=64 rounding=gptq",
+            )
+        },
         "auto-20-gptq": _automatic(0.2, " rounding=gptq"),
         "auto-14-gptq": _automatic(0.1335, " rounding=gptq"),
         "drop-4-recovered": {"drop_layers": 4, "recovery": _RECOVERY},
