@@ -8,8 +8,7 @@ Every weight is tried under every candidate (compression.candidates) on calibrat
 nearest, and what is chosen is rounded by GPTQ, which loses less; the receipt shows what each would
 cost and the rules that came of it. `auto_bytes=0` with `compression.auto_kl=0.01` asks for the
 smallest model within a KL instead. Shares are of float32's bytes on every device, so 0.25 would be
-int8, and 0.5 is what bfloat16 takes. Experts whose Hessians would fill the memory want candidates
-without rounding=gptq.
+int8, and 0.5 is what bfloat16 takes.
 """
 
 _FORMATS = ("int8 group=32", "int8", "int4 group=32", "int4 group=64", "int4 group=128")
@@ -22,5 +21,4 @@ def get_config(arg=None):
             "auto_bytes": 0.2,
             "candidates": tuple(f"weights={each} rounding=gptq" for each in _FORMATS),
         },
-        "calibration": {"windows": 16, "window_tokens": 128},
     }

@@ -54,7 +54,7 @@ class CompressionSection:
             "weights=int4 group=128",
         ),
         "what auto_bytes and auto_kl choose from: FIELD=VALUE ... as in rules, or keep; of "
-        "rounding=gptq the KL is predicted as of rounding=nearest, which loses more",
+        "rounding=gptq the KL is predicted as of rounding=nearest, which usually loses more",
     )
 
     def __post_init__(self):

@@ -7,20 +7,24 @@ import numpy as np
 import pytest
 from engine_reference import tiny
 
+from lepton_jax.compression import automatic
 from lepton_jax.compression.automatic import Automatic
 from lepton_jax.compression.calibrate import Options, require_methods
 from lepton_jax.compression.presets import scheme_of_each
 from lepton_jax.compression.rules import weights_of
 from lepton_jax.compression.scheme import Scheme
+from lepton_jax.compression.statistics import hessian_bytes
 from lepton_jax.models.build import abstract_model
 
 INT8 = Scheme(rounding="gptq")
 INT4 = Scheme("int4", group=8, rounding="gptq")
-PAIR = Automatic(bytes=0.2, candidates=(INT8, INT4, Scheme()))
+PAIR = Automatic(bytes=0.2, candidates=(INT8, INT4, Scheme(group=8)))
 
 
 def test_what_gptq_rounds_is_tried_rounded_to_nearest():
-    assert PAIR.tried == (Scheme(), Scheme("int4", group=8), Scheme())
+    assert PAIR.tried == (Scheme(), Scheme("int4", group=8), Scheme(group=8))
+    with pytest.raises(ValueError, match="compression.candidates holds .* keep one of them"):
+        Automatic(bytes=0.2, candidates=(INT8, Scheme()))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -36,3 +40,15 @@ def test_every_weight_gets_its_candidate_but_what_is_only_looked_up(tied):
     for path, index in zip(paths, chosen, strict=True):
         looked_up = path == "embed" and not tied
         assert found[path] == (PAIR.tried if looked_up else PAIR.candidates)[index]
+
+
+def test_experts_whose_hessians_are_too_large_are_rounded_to_nearest(monkeypatch):
+    model, _ = tiny("mixtral", layers=2)
+    paths = weights_of(model.specs)
+    sizes = {p: hessian_bytes(model.specs[p].shape) for p in paths if ".experts_" in p}
+    assert len(set(sizes.values())) == 2  # of the inputs of down, and of gate and up
+    monkeypatch.setattr(automatic, "MOST_HESSIANS", min(sizes.values()))
+    found = scheme_of_each(PAIR.rules(model, [0] * len(paths)), model.specs)
+    for path, scheme in found.items():
+        nearest = path == "embed" or sizes.get(path, 0) > min(sizes.values())
+        assert scheme == (Scheme() if nearest else INT8), path

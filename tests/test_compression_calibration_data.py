@@ -140,4 +140,7 @@ def test_shared_runs_of_32_tokens_are_counted_wherever_they_stand():
     seen[0, 60:91] = held_out[1, :31]  # shorter than a run
     assert share_seen(held_out, seen) == 40 / 200
     assert share_seen(held_out, held_out[::-1]) == 1
+    held_out[1, 10:60] = held_out[0, 10:60]  # what comes again is no passage but instructions
+    seen[1] = held_out[0]
+    assert share_seen(held_out[:, 10:60], seen) == 0
     assert share_seen(held_out[:, :31], held_out) == 0

@@ -70,11 +70,12 @@ def served(engine):
 
 
 def scored(engine):
-    """One text scored and pooled, in several chunks."""
+    """One text scored and pooled, in several chunks, after all layers and after one."""
     targets = tuple((i, (i + 1) % VOCAB) for i in LONG[1:])
     engine.add_scoring("text", LONG[:-1], Scoring(targets, pool="mean"))
-    (output,) = [o for o in _until_idle(engine) if o.scored is not None]
-    return output.scored
+    engine.add_scoring("inner", LONG[:-1], Scoring(pool="mean", layer=1))
+    found = {o.request_id: o.scored for o in _until_idle(engine) if o.scored is not None}
+    return found["text"], found["inner"]
 
 
 def _until_idle(engine):
@@ -119,10 +120,11 @@ def test_two_banks_of_two_answer_and_score_as_one_device_does(alone):
     engine = last(4)
     same_answers(engine, alone)
     assert engine.runner.placement.devices == tuple(jax.devices()[4:])
-    got = scored(engine)
-    np.testing.assert_allclose(got.logprobs, alone[1].logprobs, atol=1e-5)
-    np.testing.assert_array_equal(got.greedy, alone[1].greedy)
-    np.testing.assert_allclose(got.pooled, alone[1].pooled, atol=1e-5)
+    (got, inner), (want, want_inner) = scored(engine), alone[1]
+    np.testing.assert_allclose(got.logprobs, want.logprobs, atol=1e-5)
+    np.testing.assert_array_equal(got.greedy, want.greedy)
+    np.testing.assert_allclose(got.pooled, want.pooled, atol=1e-5)
+    np.testing.assert_allclose(inner.pooled, want_inner.pooled, atol=1e-5)
 
 
 def test_compressed_and_speculating():

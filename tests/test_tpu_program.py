@@ -167,4 +167,6 @@ def test_a_step_moves_the_weights_and_the_live_cache_and_little_more(program):
     moved = traffic(compiled_text(compiled(program)), steps=STEPS, partly=unseen).total / STEPS
     print(f"{moved / least.weight_bytes:.3f} times the weights")
     assert least.weight_bytes <= moved
-    assert moved + least.cache_bytes <= 1.1 * (least.weight_bytes + least.cache_bytes)
+    # Beside the head few layers are little: closer, so that a weight that is read twice is seen.
+    most = 1.1 if program.layers == 32 else 1.05
+    assert moved + least.cache_bytes <= most * (least.weight_bytes + least.cache_bytes)

@@ -4,8 +4,8 @@
     choice.rules    # ordinary ones, as a person might have written them
 
 Every weight is tried under every candidate on calibration tokens (`sensitivity.py`), then one is
-chosen for each (`allocate.py`). What GPTQ would round is tried rounded to nearest, which loses
-more: the order of weights is much the same, and what is predicted is an upper bound.
+chosen for each (`allocate.py`). What GPTQ shall round is tried rounded to nearest: the order of
+weights is much the same, and what comes of it usually loses less than is predicted.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from lepton_jax.compression.sensitivity import (
     measure_sensitivity,
     planned_bytes,
 )
+from lepton_jax.compression.statistics import MOST_HESSIANS, hessian_bytes
 from lepton_jax.models.build import Model
 
 
@@ -58,6 +59,11 @@ class Automatic:
                 "compression.candidates is empty: name schemes to choose from, such as "
                 "'weights=int8' and 'weights=int4 group=32'"
             )
+        if len(set(self.tried)) < len(set(self.candidates)):
+            raise ValueError(
+                "compression.candidates holds a scheme with rounding=gptq and with nearest, and "
+                "both are tried as nearest, so that none is better: keep one of them"
+            )
         for scheme, tried in zip(self.candidates, self.tried, strict=True):
             if tried.calibrated:
                 raise ValueError(
@@ -77,13 +83,16 @@ class Automatic:
         return tuple(map(_to_nearest, self.candidates))
 
     def rules(self, model: Model, chosen: Sequence[int]) -> tuple[Rule[Scheme], ...]:
-        """That give the model's weights the candidates of these indices. An embedding that is only
-        looked up, which nothing calibrates, is rounded to nearest.
+        """That give the model's weights the candidates of these indices. Rounded to nearest is an
+        embedding that is only looked up, which nothing calibrates, and experts whose Hessians would
+        fill the memory.
         """
         schemes = {}
         for path, index in zip(weights_of(model.specs), chosen, strict=True):
-            looked_up = path == "embed" and model.config.head_path != path
-            schemes[path] = (self.tried if looked_up else self.candidates)[index]
+            nearest = path == "embed" and model.config.head_path != path
+            if ".experts_" in path:
+                nearest = hessian_bytes(model.specs[path].shape) > MOST_HESSIANS
+            schemes[path] = (self.tried if nearest else self.candidates)[index]
         return rules_of(tuple(schemes), tuple(schemes.values()))
 
     def most_bytes(self, dense: Model) -> float:

@@ -31,12 +31,12 @@ from lepton_jax.compression.leaf import compress_weight
 from lepton_jax.compression.rules import Rule, assign, weights_of
 from lepton_jax.compression.scheme import Scheme
 from lepton_jax.compression.smooth import needs_of, pairs_for, smoothed
+from lepton_jax.compression.statistics import MOST_HESSIANS, hessian_bytes
 from lepton_jax.models.build import Model
 from lepton_jax.tensors import CompressedTensor
 
 __all__ = ["Options", "compress_layers", "require_methods"]
 
-MOST_HESSIANS = 2**31  # bytes of those of one weight's experts
 Progress = Callable[[int, int, str], None]
 Errors = dict[str, dict[str, Any]]
 
@@ -158,7 +158,7 @@ class _Run:
             raise ValueError(
                 f"{where}: {path} of experts has no static activations; take activations=dynamic"
             )
-        size = 4 * shape[0] * shape[-1] ** 2
+        size = hessian_bytes(shape)
         if "hessian" in self.kinds(path) and size > MOST_HESSIANS:
             raise ValueError(
                 f"{where}: {path} needs the Hessians of {shape[0]} experts, {size / 2**30:.1f} "

@@ -112,10 +112,15 @@ def draw_windows(
 def share_seen(held_out: np.ndarray, seen: np.ndarray) -> float:
     """The part of the tokens `[windows, T]` that stand in runs of 32 which other windows
     `[windows, U]` have too. 0 where windows are shorter than such a run.
+
+    Runs that come again in `held_out` itself don't count: those are instructions or boilerplate,
+    and windows of a text don't overlap.
     """
     if min(held_out.shape[1], seen.shape[1]) < _RUN:
         return 0.0
-    found = np.isin(_runs(held_out), _runs(seen))  # [windows, T - 31]
+    runs = _runs(held_out)  # [windows, T - 31]
+    _, place, counts = np.unique(runs, return_inverse=True, return_counts=True)
+    found = np.isin(runs, _runs(seen)) & (counts[place].reshape(runs.shape) == 1)
     covered = np.zeros(held_out.shape, bool)
     for offset in range(_RUN):
         covered[:, offset : offset + found.shape[1]] |= found

@@ -124,7 +124,8 @@ def weight_rows(
 
 def sensitivity(choice: Choice) -> dict[str, Any]:
     """What automatic mixed precision measured: of each weight the predicted KL in nats a token and
-    the bytes under each scheme, and which one it got; and the prediction for the whole.
+    the bytes under each scheme, and which one it got; and the prediction for the whole. Of what
+    GPTQ rounds the KL is that of rounding to nearest.
     """
     found = choice.sensitivity
     rows = [

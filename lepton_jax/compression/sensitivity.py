@@ -162,7 +162,7 @@ def _compressed(array: jax.Array, scheme: Scheme) -> Any:
     run in one program.
     """
     leaf = compress_weight(array, scheme)
-    return leaf if scheme.activations != "float" else _values(leaf)
+    return leaf if leaf is array or scheme.activations != "float" else _values(leaf)
 
 
 @jax.jit

@@ -41,7 +41,7 @@ from lepton_jax.text import tokenizer as tokenizers
 
 log = logging.getLogger(__name__)
 
-_MOST_SEEN = 0.5  # conversations may share their instructions
+_MOST_SEEN = 0.5  # of what quality is measured on
 
 Progress = Callable[[str, int, int, str], None]  # stage, done, total, what
 
@@ -144,7 +144,7 @@ def _require_unseen(measured: Windows, read: Windows) -> None:
         )
     share = share_seen(measured.tokens, read.tokens)
     told = (
-        f"{share:.0%} of what quality is measured on (receipt.text, {texts[1]}) is in what "
+        f"{share:.1%} of what quality is measured on (receipt.text, {texts[1]}) is in what "
         f"calibration reads (calibration.text, {texts[0]})"
     )
     if share > _MOST_SEEN:

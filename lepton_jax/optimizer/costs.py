@@ -128,10 +128,10 @@ class CostMeter:
         where all steps had as many rows, what these cost and what the step does.
         """
         if prior not in self._fitted:
-            self._fitted[prior] = self._fit(prior)
+            self._fitted[prior] = self._nearest(prior)
         return self._fitted[prior]
 
-    def _fit(self, prior: Costs) -> Costs:
+    def _nearest(self, prior: Costs) -> Costs:
         decodes = {key: statistics.median(times) for key, times in self._decodes.items()}
         prefills = {key: statistics.median(times) for key, times in self._prefills.items()}
         steps = {key[0] for key in decodes}
