@@ -14,6 +14,7 @@ from lepton_jax.compression.presets import scheme_of_each
 from lepton_jax.compression.rules import weights_of
 from lepton_jax.compression.scheme import Scheme
 from lepton_jax.compression.statistics import hessian_bytes
+from lepton_jax.jobs import compress_model
 from lepton_jax.models.build import abstract_model
 
 INT8 = Scheme(rounding="gptq")
@@ -52,3 +53,14 @@ def test_experts_whose_hessians_are_too_large_are_rounded_to_nearest(monkeypatch
     for path, scheme in found.items():
         nearest = path == "embed" or sizes.get(path, 0) > min(sizes.values())
         assert scheme == (Scheme() if nearest else INT8), path
+
+
+@pytest.mark.parametrize(
+    ("windows", "seen"),
+    [((8, 256), (8, 256)), ((64, 512), (16, 256)), ((17, 256), (9, 256)), ((3, 4000), (3, 256))],
+)
+def test_long_texts_are_tried_in_part(windows, seen):
+    tokens = np.arange(np.prod(windows)).reshape(windows)
+    few = compress_model._few(tokens)
+    assert few.shape == seen
+    assert few[0, 0] == 0 and few[-1, 0] >= tokens[windows[0] // 2, 0]  # of the whole text
