@@ -5,10 +5,10 @@ float32.
         --config.output=DIR --config.compression.auto_bytes=0.2
 
 Every weight is tried under every candidate (compression.candidates) on calibration text, rounded to
-nearest, and what is chosen is rounded by GPTQ, which loses less; the receipt shows what each would
-cost and the rules that came of it. `auto_bytes=0` with `compression.auto_kl=0.01` asks for the
-smallest model within a KL instead. Shares are of float32's bytes on every device, so 0.25 would be
-int8, and 0.5 is what bfloat16 takes.
+nearest, and what is chosen is rounded by GPTQ, which usually loses less; the receipt shows what
+each would cost and the rules that came of it. `auto_bytes=0` with `compression.auto_kl=0.01` asks
+for the smallest model within a KL instead. Shares are of float32's bytes on every device, so 0.25
+would be int8, and 0.5 is what bfloat16 takes.
 """
 
 _FORMATS = ("int8 group=32", "int8", "int4 group=32", "int4 group=64", "int4 group=128")

@@ -12,7 +12,7 @@ import pytest
 import tiny_models
 from dense_leaves import dense_of
 
-from lepton_jax.compression import calibrate
+from lepton_jax.compression import calibrated_leaf
 from lepton_jax.compression.calibrate import Options, compress_layers
 from lepton_jax.compression.calibrated_leaf import compress_calibrated, relative_errors
 from lepton_jax.compression.layer_programs import LayerPrograms, embedded, final_inputs
@@ -289,7 +289,7 @@ def test_rules_that_are_refused(tiny, case, rules, message):
 
 
 def test_too_many_experts_for_their_hessians(tiny, monkeypatch):
-    monkeypatch.setattr(calibrate, "MOST_HESSIANS", 1000)
+    monkeypatch.setattr(calibrated_leaf, "MOST_HESSIANS", 1000)
     with pytest.raises(ValueError, match="needs the Hessians of .* experts"):
         compressed(*tiny("mixtral"), f"{PRODUCTS} -> weights=int8 rounding=gptq")
 

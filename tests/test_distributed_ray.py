@@ -1,4 +1,4 @@
-"""Real Ray on this machine: two actors with a model on a core each; one is killed in the middle."""
+"""Real Ray on this machine: two actors with SmolLM2 on a core each; one is killed in the middle."""
 
 import json
 import os
@@ -186,14 +186,14 @@ def test_an_actors_beat_says_what_its_process_took(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_killed_actor_costs_no_row(beginning_path, tmp_path):
+def test_a_killed_actor_costs_no_row(smollm2_path, tmp_path):
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     rows = [{"id": n, "prompt": f"Count on from {n}:"} for n in range(ROWS)]
     for row in rows[::4]:
         row["sampling"] = {"json_schema": {"enum": ["up we go", "down"]}, "ignore_eos": False}
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = RunConfig(
-        model=ModelSection(path=str(beginning_path)),
+        model=ModelSection(path=str(smollm2_path)),
         pool=PoolSection(ray=2),
         engine=EngineSection(rows=4, max_len=64, prefill_chunk=128),
         compression=CompressionSection(preset="w8a8"),

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from lepton_jax.compression.allocate import allocate, rules_of
+from lepton_jax.compression.calibrated_leaf import Options, unsuited
 from lepton_jax.compression.rules import Rule, weights_of
 from lepton_jax.compression.scheme import Scheme
 from lepton_jax.compression.sensitivity import (
@@ -25,8 +26,9 @@ from lepton_jax.compression.sensitivity import (
     measure_sensitivity,
     planned_bytes,
 )
-from lepton_jax.compression.statistics import MOST_HESSIANS, hessian_bytes
 from lepton_jax.models.build import Model
+
+_MEASURED = 16, 256  # windows, and tokens of each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,17 +84,19 @@ class Automatic:
         """What each candidate is measured as."""
         return tuple(map(_to_nearest, self.candidates))
 
-    def rules(self, model: Model, chosen: Sequence[int]) -> tuple[Rule[Scheme], ...]:
-        """That give the model's weights the candidates of these indices. Rounded to nearest is an
-        embedding that is only looked up, which nothing calibrates, and experts whose Hessians would
+    def rules(
+        self, model: Model, chosen: Sequence[int], options: Options
+    ) -> tuple[Rule[Scheme], ...]:
+        """That give the model's weights the candidates of these indices, rounded to nearest where
+        they can't be calibrated: an embedding that is only looked up, experts whose Hessians would
         fill the memory.
         """
         schemes = {}
         for path, index in zip(weights_of(model.specs), chosen, strict=True):
-            nearest = path == "embed" and model.config.head_path != path
-            if ".experts_" in path:
-                nearest = hessian_bytes(model.specs[path].shape) > MOST_HESSIANS
-            schemes[path] = (self.tried if nearest else self.candidates)[index]
+            scheme = self.candidates[index]
+            if unsuited(model, path, scheme, options):
+                scheme = dataclasses.replace(scheme, rounding="nearest")
+            schemes[path] = scheme
         return rules_of(tuple(schemes), tuple(schemes.values()))
 
     def most_bytes(self, dense: Model) -> float:
@@ -143,6 +147,7 @@ def choose(
     automatic: Automatic,
     *,
     dense: Model,
+    options: Options | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Choice:
@@ -150,9 +155,10 @@ def choose(
 
     Args:
       model: of the dense arrays `leaves`, by path.
-      tokens: int32 `[windows, T]` to calibrate on.
+      tokens: int32 `[windows, T]` to calibrate on, of which 16 windows of 256 are looked at.
       automatic: the budget and the candidates.
       dense: the model before structured pruning, which a share of bytes refers to.
+      options: of the methods that the rules will name.
       seed: of the draws (`sensitivity.py`).
       progress: called with (done, all, what).
 
@@ -160,7 +166,7 @@ def choose(
     """
     automatic.require_room(model, dense)
     found = automatic.known or measure_sensitivity(
-        model, leaves, tokens, automatic.tried, seed=seed, progress=progress
+        model, leaves, _few(tokens), automatic.tried, seed=seed, progress=progress
     )
     found = dataclasses.replace(found, schemes=automatic.candidates)
     others = _others(model)
@@ -172,8 +178,18 @@ def choose(
     )
     lines = np.arange(len(chosen))
     size, loss = found.bytes[lines, chosen].sum(), found.kl[lines, chosen].sum()
-    rules = automatic.rules(model, chosen)
+    rules = automatic.rules(model, chosen, options or Options())
     return Choice(automatic, found, tuple(chosen), int(size) + others, float(loss), rules)
+
+
+def _few(tokens: np.ndarray) -> np.ndarray:
+    """Of windows `[windows, T]` those that sensitivities are measured on: for each token there are
+    gradients of several draws.
+    """
+    windows, length = _MEASURED
+    if tokens.size <= windows * length:
+        return tokens
+    return tokens[:: -(-len(tokens) // windows), :length]
 
 
 def _to_nearest(scheme: Scheme) -> Scheme:

@@ -25,13 +25,13 @@ from lepton_jax.compression.calibrated_leaf import (
     compress_calibrated,
     kinds_for,
     relative_errors,
+    unsuited,
 )
 from lepton_jax.compression.layer_programs import LayerPrograms, embedded, final_inputs, layer_of
 from lepton_jax.compression.leaf import compress_weight
 from lepton_jax.compression.rules import Rule, assign, weights_of
 from lepton_jax.compression.scheme import Scheme
 from lepton_jax.compression.smooth import needs_of, pairs_for, smoothed
-from lepton_jax.compression.statistics import MOST_HESSIANS, hessian_bytes
 from lepton_jax.models.build import Model
 from lepton_jax.tensors import CompressedTensor
 
@@ -143,28 +143,9 @@ class _Run:
     def check_methods(self) -> None:
         """Raises ValueError, naming the rule, where a method doesn't suit a weight."""
         for path in self.schemes:
-            where = f"compression rule {self.rules[path].pattern!r}"
-            if path == "embed" and self.model.config.head_path != path and self.kinds(path):
-                raise ValueError(
-                    f"{where}: the embedding is looked up, never multiplied, so nothing calibrates "
-                    "it; give it a rule of its own without calibration"
-                )
-            if ".experts_" in path:
-                self._check_experts(where, path)
-
-    def _check_experts(self, where: str, path: str) -> None:
-        shape = self.model.specs[path].shape
-        if self.schemes[path].activations == "static":
-            raise ValueError(
-                f"{where}: {path} of experts has no static activations; take activations=dynamic"
-            )
-        size = hessian_bytes(shape)
-        if "hessian" in self.kinds(path) and size > MOST_HESSIANS:
-            raise ValueError(
-                f"{where}: {path} needs the Hessians of {shape[0]} experts, {size / 2**30:.1f} "
-                f"GiB, and {MOST_HESSIANS / 2**30:.1f} GiB are allowed; take a method without "
-                "them (wanda, magnitude, rounding=mse)"
-            )
+            why = unsuited(self.model, path, self.schemes[path], self.options)
+            if why:
+                raise ValueError(f"compression rule {self.rules[path].pattern!r}: {why}")
 
     def layer(self, layer: dict[str, Any], x: jax.Array, *, programs, prefix: str) -> dict:
         """One layer's parameters by name, compressed, from the inputs `x [windows, T, D]`."""

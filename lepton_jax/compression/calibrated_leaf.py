@@ -33,7 +33,10 @@ from lepton_jax.compression.smooth import SMOOTHING
 from lepton_jax.compression.sparsegpt import sparsegpt
 from lepton_jax.compression.statistics import RANGES, Statistics, act_range, mean_hessian
 from lepton_jax.compression.wanda import wanda_scores
+from lepton_jax.models.build import Model
 from lepton_jax.tensors.leaves import dense_of
+
+MOST_HESSIANS = 2**31  # bytes of those of one weight's experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +71,28 @@ class Options:
             value = getattr(self, name)
             if not least <= value <= most:
                 raise ValueError(f"compression.{name}={value}: want {least} to {most}")
+
+
+def unsuited(model: Model, path: str, scheme: Scheme, options: Options) -> str:
+    """Why a method can't be had for a weight of the model, and what to do; "" where it can."""
+    kinds, shape = kinds_for(scheme, options), model.specs[path].shape
+    if path == "embed" and model.config.head_path != path and kinds:
+        return (
+            "the embedding is looked up, never multiplied, so nothing calibrates it; give it a "
+            "rule of its own without calibration"
+        )
+    if ".experts_" not in path:
+        return ""
+    if scheme.activations == "static":
+        return f"{path} of experts has no static activations; take activations=dynamic"
+    size = 4 * shape[0] * shape[-1] ** 2
+    if "hessian" in kinds and size > MOST_HESSIANS:
+        return (
+            f"{path} needs the Hessians of {shape[0]} experts, {size / 2**30:.1f} GiB, and "
+            f"{MOST_HESSIANS / 2**30:.1f} GiB are allowed; take a method without them (wanda, "
+            "magnitude, rounding=mse)"
+        )
+    return ""
 
 
 def kinds_for(scheme: Scheme, options: Options) -> tuple[str, ...]:

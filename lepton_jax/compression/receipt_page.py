@@ -67,7 +67,8 @@ _PAGE = """<h1>Receipt: {{ r.recipe.title }} of {{ r.source.path }}</h1>
 {% if r.sensitivity %}<h2>Sensitivity of each weight</h2>
 <p>Predicted for the chosen schemes: KL {{ "{:.3g}".format(r.sensitivity.predicted_kl) }} nats a
 token{% if r.quality %}, measured {{ "{:.3g}".format(r.quality.kl.value) }}{% endif %}.
-{% if tried_nearest %}What GPTQ rounds was tried rounded to nearest.{% endif %}</p>
+{% if "rounding=gptq" in r.sensitivity.schemes|join(" ") %}
+What GPTQ rounds was tried rounded to nearest.{% endif %}</p>
 {{ sensitivity_plot }}{% endif %}
 {% if r.structured %}<h2>Structure</h2>
 <p>{{ structure }}; layers kept: {{ r.structured.layers|join(", ") }}</p>
@@ -107,7 +108,6 @@ def page(receipt: Mapping[str, Any]) -> str:
         structure=_structure_text(receipt),
         influence_plot=Markup(_influence_plot(receipt)),
         sensitivity_plot=Markup(_sensitivity_plot(receipt)),
-        tried_nearest="rounding=gptq" in str((receipt["sensitivity"] or {}).get("schemes")),
         rest=json.dumps(rest, indent=1),
     )
 

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +14,7 @@ import jax.numpy as jnp
 KINDS = ("hessian", "squares", "largest", "sizes", "histogram")
 RANGES = ("absmax", "percentile", "mse")
 _LOWEST, _PER_OCTAVE, _BINS = -24, 32, 48 * 32  # of the histogram of log2 of magnitudes
-MOST_HESSIANS = 2**31  # bytes of those of one weight's experts
 Statistics = dict[str, jax.Array]
-
-
-def hessian_bytes(shape: Sequence[int]) -> int:
-    """Of the Hessians of experts' weights `[E, *out, I]`, one for each expert."""
-    return 4 * shape[0] * shape[-1] ** 2
 
 
 def zeros(kinds: Iterable[str], inputs: int, experts: int = 0) -> Statistics:

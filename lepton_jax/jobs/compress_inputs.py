@@ -7,10 +7,9 @@ Read next: `compress_model.py` (a recipe applied), `compress.py` (what is measur
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +82,7 @@ def require_fit(config: RunConfig, recipe: Recipe, model: Model) -> None:
         recipe.automatic.require_room(planned, model)
         for index in range(len(recipe.automatic.candidates)):
             everywhere = [index] * len(weights_of(planned.specs))
-            rules = recipe.automatic.rules(planned, everywhere)
+            rules = recipe.automatic.rules(planned, everywhere, recipe.options)
             require_methods(planned, rules, recipe.options)
         if all(scheme.weights != "keep" for scheme in recipe.automatic.candidates):
             specs = {}  # whichever is chosen, no weight will hold floats
@@ -130,22 +129,24 @@ def require_texts(
     held_out = [text_windows(asked, tokenizer, HELD_OUT_TEXT)] if asked.compare else []
     sections = [config.calibration] * calibrated + [recovery_text(config)] * recovers
     seen = [text_windows(section, tokenizer, CALIBRATION_TEXT) for section in sections]
-    for measured, read in itertools.product(held_out, seen):
-        _require_unseen(measured, read)
+    for measured in held_out if seen else ():
+        _require_unseen(measured, seen)
 
 
-def _require_unseen(measured: Windows, read: Windows) -> None:
-    """Raises ValueError where most of what is measured is what calibration reads; warns of less."""
-    texts = [windows.receipt["path"] for windows in (read, measured)]
-    if measured.receipt["sha256"] == read.receipt["sha256"]:
+def _require_unseen(measured: Windows, seen: Sequence[Windows]) -> None:
+    """Raises ValueError where most of what is measured is what compression reads of its text, in
+    any of these draws; warns of less.
+    """
+    text, held_out = seen[0].receipt, measured.receipt
+    if text["sha256"] == held_out["sha256"]:
         raise ValueError(
-            f"calibration.text and receipt.text are the same, {texts[0]}: quality must be measured "
-            "on text that calibration never saw"
+            f"calibration.text and receipt.text are the same, {text['path']}: quality must be "
+            "measured on text that calibration never saw"
         )
-    share = share_seen(measured.tokens, read.tokens)
+    share = max(share_seen(measured.tokens, read.tokens) for read in seen)
     told = (
-        f"{share:.1%} of what quality is measured on (receipt.text, {texts[1]}) is in what "
-        f"calibration reads (calibration.text, {texts[0]})"
+        f"{share:.1%} of what quality is measured on (receipt.text, {held_out['path']}) is in what "
+        f"calibration reads (calibration.text, {text['path']})"
     )
     if share > _MOST_SEEN:
         raise ValueError(f"{told}: give texts that don't share passages")

@@ -46,9 +46,6 @@ _TOLD = (
 )  # what a receipt needs besides the weights
 
 
-_MEASURED = 16, 256  # windows and tokens of each, at most, for sensitivities
-
-
 @dataclasses.dataclass(frozen=True)
 class Result:
     """A compressed model and what is to be told of it.
@@ -147,15 +144,6 @@ def _stream(config: RunConfig, recipe: Recipe, known: str, *, progress: Progress
     return Result(loaded, errors, known or source.hexdigest())
 
 
-def _few(tokens: np.ndarray) -> np.ndarray:
-    """Of windows `[windows, T]` those that sensitivities are measured on, which keeps gradients of
-    several draws for each token.
-    """
-    if tokens.size <= _MEASURED[0] * _MEASURED[1]:
-        return tokens
-    return tokens[:: -(-len(tokens) // _MEASURED[0]), : _MEASURED[1]]
-
-
 def _calibrate(config: RunConfig, recipe: Recipe, known: str, *, progress: Progress) -> Result:
     """The model pruned and compressed layer by layer on calibration text."""
     loaded = checkpoints.load(
@@ -180,9 +168,10 @@ def _calibrate(config: RunConfig, recipe: Recipe, known: str, *, progress: Progr
         choice = choose(
             model,
             leaves,
-            _few(drawn.tokens),
+            drawn.tokens,
             recipe.automatic,
             dense=loaded.model,
+            options=recipe.options,
             seed=config.calibration.seed,
             progress=stage(progress, "sensitivity"),
         )
