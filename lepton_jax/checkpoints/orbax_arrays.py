@@ -11,13 +11,16 @@ from typing import Any
 
 import jax
 
+_CHUNK_BYTES = 1 << 20  # of an array; whoever needs a part reads the chunks that it lies in
+
 
 def write(folder: Path, tree: Any) -> None:
     """Writes nested dicts of arrays to a new folder."""
     import orbax.checkpoint as ocp
 
+    chunked = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        checkpointer.save(folder, args=ocp.args.PyTreeSave(tree))
+        checkpointer.save(folder, args=ocp.args.PyTreeSave(tree, save_args=chunked))
 
 
 class Reader:
@@ -30,18 +33,16 @@ class Reader:
         """The tree with shapes and dtypes in place of arrays."""
         return self._checkpointer.metadata(self._folder).item_metadata.tree
 
-    def read(self, abstract: Any, device: jax.Device, *, part: bool = False) -> Any:
-        """The arrays of a tree of `jax.ShapeDtypeStruct`, on a device of this process; where the
-        tree is only `part` of what is stored, the rest is left.
+    def read(self, abstract: Any, *, part: bool = False) -> Any:
+        """The arrays of a tree of `jax.ShapeDtypeStruct` with shardings, each on its devices; where
+        the tree is only `part` of what is stored, the rest is left.
         """
         import orbax.checkpoint as ocp
 
-        place = jax.sharding.SingleDeviceSharding(device)
-        item = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract
+        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+        args = ocp.args.PyTreeRestore(
+            item=abstract, restore_args=restore_args, partial_restore=part
         )
-        restore_args = ocp.checkpoint_utils.construct_restore_args(item)
-        args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=part)
         return self._checkpointer.restore(self._folder, args=args)
 
 

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import functools
 import glob
 import json
 import math
+import operator
 import os
 import shutil
 import tempfile
@@ -26,6 +28,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 
 from lepton_jax.checkpoints import orbax_arrays
 from lepton_jax.checkpoints.errors import CheckpointError, is_out_of_memory, naming_damage
@@ -44,7 +47,7 @@ from lepton_jax.checkpoints.stream import Compress, Progress, placed
 from lepton_jax.models.build import Model
 from lepton_jax.sharding import Devices, Placement, grids_of_parts
 from lepton_jax.sharding.partition import check_experts
-from lepton_jax.tensors import CompressedTensor
+from lepton_jax.tensors import CompressedTensor, ParamSpec
 
 _LEAVES, _TOKENIZER = "leaves", "tokenizer"
 _PARTIAL = "-partial-"  # in the names of directories that aren't finished
@@ -189,10 +192,20 @@ def restore(
     with _naming_want_of_memory(path, total), orbax_arrays.reading(path / _LEAVES) as reader:
         _check_stored(path, reader, abstract=abstract)
         for group in _groups(abstract):
-            for name, leaf in _read(path, reader, group=group, device=placement.first).items():
-                done += leaf_bytes(leaf)
-                leaf = leaf.astype(model.specs[name].dtype)
-                leaf = placed(name, leaf, model=model, compress=compress, placement=placement)
+            places = {
+                name: _places(model.specs[name], planned[name], placement, whole=bool(compress))
+                for name in group
+            }
+            for name, arrays in _read(path, reader, group=group, places=places).items():
+                done += _abstract_bytes(abstract[name])
+                dtype = model.specs[name].dtype
+                if _in_pieces(arrays):
+                    pieces = placement.pieces_in(arrays)
+                    pieces = [_filled(abstract[name], piece).astype(dtype) for piece in pieces]
+                    leaf = jax.block_until_ready(placement.joined(pieces))
+                else:
+                    leaf = _filled(abstract[name], arrays).astype(dtype)
+                    leaf = placed(name, leaf, model=model, compress=compress, placement=placement)
                 leaves.append(leaf)
                 if progress is not None:
                     progress(done, total, name)
@@ -303,22 +316,40 @@ def _rows(tree: Any) -> dict[str, tuple]:
     }
 
 
+def _places(spec: ParamSpec, leaf: Any, placement: Placement, *, whole: bool) -> Any:
+    """Where the arrays of a planned leaf are read to: to each device its piece of them; `whole`, or
+    where a piece is no part of them, to the first device, which cuts it for the others.
+    """
+    pieces = None if whole else placement.shardings_of_pieces(spec, leaf)
+    if pieces is not None:
+        return pieces
+    first = SingleDeviceSharding(placement.first)
+    return jax.tree.map(lambda _: first, _arrays(leaf.abstract()))
+
+
 def _read(
-    path: Path, reader: orbax_arrays.Reader, *, group: dict[str, Any], device: jax.Device
+    path: Path, reader: orbax_arrays.Reader, *, group: dict[str, Any], places: dict[str, Any]
 ) -> dict[str, Any]:
-    """The leaves of one group, on one device."""
-    wanted = _nested({name: _arrays(leaf) for name, leaf in group.items()})
+    """The arrays of one group's leaves, at their places."""
+
+    def placed_there(array: jax.ShapeDtypeStruct, place: Sharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place)
+
+    wanted = {n: jax.tree.map(placed_there, _arrays(leaf), places[n]) for n, leaf in group.items()}
     with naming_damage(f"{path / _LEAVES}: can't read {', '.join(group)}", _SAVE_AGAIN):
-        tree = reader.read(wanted, device, part=True)
-    leaves = {}
-    for name, abstract in group.items():
-        node = tree
-        for key in name.split("."):
-            node = node[key]
-        if isinstance(abstract, CompressedTensor):
-            node = dataclasses.replace(abstract, **node)
-        leaves[name] = node
-    return leaves
+        tree = reader.read(_nested(wanted), part=True)
+    return {name: functools.reduce(operator.getitem, name.split("."), tree) for name in group}
+
+
+def _in_pieces(arrays: Any) -> bool:
+    return any(isinstance(array.sharding, NamedSharding) for array in jax.tree.leaves(arrays))
+
+
+def _filled(abstract: Any, arrays: Any) -> Any:
+    """A leaf of these arrays."""
+    if isinstance(abstract, CompressedTensor):
+        return dataclasses.replace(abstract, **arrays)
+    return arrays
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> str:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import collections
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -64,11 +66,15 @@ class TensorFiles:
     Args:
       path: what errors call the checkpoint.
       tensors: what is in it; every offset already checked against its file.
+
+    Attributes:
+      bytes_read: of the arrays, until now.
     """
 
     def __init__(self, path: Path, tensors: dict[str, StoredTensor]):
         self.path = path
         self.tensors = tensors
+        self.bytes_read = 0
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -105,26 +111,63 @@ class TensorFiles:
         Raises CheckpointError: the file got shorter or unreadable, or a value of the file is
         outside float16's range.
         """
-        self.dtype(name)
+        flat = _aligned_empty(self.tensors[name].size, dtype)
+        with self._opened(name) as file:
+            self._fill(flat, file, name=name, start=0)
+        return flat.reshape(self.shape(name))
+
+    def read_rows(
+        self, name: str, dtype: np.dtype, *, rows: slice, columns: slice = slice(None)
+    ) -> np.ndarray:
+        """Rows of an array `[..., I]` that is taken as `[R, I]`, or some columns of them: no other
+        byte is read, but those of the blocks that columns begin and end in. Errors as of `read`.
+        """
         tensor = self.tensors[name]
-        flat, done = _aligned_empty(tensor.size, dtype), 0
-        blocks = max(1, _SLAB_BYTES // (4 * tensor.block_size))
+        width, block = tensor.shape[-1], tensor.block_size
+        first, last, _ = rows.indices(tensor.size // width)
+        left, right, _ = columns.indices(width)
+        found = np.empty((last - first, right - left), dtype)
+        with self._opened(name) as file:
+            if right - left == width:
+                self._fill(found.reshape(-1), file, name=name, start=first * width)
+                return found
+            before = left % block
+            line = np.empty(-(-right // block) * block - left + before, dtype)
+            for row in range(first, last):
+                self._fill(line, file, name=name, start=row * width + left - before)
+                found[row - first] = line[before : before + right - left]
+        return found
+
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[BinaryIO]:
+        """The file of an array that can be decoded."""
+        self.dtype(name)
+        path = self.tensors[name].path
         try:
-            with open(tensor.path, "rb") as file:
-                file.seek(tensor.offset)
-                while done < tensor.size:
-                    count = min(blocks, (tensor.size - done) // tensor.block_size)
-                    raw = file.read(count * tensor.block_bytes)
-                    if len(raw) < count * tensor.block_bytes:
-                        raise CheckpointError(
-                            f"{tensor.path} ends within tensor {name!r}: it was cut meanwhile"
-                        )
-                    values = _decode(tensor, raw)
-                    flat[done : done + values.size] = _cast(values, dtype, tensor=tensor, name=name)
-                    done += values.size
+            with open(path, "rb", buffering=0) as file:  # a buffer reads beyond what is asked for
+                yield file
         except OSError as error:
-            raise CheckpointError(f"{tensor.path}: can't read tensor {name!r}: {error}") from error
-        return flat.reshape(tensor.shape)
+            raise CheckpointError(f"{path}: can't read tensor {name!r}: {error}") from error
+
+    def _fill(self, flat: np.ndarray, file: BinaryIO, *, name: str, start: int) -> None:
+        """Values of a tensor from number `start` on; both ends are those of blocks."""
+        tensor, done = self.tensors[name], 0
+        blocks = max(1, _SLAB_BYTES // (4 * tensor.block_size))
+        file.seek(tensor.offset + start // tensor.block_size * tensor.block_bytes)
+        while done < flat.size:
+            count = min(blocks, (flat.size - done) // tensor.block_size)
+            raw = bytearray()
+            while len(raw) < count * tensor.block_bytes:
+                more = file.read(count * tensor.block_bytes - len(raw))
+                if not more:
+                    raise CheckpointError(
+                        f"{tensor.path} ends within tensor {name!r}: it was cut meanwhile"
+                    )
+                raw += more
+            self.bytes_read += len(raw)
+            values = _decode(tensor, raw)
+            flat[done : done + values.size] = _cast(values, flat.dtype, tensor=tensor, name=name)
+            done += values.size
 
     def sample(self) -> list[list]:
         """A few bytes from the middle of each of up to 64 tensors, for `fingerprint`."""
@@ -146,7 +189,7 @@ def _aligned_empty(size: int, dtype: np.dtype) -> np.ndarray:
     return raw[start : start + size * dtype.itemsize].view(dtype)
 
 
-def _decode(tensor: StoredTensor, raw: bytes) -> np.ndarray:
+def _decode(tensor: StoredTensor, raw: bytes | bytearray) -> np.ndarray:
     if tensor.decode is None:
         return np.frombuffer(raw, tensor.dtype)
     return tensor.decode(np.frombuffer(raw, np.uint8))

@@ -2,7 +2,8 @@
 
 `open_foreign` reads config and tensor table, `match` fits the file's names to ours before anything
 is read, `stream` does the work: read, combine in numpy, transfer, compress, forget. The host never
-holds more than the sources of one parameter and their combination.
+holds more than the sources of one parameter and their combination; one of several hosts reads what
+its devices have of it (`combine.py`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lepton_jax.checkpoints.combine import bytes_of, in_rows, read
 from lepton_jax.checkpoints.errors import CheckpointError, is_out_of_memory
 from lepton_jax.checkpoints.gguf_files import open_gguf
 from lepton_jax.checkpoints.json_files import read_json
@@ -27,8 +29,10 @@ from lepton_jax.models.config import ModelConfig
 from lepton_jax.models.keymap import Mapping, expand
 from lepton_jax.models.registry import canonical_name, config_from_gguf, config_from_hf, key_map
 from lepton_jax.sharding import Placement
-from lepton_jax.tensors import ParamSpec
+from lepton_jax.tensors import ParamSpec, Region
 
+# What becomes of each parameter; with a method `divides(path, spec, region) -> bool`, which says
+# whether the leaf of a region is that region of the leaf, it may be called with regions.
 Compress = Callable[[str, ParamSpec, jax.Array], Any]
 Progress = Callable[[int, int, str], None]
 _COUNTS = ("num_hidden_layers", "num_local_experts", "num_experts", "block_count", "expert_count")
@@ -139,36 +143,62 @@ def stream(
     placement: Placement,
 ) -> tuple[Any, ...]:
     """The leaves in the order of `model.specs`, each finished before the next is read."""
-    total = sum(files.tensors[name].nbytes for m in mappings.values() for name in m.sources)
+    regions, sizes = {}, {}
+    for path, spec in model.specs.items():
+        rows = in_rows(files, mappings[path], spec)
+        regions[path] = (
+            rows and _region(path, spec, compress=compress, placement=placement)
+        ) or None
+        sizes[path] = bytes_of(files, mappings[path], spec, regions[path])
     leaves, done = [], 0
-    for path in model.specs:
+    for path, spec in model.specs.items():
+        mapping, region = mappings[path], regions[path]
         try:
-            array = _combined(model.config, files, mapping=mappings[path], spec=model.specs[path])
-            leaves.append(placed(path, array, model=model, compress=compress, placement=placement))
+            array = read(model.config, files, mapping=mapping, spec=spec, region=region)
+            how = dict(model=model, compress=compress, placement=placement, region=region)
+            leaves.append(placed(path, array, **how))
             del array
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
             if is_out_of_memory(error):
                 raise _out_of_memory(model, files, path=path) from error
             raise
-        done += sum(files.tensors[name].nbytes for name in mappings[path].sources)
+        done += sizes[path]
         if progress is not None:
-            progress(done, total, path)
+            progress(done, sum(sizes.values()), path)
     return tuple(leaves)
 
 
-def placed(
-    path: str, leaf: Any, *, model: Model, compress: Compress | None, placement: Placement
-) -> Any:
-    """One parameter, compressed and on its devices; ready, so that its sources can go.
+def _region(
+    path: str, spec: ParamSpec, *, compress: Compress | None, placement: Placement
+) -> Region | None:
+    """What this process needs of a parameter; None: all of it."""
+    region = placement.region(spec)
+    if region is None or compress is None:
+        return region
+    divides = getattr(compress, "divides", None)
+    return region if divides is not None and divides(path, spec, region) else None
 
-    Compressing needs all of a weight, such as the largest value of a row: it is done on the first
-    device, which holds one whole weight for the moment. Else a device gets its part only.
+
+def placed(
+    path: str,
+    leaf: Any,
+    *,
+    model: Model,
+    compress: Compress | None,
+    placement: Placement,
+    region: Region | None = None,
+) -> Any:
+    """One parameter, or this process's region of it, compressed and on its devices; ready, so that
+    its sources can go.
+
+    Compressing may need all of a weight, such as the largest value of a row: it is done on the
+    first device, which holds all of that for the moment. Else a device gets its part only.
     """
     spec = model.specs[path]
     if compress is not None:
         leaf = compress(path, spec, jax.device_put(leaf, placement.first))
     try:
-        return jax.block_until_ready(placement.put(spec, leaf))
+        return jax.block_until_ready(placement.put(spec, leaf, region))
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
@@ -180,25 +210,3 @@ def _out_of_memory(model: Model, files: TensorFiles, *, path: str) -> Checkpoint
         f"{np.dtype(model.dtype).name}. Use model.dtype=bfloat16, compression.preset=int8, or a "
         "larger device"
     )
-
-
-def _combined(
-    config: ModelConfig, files: TensorFiles, *, mapping: Mapping, spec: ParamSpec
-) -> np.ndarray:
-    """The parameter in its spec's shape and dtype; the sources are freed on return."""
-    arrays = [files.read(name, np.dtype(spec.dtype)) for name in mapping.sources]
-    shapes = ", ".join(
-        f"{name} {array.shape}" for name, array in zip(mapping.sources, arrays, strict=True)
-    )
-    try:
-        array = mapping.combine(config, *arrays)
-    except ValueError as error:
-        raise CheckpointError(
-            f"{files.path}: {mapping.target} can't be made of {shapes}: {error}"
-        ) from error
-    if array.shape != spec.shape:
-        raise CheckpointError(
-            f"{files.path}: {mapping.target} became {array.shape} instead of {spec.shape} "
-            f"from {shapes}"
-        )
-    return array.astype(spec.dtype, copy=False)

@@ -63,12 +63,16 @@ class TrainStates:
             return None
         place = found[-1]
         leaves, tree = jax.tree.flatten(like)
-        wanted = {str(i): jax.ShapeDtypeStruct(a.shape, a.dtype) for i, a in enumerate(leaves)}
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        wanted = {
+            str(i): jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here)
+            for i, a in enumerate(leaves)
+        }
         act = "it is damaged or of another training: remove it to start anew"
         with naming_damage(f"{place} can't be read", act):
             counters = json.loads((place / _COUNTERS).read_text(encoding="utf-8"))
             with orbax_arrays.reading(place / _ARRAYS) as reader:
-                named = reader.read(wanted, jax.local_devices()[0])
+                named = reader.read(wanted)
             arrays = [named[str(i)] for i in range(len(leaves))]
             if [a.shape for a in arrays] != [a.shape for a in leaves]:
                 raise ValueError("its arrays have other shapes")

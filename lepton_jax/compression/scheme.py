@@ -159,6 +159,19 @@ class Scheme:
             raise ValueError(f"scheme: no even group up to {self.group} divides {inputs} inputs")
         return group
 
+    def divides(self, inputs: int, first: int, end: int) -> bool:
+        """Whether some outputs of a weight, and of its `inputs` those from `first` to `end`, become
+        by themselves what they become as parts of it.
+        """
+        if self.prune != "none" or self.weights == "keep" or (first, end) == (0, inputs):
+            return self.prune == "none"
+        group = self.group_of(inputs)
+        return (
+            bool(group)
+            and not (first % group or end % group)
+            and (self.group_of(end - first) == group)
+        )
+
     def plan(self, spec: ParamSpec) -> CompressedTensor | ParamSpec:
         """The leaf of ParamSpecs that a weight of this spec becomes; the spec where it stays an
         array.

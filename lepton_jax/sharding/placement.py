@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 from lepton_jax.sharding.axis import GRID, WHOLE, Axis, MeshAxis
 from lepton_jax.sharding.heads import Heads
 from lepton_jax.sharding.partition import cut_of, piece_plan, pieces_of
-from lepton_jax.tensors import ParamSpec
+from lepton_jax.tensors import CompressedTensor, Cut, ParamSpec, Region
 
 CUT_SPEC, WHOLE_SPEC = PartitionSpec(GRID), PartitionSpec()
 Devices = Sequence[jax.Device] | np.ndarray  # as Placement takes them
@@ -59,6 +59,7 @@ class Placement:
 
     Attributes:
       devices: in the order of the pieces.
+      local: which of them belong to this process.
       axis: what programs ask the others through.
       heads: of the model's attention.
     """
@@ -66,6 +67,8 @@ class Placement:
     def __init__(self, devices: Devices, heads: Heads | None = None):
         grid = np.atleast_2d(np.array(devices))
         self.devices, self.heads = tuple(grid.flat), heads
+        here = jax.process_index()
+        self.local = tuple(i for i, d in enumerate(grid.flat) if d.process_index == here)
         self.axis = axis_of(grid.size, heads, spread=grid.shape[0])
         self.mesh = Mesh(grid, GRID)
 
@@ -88,15 +91,28 @@ class Placement:
     @property
     def first(self) -> jax.Device:
         """The first of the devices that belong to this process."""
-        return next(d for d in self.devices if d.process_index == jax.process_index())
+        return self.devices[self.local[0]]
 
     def sharding(self, spec: PartitionSpec) -> Sharding:
         if self.axis.size == 1:
             return SingleDeviceSharding(self.devices[0])
         return NamedSharding(self.mesh, spec)
 
-    def put(self, spec: ParamSpec, leaf: Any) -> Any:
+    def region(self, spec: ParamSpec) -> Region | None:
+        """What this process's devices have of a weight together; None where that is all of it, or
+        nothing but padding.
+        """
+        cut = cut_of(spec, self.axis, self.heads)
+        found = None if cut is None else cut.among(self.local, spec.shape)
+        return found if found and found.shape != spec.shape and all(found.shape) else None
+
+    def put(self, spec: ParamSpec, leaf: Any, region: Region | None = None) -> Any:
         """A leaf with values on its devices; one that lies cut on as many others is moved.
+
+        Args:
+          spec: of the whole weight.
+          leaf: the weight, or what is in `region` of it.
+          region: as `region` gives it.
 
         Raises ValueError where its storage type can't be cut so.
         """
@@ -107,7 +123,7 @@ class Placement:
             return jax.tree.map(self._everywhere, leaf)
         try:
             piece_plan(leaf, spec, cut)
-            pieces = pieces_of(leaf, cut)
+            pieces = pieces_of(leaf, region.cut if region else cut)
         except ValueError as error:
             higher = " or mesh.expert higher" if "experts" in spec.axes else ""
             raise ValueError(
@@ -115,7 +131,43 @@ class Placement:
                 f"into {cut.along} parts of {cut.share} for mesh.model={cut.parts}: {error}. Set "
                 f"mesh.model lower{higher}, or compress this weight otherwise"
             ) from error
+        return self.joined([pieces[place] for place in (region.places if region else self.local)])
+
+    def joined(self, pieces: Sequence[Any]) -> Any:
+        """The pieces of this process's devices, in their order, as a leaf of all devices."""
         return jax.tree.map(lambda *parts: self._joined(parts), *pieces)
+
+    def shardings_of_pieces(self, spec: ParamSpec, leaf: Any) -> Any | None:
+        """For each array of a planned leaf, by its name where it is compressed, a sharding that
+        gives every device the part in its piece; None where there are no such parts.
+        """
+        cut = cut_of(spec, self.axis, self.heads)
+        if cut is None:
+            return None
+        if not isinstance(leaf, CompressedTensor):
+            return self._parts_of(cut, leaf.shape)
+        cuts, arrays = leaf.cuts(cut), leaf.arrays()
+        if cuts is None:
+            return None
+        found = {n: self._parts_of(cuts.get(n, cut), a.shape) for n, a in arrays.items()}
+        return found if all(found.values()) else None
+
+    def pieces_in(self, arrays: Any) -> list[Any]:
+        """What this process's devices have of a tree of arrays with such shardings."""
+
+        def here(array: jax.Array, device: jax.Device) -> jax.Array:
+            return next(s.data for s in array.addressable_shards if s.device == device)
+
+        mine = [self.devices[i] for i in self.local]
+        return [jax.tree.map(lambda a, d=d: here(a, d), arrays) for d in mine]
+
+    def _parts_of(self, cut: Cut, shape: tuple[int, ...]) -> Sharding | None:
+        if not cut.fills(shape):
+            return None
+        names = [f"part{i}" for i in range(len(cut.axes))]
+        mesh = Mesh(np.array(self.devices).reshape([count for _, count in cut.axes]), names)
+        along = {dim: name for (dim, _), name in zip(cut.axes, names, strict=True)}
+        return NamedSharding(mesh, PartitionSpec(*(along.get(d) for d in range(len(shape)))))
 
     def put_all(self, specs: Mapping[str, ParamSpec], leaves: Sequence[Any]) -> tuple[Any, ...]:
         """`put` for the leaves of a model, in the order of its specs."""
@@ -147,7 +199,7 @@ class Placement:
 
         def placed(spec: PartitionSpec, part: Any) -> Any:
             if spec == CUT_SPEC:
-                return jax.tree.map(lambda a: self._joined([a] * self.axis.size), part)
+                return jax.tree.map(lambda a: self._joined([a] * len(self.local)), part)
             return jax.tree.map(self._everywhere, part)
 
         return jax.tree.map(placed, specs, tree)
@@ -182,14 +234,12 @@ class Placement:
         return bool(grids)
 
     def _joined(self, parts: Sequence[Any]) -> jax.Array:
-        """The devices' own arrays as one; each is sent to its device only."""
+        """The arrays of this process's devices, as a part of one of all of them."""
         shape = parts[0].shape
         if not shape:
             return self._everywhere(parts[0])
         here = [
-            jax.device_put(part, device)
-            for part, device in zip(parts, self.devices, strict=True)
-            if device.process_index == jax.process_index()
+            jax.device_put(part, self.devices[i]) for part, i in zip(parts, self.local, strict=True)
         ]
         shape = (self.axis.size * shape[0], *shape[1:])
         return jax.make_array_from_single_device_arrays(shape, self.sharding(CUT_SPEC), here)
@@ -198,8 +248,7 @@ class Placement:
         target = self.sharding(WHOLE_SPEC)
         if self.axis.size == 1 or getattr(array, "sharding", None) == target:
             return jax.device_put(array, target)
-        here = [d for d in self.devices if d.process_index == jax.process_index()]
-        copies = [jax.device_put(array, device) for device in here]
+        copies = [jax.device_put(array, self.devices[i]) for i in self.local]
         return jax.make_array_from_single_device_arrays(array.shape, target, copies)
 
 

@@ -8,7 +8,7 @@ operations, and `matmul.py` for the one place where a matrix product is chosen.
 
 from lepton_jax.tensors.bitmask import BitmaskTensor
 from lepton_jax.tensors.block_sparse import BlockSparseTensor
-from lepton_jax.tensors.cut import Cut, CutTwice
+from lepton_jax.tensors.cut import Cut, CutTwice, Region
 from lepton_jax.tensors.leaves import LEAF_TYPES, CompressedTensor, ParamSpec
 from lepton_jax.tensors.nm import NMTensor
 from lepton_jax.tensors.ops import einsum, einsum_parts, ragged_einsum, take
@@ -24,6 +24,7 @@ __all__ = [
     "NMTensor",
     "ParamSpec",
     "QTensor",
+    "Region",
     "einsum",
     "einsum_parts",
     "ragged_einsum",

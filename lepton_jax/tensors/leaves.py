@@ -85,6 +85,12 @@ class CompressedTensor(abc.ABC):
         Raises ValueError, saying why, where this storage can't hold such a part.
         """
 
+    def cuts(self, cut: Cut) -> dict[str, Cut] | None:
+        """How each of its arrays is cut into those of the parts of this weight; None where parts
+        have arrays of their own making.
+        """
+        return None
+
     def planned_piece(self, part: ParamSpec, cut: Cut) -> Self:
         """What `pieces` gives of a planned leaf: a leaf of ParamSpecs for a weight `part`."""
         return self.planned(part, **self.static())

@@ -114,14 +114,9 @@ class QTensor(CompressedTensor):
 
     def pieces(self, cut: Cut) -> list[Self]:
         """Where parts of the inputs would cut through groups, these get smaller."""
-        whole, cuts = self, dict.fromkeys(("values", "scale", "offset"), cut)
-        if cut.dim == len(self.values.shape) - 1:
-            whole = self._with_group(self._group_within(cut))
-            groups = cut.of(cut.share // whole.group) if whole.grouped else cut
-            values = cut.of(cut.share // 2) if whole.packed else cut
-            cuts = dict(values=values, scale=groups, offset=groups)
+        whole = self._with_group(self._group_within(cut)) if self._cuts_inputs(cut) else self
         parts = {}
-        for name, how in cuts.items():
+        for name, how in whole.cuts(cut).items():
             array = getattr(whole, name)
             parts[name] = [None] * cut.parts if array is None else how.split(array)
         return [
@@ -129,9 +124,20 @@ class QTensor(CompressedTensor):
             for i in range(cut.parts)
         ]
 
+    def cuts(self, cut: Cut) -> dict[str, Cut] | None:
+        if not self._cuts_inputs(cut):
+            return dict(values=cut, scale=cut, offset=cut)
+        if self.grouped and cut.share % self.group:
+            return None
+        groups = cut.of(cut.share // self.group) if self.grouped else cut
+        values = cut.of(cut.share // 2) if self.packed else cut
+        return dict(values=values, scale=groups, offset=groups)
+
+    def _cuts_inputs(self, cut: Cut) -> bool:
+        return cut.dim == len(self.values.shape) - 1
+
     def planned_piece(self, part: ParamSpec, cut: Cut) -> Self:
-        inputs = cut.dim == len(self.values.shape) - 1
-        group = self._group_within(cut) if inputs else self.group
+        group = self._group_within(cut) if self._cuts_inputs(cut) else self.group
         return self.planned(part, **self.static() | dict(group=group))
 
     @property
