@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
@@ -30,12 +29,12 @@ def read(
     region: Region | None = None,
 ) -> np.ndarray:
     """A parameter in its spec's shape and dtype, or what lies in a region of one that is `in_rows`,
-    for which nothing else is read. The sources are freed on return.
+    for which only the rows that it has a part of are read. The sources are freed on return.
     """
     if region is not None:
         return _region(config, files, mapping=mapping, spec=spec, region=region)
     arrays = [files.read(name, np.dtype(spec.dtype)) for name in mapping.sources]
-    array = _combined(config, arrays, mapping=mapping, shape=spec.shape, path=files.path)
+    array = _combined(config, arrays, mapping=mapping, shape=spec.shape, files=files)
     return array.astype(spec.dtype, copy=False)
 
 
@@ -48,9 +47,11 @@ def in_rows(files: TensorFiles, mapping: Mapping, spec: ParamSpec) -> bool:
 
 
 def bytes_of(files: TensorFiles, mapping: Mapping, spec: ParamSpec, region: Region | None) -> int:
-    """That `read` reads; blocks at the edges of a region aside."""
+    """That `read` reads."""
     whole = sum(files.tensors[name].nbytes for name in mapping.sources)
-    return whole if region is None else whole * math.prod(region.shape) // spec.size
+    if region is None:
+        return whole
+    return whole * math.prod(region.shape[:-1]) // math.prod(spec.shape[:-1])
 
 
 def _region(
@@ -64,7 +65,7 @@ def _region(
     ]
     *outs, columns = region.slices
     shape, dtype = (*spec.shape[:-1], 1), np.dtype(spec.dtype)
-    wanted = _combined(config, numbers, mapping=mapping, shape=shape, path=files.path)
+    wanted = _combined(config, numbers, mapping=mapping, shape=shape, files=files)
     wanted = wanted[tuple(outs)].reshape(-1)
     found = np.empty((wanted.size, columns.stop - columns.start), dtype)
     order = np.argsort(wanted, kind="stable")
@@ -90,20 +91,18 @@ def _combined(
     *,
     mapping: Mapping,
     shape: tuple[int, ...],
-    path: Path,
+    files: TensorFiles,
 ) -> np.ndarray:
     """Sources in the order of the parameter, which must give this shape."""
-    sources = ", ".join(
-        f"{name} {array.shape}" for name, array in zip(mapping.sources, arrays, strict=True)
-    )
+    sources = ", ".join(f"{name} {files.shape(name)}" for name in mapping.sources)
     try:
         array = mapping.combine(config, *arrays)
     except ValueError as error:
         raise CheckpointError(
-            f"{path}: {mapping.target} can't be made of {sources}: {error}"
+            f"{files.path}: {mapping.target} can't be made of {sources}: {error}"
         ) from error
     if array.shape != shape:
         raise CheckpointError(
-            f"{path}: {mapping.target} became {array.shape} instead of {shape} from {sources}"
+            f"{files.path}: {mapping.target} became {array.shape} instead of {shape} from {sources}"
         )
     return array

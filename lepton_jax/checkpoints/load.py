@@ -52,12 +52,13 @@ def load(
         own on a CPU too. Norm scales and RoPE factors are always float32, and of compressed
         weights it is the dtype of kept float values only.
       activation_dtype: of the residual stream; by default that of the weights.
-      compress: `(path, spec, array) -> leaf`, applied to each parameter right after its transfer.
-      progress: called with `(done_bytes, total_bytes, parameter)` after each one.
+      compress: `(path, spec, array) -> leaf` of each parameter, or region (`stream.Compress`).
+      progress: called with `(done_bytes, total_bytes, parameter)` after each.
       devices: that share the model, each with its part of every weight, as `Placement` takes them;
         by default the first one.
 
-    On the host, loading holds the sources of one parameter and their combination at a time.
+    On the host, loading holds the sources of one parameter and their combination at a time. One of
+    several hosts reads the rows that its devices have a part of.
     Raises CheckpointError naming the file and what is wrong with it.
     """
     kind, place = locate(path)

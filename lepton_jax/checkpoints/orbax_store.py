@@ -21,14 +21,14 @@ import operator
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
+from jax.sharding import Sharding, SingleDeviceSharding
 
 from lepton_jax.checkpoints import orbax_arrays
 from lepton_jax.checkpoints.errors import CheckpointError, is_out_of_memory, naming_damage
@@ -47,7 +47,7 @@ from lepton_jax.checkpoints.stream import Compress, Progress, placed
 from lepton_jax.models.build import Model
 from lepton_jax.sharding import Devices, Placement, grids_of_parts
 from lepton_jax.sharding.partition import check_experts
-from lepton_jax.tensors import CompressedTensor, ParamSpec
+from lepton_jax.tensors import CompressedTensor
 
 _LEAVES, _TOKENIZER = "leaves", "tokenizer"
 _PARTIAL = "-partial-"  # in the names of directories that aren't finished
@@ -192,14 +192,12 @@ def restore(
     with _naming_want_of_memory(path, total), orbax_arrays.reading(path / _LEAVES) as reader:
         _check_stored(path, reader, abstract=abstract)
         for group in _groups(abstract):
-            places = {
-                name: _places(model.specs[name], planned[name], placement, whole=bool(compress))
-                for name in group
-            }
-            for name, arrays in _read(path, reader, group=group, places=places).items():
+            own = {} if compress is not None else _own_pieces(group, model, planned, placement)
+            found = _read(path, reader, group=group, own=own, placement=placement)
+            for name, arrays in found.items():
                 done += _abstract_bytes(abstract[name])
                 dtype = model.specs[name].dtype
-                if _in_pieces(arrays):
+                if name in own:
                     pieces = placement.pieces_in(arrays)
                     pieces = [_filled(abstract[name], piece).astype(dtype) for piece in pieces]
                     leaf = jax.block_until_ready(placement.joined(pieces))
@@ -316,33 +314,37 @@ def _rows(tree: Any) -> dict[str, tuple]:
     }
 
 
-def _places(spec: ParamSpec, leaf: Any, placement: Placement, *, whole: bool) -> Any:
-    """Where the arrays of a planned leaf are read to: to each device its piece of them; `whole`, or
-    where a piece is no part of them, to the first device, which cuts it for the others.
-    """
-    pieces = None if whole else placement.shardings_of_pieces(spec, leaf)
-    if pieces is not None:
-        return pieces
-    first = SingleDeviceSharding(placement.first)
-    return jax.tree.map(lambda _: first, _arrays(leaf.abstract()))
+def _own_pieces(
+    group: Iterable[str], model: Model, planned: dict[str, Any], placement: Placement
+) -> dict[str, Any]:
+    """Shardings of the arrays of those leaves of which each device can read its own piece."""
+    found = {n: placement.shardings_of_pieces(model.specs[n], planned[n]) for n in group}
+    return {name: shardings for name, shardings in found.items() if shardings is not None}
 
 
 def _read(
-    path: Path, reader: orbax_arrays.Reader, *, group: dict[str, Any], places: dict[str, Any]
+    path: Path,
+    reader: orbax_arrays.Reader,
+    *,
+    group: dict[str, Any],
+    own: dict[str, Any],
+    placement: Placement,
 ) -> dict[str, Any]:
-    """The arrays of one group's leaves, at their places."""
+    """The arrays of one group's leaves: each device's `own` pieces on it, all of the others on the
+    first device, which cuts them for the rest.
+    """
+    first = SingleDeviceSharding(placement.first)
 
-    def placed_there(array: jax.ShapeDtypeStruct, place: Sharding) -> jax.ShapeDtypeStruct:
+    def to(array: jax.ShapeDtypeStruct, place: Sharding = first) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place)
 
-    wanted = {n: jax.tree.map(placed_there, _arrays(leaf), places[n]) for n, leaf in group.items()}
+    wanted = {
+        name: jax.tree.map(to, _arrays(leaf), *([own[name]] if name in own else []))
+        for name, leaf in group.items()
+    }
     with naming_damage(f"{path / _LEAVES}: can't read {', '.join(group)}", _SAVE_AGAIN):
         tree = reader.read(_nested(wanted), part=True)
     return {name: functools.reduce(operator.getitem, name.split("."), tree) for name in group}
-
-
-def _in_pieces(arrays: Any) -> bool:
-    return any(isinstance(array.sharding, NamedSharding) for array in jax.tree.leaves(arrays))
 
 
 def _filled(abstract: Any, arrays: Any) -> Any:

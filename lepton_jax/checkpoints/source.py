@@ -119,23 +119,24 @@ class TensorFiles:
     def read_rows(
         self, name: str, dtype: np.dtype, *, rows: slice, columns: slice = slice(None)
     ) -> np.ndarray:
-        """Rows of an array `[..., I]` that is taken as `[R, I]`, or some columns of them: no other
-        byte is read, but those of the blocks that columns begin and end in. Errors as of `read`.
+        """Rows of an array `[..., I]` that is taken as `[R, I]`, or some columns of them. No other
+        row is read, and of these rows all: disks fetch ahead, so that columns would save nothing.
+        Errors as of `read`.
         """
         tensor = self.tensors[name]
-        width, block = tensor.shape[-1], tensor.block_size
-        first, last, _ = rows.indices(tensor.size // width)
+        width = tensor.shape[-1]
+        first, end, _ = rows.indices(tensor.size // width)
         left, right, _ = columns.indices(width)
-        found = np.empty((last - first, right - left), dtype)
+        found = np.empty((end - first, right - left), dtype)
+        slab = np.empty((max(1, _SLAB_BYTES // (4 * width)), width), dtype)
         with self._opened(name) as file:
             if right - left == width:
                 self._fill(found.reshape(-1), file, name=name, start=first * width)
                 return found
-            before = left % block
-            line = np.empty(-(-right // block) * block - left + before, dtype)
-            for row in range(first, last):
-                self._fill(line, file, name=name, start=row * width + left - before)
-                found[row - first] = line[before : before + right - left]
+            for row in range(first, end, len(slab)):
+                part = slab[: end - row]
+                self._fill(part.reshape(-1), file, name=name, start=row * width)
+                found[row - first : row - first + len(part)] = part[:, left:right]
         return found
 
     @contextmanager
@@ -144,7 +145,7 @@ class TensorFiles:
         self.dtype(name)
         path = self.tensors[name].path
         try:
-            with open(path, "rb", buffering=0) as file:  # a buffer reads beyond what is asked for
+            with open(path, "rb", buffering=0) as file:
                 yield file
         except OSError as error:
             raise CheckpointError(f"{path}: can't read tensor {name!r}: {error}") from error
@@ -152,19 +153,21 @@ class TensorFiles:
     def _fill(self, flat: np.ndarray, file: BinaryIO, *, name: str, start: int) -> None:
         """Values of a tensor from number `start` on; both ends are those of blocks."""
         tensor, done = self.tensors[name], 0
-        blocks = max(1, _SLAB_BYTES // (4 * tensor.block_size))
+        blocks = min(flat.size, max(tensor.block_size, _SLAB_BYTES // 4)) // tensor.block_size
+        buffer = memoryview(bytearray(blocks * tensor.block_bytes))
         file.seek(tensor.offset + start // tensor.block_size * tensor.block_bytes)
         while done < flat.size:
             count = min(blocks, (flat.size - done) // tensor.block_size)
-            raw = bytearray()
-            while len(raw) < count * tensor.block_bytes:
-                more = file.read(count * tensor.block_bytes - len(raw))
+            raw = buffer[: count * tensor.block_bytes]
+            got = 0
+            while got < len(raw):
+                more = file.readinto(raw[got:])
                 if not more:
                     raise CheckpointError(
                         f"{tensor.path} ends within tensor {name!r}: it was cut meanwhile"
                     )
-                raw += more
-            self.bytes_read += len(raw)
+                got += more
+            self.bytes_read += got
             values = _decode(tensor, raw)
             flat[done : done + values.size] = _cast(values, flat.dtype, tensor=tensor, name=name)
             done += values.size
@@ -189,7 +192,7 @@ def _aligned_empty(size: int, dtype: np.dtype) -> np.ndarray:
     return raw[start : start + size * dtype.itemsize].view(dtype)
 
 
-def _decode(tensor: StoredTensor, raw: bytes | bytearray) -> np.ndarray:
+def _decode(tensor: StoredTensor, raw: memoryview) -> np.ndarray:
     if tensor.decode is None:
         return np.frombuffer(raw, tensor.dtype)
     return tensor.decode(np.frombuffer(raw, np.uint8))

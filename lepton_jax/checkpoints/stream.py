@@ -143,14 +143,19 @@ def stream(
     placement: Placement,
 ) -> tuple[Any, ...]:
     """The leaves in the order of `model.specs`, each finished before the next is read."""
-    regions, sizes = {}, {}
-    for path, spec in model.specs.items():
-        rows = in_rows(files, mappings[path], spec)
-        regions[path] = (
-            rows and _region(path, spec, compress=compress, placement=placement)
-        ) or None
-        sizes[path] = bytes_of(files, mappings[path], spec, regions[path])
-    leaves, done = [], 0
+
+    def region_of(path: str, spec: ParamSpec) -> Region | None:
+        """What this process needs of a parameter; None: all of it."""
+        region = placement.region(spec)
+        if region is None or not in_rows(files, mappings[path], spec):
+            return None
+        divides = getattr(compress, "divides", None)
+        apart = compress is None or (divides is not None and divides(path, spec, region))
+        return region if apart else None
+
+    regions = {path: region_of(path, spec) for path, spec in model.specs.items()}
+    total = sum(bytes_of(files, mappings[p], s, regions[p]) for p, s in model.specs.items())
+    leaves = []
     for path, spec in model.specs.items():
         mapping, region = mappings[path], regions[path]
         try:
@@ -162,21 +167,9 @@ def stream(
             if is_out_of_memory(error):
                 raise _out_of_memory(model, files, path=path) from error
             raise
-        done += sizes[path]
         if progress is not None:
-            progress(done, sum(sizes.values()), path)
+            progress(files.bytes_read, total, path)
     return tuple(leaves)
-
-
-def _region(
-    path: str, spec: ParamSpec, *, compress: Compress | None, placement: Placement
-) -> Region | None:
-    """What this process needs of a parameter; None: all of it."""
-    region = placement.region(spec)
-    if region is None or compress is None:
-        return region
-    divides = getattr(compress, "divides", None)
-    return region if divides is not None and divides(path, spec, region) else None
 
 
 def placed(

@@ -100,7 +100,7 @@ class Placement:
 
     def region(self, spec: ParamSpec) -> Region | None:
         """What this process's devices have of a weight together; None where that is all of it, or
-        nothing but padding.
+        nothing but padding, for which the loader gives them all of it too.
         """
         cut = cut_of(spec, self.axis, self.heads)
         found = None if cut is None else cut.among(self.local, spec.shape)
@@ -135,7 +135,7 @@ class Placement:
 
     def joined(self, pieces: Sequence[Any]) -> Any:
         """The pieces of this process's devices, in their order, as a leaf of all devices."""
-        return jax.tree.map(lambda *parts: self._joined(parts), *pieces)
+        return jax.tree.map(lambda *parts: self._as_one(parts), *pieces)
 
     def shardings_of_pieces(self, spec: ParamSpec, leaf: Any) -> Any | None:
         """For each array of a planned leaf, by its name where it is compressed, a sharding that
@@ -145,11 +145,11 @@ class Placement:
         if cut is None:
             return None
         if not isinstance(leaf, CompressedTensor):
-            return self._parts_of(cut, leaf.shape)
+            return self._sharding_of(cut, leaf.shape)
         cuts, arrays = leaf.cuts(cut), leaf.arrays()
         if cuts is None:
             return None
-        found = {n: self._parts_of(cuts.get(n, cut), a.shape) for n, a in arrays.items()}
+        found = {n: self._sharding_of(cuts.get(n, cut), a.shape) for n, a in arrays.items()}
         return found if all(found.values()) else None
 
     def pieces_in(self, arrays: Any) -> list[Any]:
@@ -161,12 +161,12 @@ class Placement:
         mine = [self.devices[i] for i in self.local]
         return [jax.tree.map(lambda a, d=d: here(a, d), arrays) for d in mine]
 
-    def _parts_of(self, cut: Cut, shape: tuple[int, ...]) -> Sharding | None:
+    def _sharding_of(self, cut: Cut, shape: tuple[int, ...]) -> Sharding | None:
         if not cut.fills(shape):
             return None
-        names = [f"part{i}" for i in range(len(cut.axes))]
-        mesh = Mesh(np.array(self.devices).reshape([count for _, count in cut.axes]), names)
-        along = {dim: name for (dim, _), name in zip(cut.axes, names, strict=True)}
+        names = [f"part{i}" for i in range(len(cut.grid))]
+        mesh = Mesh(np.array(self.devices).reshape([count for _, count in cut.grid]), names)
+        along = {dim: name for (dim, _), name in zip(cut.grid, names, strict=True)}
         return NamedSharding(mesh, PartitionSpec(*(along.get(d) for d in range(len(shape)))))
 
     def put_all(self, specs: Mapping[str, ParamSpec], leaves: Sequence[Any]) -> tuple[Any, ...]:
@@ -199,7 +199,7 @@ class Placement:
 
         def placed(spec: PartitionSpec, part: Any) -> Any:
             if spec == CUT_SPEC:
-                return jax.tree.map(lambda a: self._joined([a] * len(self.local)), part)
+                return jax.tree.map(lambda a: self._as_one([a] * len(self.local)), part)
             return jax.tree.map(self._everywhere, part)
 
         return jax.tree.map(placed, specs, tree)
@@ -233,7 +233,7 @@ class Placement:
             )
         return bool(grids)
 
-    def _joined(self, parts: Sequence[Any]) -> jax.Array:
+    def _as_one(self, parts: Sequence[Any]) -> jax.Array:
         """The arrays of this process's devices, as a part of one of all of them."""
         shape = parts[0].shape
         if not shape:

@@ -32,7 +32,7 @@ class Cut:
         return self.parts // self.copies
 
     @property
-    def axes(self) -> tuple[tuple[int | None, int], ...]:
+    def grid(self) -> tuple[tuple[int | None, int], ...]:
         """Dimensions of the grid that the parts lie in, in their order: which dimension of the
         weight each goes along, None for copies, and how many parts.
         """
@@ -91,7 +91,7 @@ class CutTwice(Cut):
         return self.parts // self.outer.parts
 
     @property
-    def axes(self):
+    def grid(self):
         return ((self.outer.dim, self.outer.parts), (self.dim, self.along))
 
     def shape(self, whole):
