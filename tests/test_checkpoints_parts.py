@@ -300,7 +300,8 @@ def test_arrays_are_stored_in_chunks_that_parts_need_but_not_in_tiny_ones(tmp_pa
     orbax_arrays.write(tmp_path / "tree", tree)
     stored = {}
     for name, shape in shapes.items():
-        spec = {"driver": "zarr", "kvstore": f"file://{tmp_path}/tree/|ocdbt:{name}/"}
+        store = {"driver": "ocdbt", "base": f"file://{tmp_path}/tree/", "path": f"{name}/"}
+        spec = {"driver": "zarr", "kvstore": store}
         stored[name] = tensorstore.open(spec, open=True).result()
         assert stored[name].shape == shape
     chunks = {name: array.chunk_layout.read_chunk.shape for name, array in stored.items()}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ def finish(process, tmp_path):
 
 
 def test_the_shipped_prompts_are_answered_in_order(tmp_path, smollm2_path):
-    flags = ["--config.sampling.max_tokens=12"]
+    flags = ["--config.sampling.max_tokens=12", "--explain"]
     finish(start(tmp_path, smollm2_path, "out.jsonl", *flags), tmp_path)
     prompts = (ROOT / "configs/data/quickstart.jsonl").read_text().splitlines()
     answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
@@ -37,6 +38,9 @@ def test_the_shipped_prompts_are_answered_in_order(tmp_path, smollm2_path):
     assert answers[0]["text"] == "The capital of France is Paris."
     summary = json.loads((tmp_path / "out.jsonl.summary.json").read_text())
     assert (summary["rows"], summary["errors"], summary["late_compiles"]) == (32, 0, 0)
+    said = (tmp_path / "log.txt").read_text()
+    decisions = re.findall(r"^beat \d+: (\w+) \S+ -> \S+: .+ \(.+\)$", said, re.MULTILINE)
+    assert len(decisions) == summary["optimizer"]["decisions"] > 0
 
 
 def test_a_killed_process_leaves_rows_that_the_next_one_goes_on_from(tmp_path, smollm2_path):

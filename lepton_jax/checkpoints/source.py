@@ -128,11 +128,11 @@ class TensorFiles:
         first, end, _ = rows.indices(tensor.size // width)
         left, right, _ = columns.indices(width)
         found = np.empty((end - first, right - left), dtype)
-        slab = np.empty((max(1, _SLAB_BYTES // (4 * width)), width), dtype)
         with self._opened(name) as file:
             if right - left == width:
                 self._fill(found.reshape(-1), file, name=name, start=first * width)
                 return found
+            slab = np.empty((max(1, _SLAB_BYTES // (4 * width)), width), dtype)
             for row in range(first, end, len(slab)):
                 part = slab[: end - row]
                 self._fill(part.reshape(-1), file, name=name, start=row * width)
