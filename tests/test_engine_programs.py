@@ -54,6 +54,13 @@ def test_late_programs_are_counted_and_told(caplog):
     assert programs.get("b") == "program b" and programs.late == 1
 
 
+def test_late_programs_are_no_news_where_the_warm_up_was_a_guess(caplog):
+    programs = Programs(Compiler())
+    programs.warm_up(["a"], wait=True, guessed=True)
+    assert programs.get("b") == "program b"
+    assert programs.late == 1 and not caplog.text
+
+
 def test_strict_programs_refuse_late_ones():
     programs = Programs(Compiler(), strict=True)
     programs.warm_up(["a"], wait=False)

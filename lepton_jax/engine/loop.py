@@ -224,7 +224,7 @@ class Engine:
         Args:
           workload: of the coming requests.
           wait: returns when all are ready. Otherwise steps wait for what they need.
-          only: which of these programs, where more is known.
+          only: which of these programs, by a guess: others are compiled when they are needed.
 
         Raises ValueError where they would need an output head that the model hasn't.
         """
@@ -241,7 +241,8 @@ class Engine:
             shapes += self.runner.shapes_for(self._prefilled(others), len(free), cached)
         if scored:
             shapes += self.runner.score_shapes_for(self._prefilled(scored))
-        self.runner.warm_up([s for s in shapes if only is None or only(s)], wait=wait)
+        wanted = [shape for shape in shapes if only is None or only(shape)]
+        self.runner.warm_up(wanted, wait=wait, guessed=only is not None)
 
     def _prefilled(self, workload: Workload) -> int:
         """Tokens that the prefills of a workload compute at most, padding to tiles included."""

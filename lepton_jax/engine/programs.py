@@ -40,7 +40,7 @@ class Programs:
         self._compile_shape, self._strict = compile_shape, strict
         self._queued: dict[Any, Future] = {}
         self._pool: ThreadPoolExecutor | None = None
-        self._warm = False
+        self._warm, self._told = False, logging.WARNING
         self._clock, self._busy, self._since = threading.Lock(), 0, 0.0
         self._seconds = 0.0
         self._took: list[float] = []  # to compile each program
@@ -56,9 +56,11 @@ class Programs:
         """That compiling one takes; 0 before the first."""
         return statistics.fmean(self._took) if self._took else 0.0
 
-    def warm_up(self, shapes: Sequence[Any], *, wait: bool) -> None:
-        """Queues these shapes in their order. `wait`: returns when all are compiled."""
-        self._warm = True
+    def warm_up(self, shapes: Sequence[Any], *, wait: bool, guessed: bool = False) -> None:
+        """Queues these shapes in their order. `wait`: returns when all are compiled. `guessed`:
+        others may be needed, which is no reason to warn.
+        """
+        self._warm, self._told = True, logging.INFO if guessed else logging.WARNING
         for shape in shapes:
             self._queue(shape)
         for shape in shapes if wait else ():
@@ -91,7 +93,7 @@ class Programs:
             message = f"{shape} was not part of the warm-up"
             if self._strict:
                 raise LateCompileError(message)
-            log.warning("compiling while the job runs: %s", message)
+            log.log(self._told, "compiling while the job runs: %s", message)
         if queued is None or queued.cancel():  # not begun: what is needed now goes first
             return self._compile(shape)
         return queued.result()

@@ -186,13 +186,12 @@ class Runner:
         most = fit(self.rungs.prefill, prompt_tokens)
         return [self._score_shape(size) for size in self.rungs.prefill if size <= most]
 
-    def warm_up(self, shapes: list[Shape], *, wait: bool) -> None:
-        """Compiles these programs in the background and allocates caches and state.
-
-        `wait`: returns when all are ready.
+    def warm_up(self, shapes: list[Shape], *, wait: bool, guessed: bool = False) -> None:
+        """Compiles these programs in the background and allocates caches and state; `wait` and
+        `guessed` as `Programs.warm_up` takes them.
         """
         self._warm = self.spec, self.score_spec
-        self.programs.warm_up(shapes, wait=wait)
+        self.programs.warm_up(shapes, wait=wait, guessed=guessed)
         self._allocate()
 
     def grow(self, rows: int) -> None:
