@@ -27,6 +27,7 @@ from lepton_jax.optimizer.sample import SampledRequest, require_rows, shares_beg
 from lepton_jax.optimizer.shelf import Shelf
 from lepton_jax.optimizer.space import (
     KV_DTYPES,
+    MESH,
     PRECISION,
     PRESETS,
     Axes,
@@ -113,6 +114,7 @@ class Search:
                 self._try(following, outlooks[following].seconds, predictor)
             else:
                 left = [c for c in left if _precision(c.applied(config)) != precision]
+        self._try_own_sizes(own, fitting, predictor)
         self._refine(predictor)
         best = self._best(self._take_turns(predictor))
         kl = self._accuracy.kl(_precision(best.candidate.applied(config)))
@@ -154,6 +156,20 @@ class Search:
             shared=shares_beginnings(self._requests),
             expert=self._config.mesh.expert,
         )
+
+    def _try_own_sizes(
+        self, own: Candidate, fitting: Collection[Candidate], predictor: Predictor
+    ) -> None:
+        """Tries the best precision and mesh with the config's own sizes, where these are predicted
+        to be close: trials that went to several precisions say little about sizes.
+        """
+        fields = dict(self._best().candidate.fields)
+        candidate = own.changed({n: v for n, v in fields.items() if n in (*PRECISION, *MESH)})
+        if candidate not in fitting or any(one.candidate == candidate for one in self._tried):
+            return
+        outlook = predictor.outlook(candidate.applied(self._config))
+        if self._promise(candidate, outlook)[1] <= self._margin * self._least():
+            self._try(candidate, outlook.seconds, predictor)
 
     def _refine(self, predictor: Predictor) -> None:
         """Tries what promises something on the best candidate; what gains stays."""
