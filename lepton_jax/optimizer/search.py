@@ -45,6 +45,7 @@ from lepton_jax.text.tokenizer import Tokenizer
 Progress = Callable[[str, int, int, str], None]
 
 _MARGIN = 1.15  # times the best score: what is predicted to be worse is not tried
+_UNSURE = 1.5  # likewise, of sizes whose prediction says little
 _PROMISE = 0.97  # share of the seconds that a refinement must promise to leave at most
 _KEPT_SHARE = 8  # of the memory: one part of so many may hold models that were tried
 
@@ -160,15 +161,15 @@ class Search:
     def _try_own_sizes(
         self, own: Candidate, fitting: Collection[Candidate], predictor: Predictor
     ) -> None:
-        """Tries the best precision and mesh with the config's own sizes, where these are predicted
-        to be close: trials that went to several precisions say little about sizes.
+        """Tries the best precision and mesh with the config's own sizes, if these aren't predicted
+        to be far off: trials that went to several precisions say little about sizes.
         """
         fields = dict(self._best().candidate.fields)
         candidate = own.changed({n: v for n, v in fields.items() if n in (*PRECISION, *MESH)})
         if candidate not in fitting or any(one.candidate == candidate for one in self._tried):
             return
         outlook = predictor.outlook(candidate.applied(self._config))
-        if self._promise(candidate, outlook)[1] <= self._margin * self._least():
+        if self._promise(candidate, outlook)[1] <= _UNSURE * self._least():
             self._try(candidate, outlook.seconds, predictor)
 
     def _refine(self, predictor: Predictor) -> None:
