@@ -360,7 +360,7 @@ class OptimizerSection:
     )
     memory: int = _doc(0, "tune: bytes of the device to use; 0: what it has")
     sample: int = _doc(96, "tune: requests of the input that candidates are tried on")
-    trials: int = _doc(5, "tune: candidates that are run, the config as it is among them")
+    trials: int = _doc(5, "tune: candidates that are run before the best of them is varied")
     repeats: int = _doc(
         2, "tune: runs of each, of which the quickest counts; close ones then take turns"
     )

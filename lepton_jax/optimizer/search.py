@@ -168,9 +168,12 @@ class Search:
         candidate = own.changed({n: v for n, v in fields.items() if n in (*PRECISION, *MESH)})
         if candidate not in fitting or any(one.candidate == candidate for one in self._tried):
             return
-        outlook = predictor.outlook(candidate.applied(self._config))
-        if self._promise(candidate, outlook)[1] <= _UNSURE * self._least():
-            self._try(candidate, outlook.seconds, predictor)
+        finer = candidate.changed({"engine.kv_dtype": field_of(self._config, "engine.kv_dtype")})
+        outlooks = self._outlooks(predictor, [c for c in {candidate, finer} if c in fitting])
+        late, score = self._promise(candidate, outlooks[candidate])
+        far = late or score > _UNSURE * self._least()
+        if not far and self._is_worth(candidate, outlooks):
+            self._try(candidate, outlooks[candidate].seconds, predictor)
 
     def _refine(self, predictor: Predictor) -> None:
         """Tries what promises something on the best candidate; what gains stays."""
