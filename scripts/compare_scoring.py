@@ -68,7 +68,12 @@ def contenders(options: argparse.Namespace, measure: str) -> dict[str, tuple[dic
     found = {}
     for name in options.presets.split(","):
         preset, _, dtype = name.partition(":")
-        spec = {"engine": "our scoring", "preset": preset, "dtype": dtype, "page_size": page_size}
+        spec = {
+            "engine": "our scoring",
+            "preset": preset,
+            "dtype": dtype or "auto",
+            "page_size": page_size,
+        }
         count = options.rows if measure == "rows" else options.texts
         found[f"ours {name}"] = shared | spec, count
     for kind in options.types.split(","):

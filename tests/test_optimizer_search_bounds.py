@@ -140,12 +140,13 @@ def test_what_does_not_fit_is_the_baseline_and_cannot_win(find):
         find(table, memory=100, trials=1)
 
 
-def test_the_best_mesh_is_also_tried_with_the_configs_own_rows_unless_they_promise_little(find):
-    table = {(32, 1): (1.0, 0.1, 1), (64, 2): (0.50, 0.1, 1), (32, 2): (0.52, 0.1, 1)}
-    find.wrong = {(64, 2): 0.6}
+def test_the_best_mesh_is_also_tried_with_the_configs_own_rows(find):
+    table = {(32, 1): (1.0, 0.1, 1), (64, 2): (0.5, 0.1, 1), (32, 2): (1.2, 0.1, 1)}
+    find.wrong = {(64, 2): 0.6, (32, 2): 0.55}
     found = find(table, trials=2)
     assert rows_of(found) == [32, 64, 32] and found.best is found.tried[2]
-    assert rows_of(find(table | {(32, 2): (0.95, 0.1, 1)}, trials=2)) == [32, 64]
+    late = table | {(32, 2): (1.2, 0.3, 1)}
+    assert rows_of(find(late, trials=2, max_ttft=0.2)) == [32, 64]
     assert rows_of(find(table | {(32, 2): (0.5, 0.1, 10**15)}, trials=2)) == [32, 64]
     assert rows_of(find({(32, 1): (1.0, 0.1, 1), (64, 2): (0.5, 0.1, 1)}, trials=2)) == [32, 64]
 

@@ -45,7 +45,6 @@ from lepton_jax.text.tokenizer import Tokenizer
 Progress = Callable[[str, int, int, str], None]
 
 _MARGIN = 1.15  # times the best score: what is predicted to be worse is not tried
-_UNSURE = 1.5  # likewise, of sizes whose prediction says little
 _PROMISE = 0.97  # share of the seconds that a refinement must promise to leave at most
 _KEPT_SHARE = 8  # of the memory: one part of so many may hold models that were tried
 
@@ -161,8 +160,8 @@ class Search:
     def _try_own_sizes(
         self, own: Candidate, fitting: Collection[Candidate], predictor: Predictor
     ) -> None:
-        """Tries the best precision and mesh with the config's own sizes, if these aren't predicted
-        to be far off: trials that went to several precisions say little about sizes.
+        """Tries the best precision and mesh with the config's own sizes, whatever is predicted of
+        their time: trials that went to several precisions say little about sizes.
         """
         fields = dict(self._best().candidate.fields)
         candidate = own.changed({n: v for n, v in fields.items() if n in (*PRECISION, *MESH)})
@@ -170,9 +169,8 @@ class Search:
             return
         finer = candidate.changed({"engine.kv_dtype": field_of(self._config, "engine.kv_dtype")})
         outlooks = self._outlooks(predictor, [c for c in {candidate, finer} if c in fitting])
-        late, score = self._promise(candidate, outlooks[candidate])
-        far = late or score > _UNSURE * self._least()
-        if not far and self._is_worth(candidate, outlooks):
+        late, _ = self._promise(candidate, outlooks[candidate])
+        if not late and self._is_worth(candidate, outlooks):
             self._try(candidate, outlooks[candidate].seconds, predictor)
 
     def _refine(self, predictor: Predictor) -> None:
