@@ -29,6 +29,7 @@ from lepton_jax.compression.rules import Rule
 from lepton_jax.compression.scheme import Scheme
 from lepton_jax.models.build import abstract_model
 from lepton_jax.sharding import Placement
+from lepton_jax.sharding.partition import pieces_of
 from lepton_jax.sharding.placement import grid_of
 from lepton_jax.tensors import Cut, CutTwice, ParamSpec
 
@@ -156,10 +157,9 @@ def test_a_region_is_compressed_as_it_is_in_the_whole(name, how):
             continue
         if pieces is None:
             whole = compress("w", SPEC, jnp.asarray(WEIGHT))
-            pieces = cut.split(whole) if isinstance(whole, jax.Array) else whole.pieces(cut)
+            pieces = pieces_of(whole, cut)
         part = compress("w", SPEC, jnp.asarray(WEIGHT[region.slices]))
-        own = region.cut
-        parts = own.split(part) if isinstance(part, jax.Array) else part.pieces(own)
+        parts = pieces_of(part, region.cut)
         assert len(region.places) == len(some)
         for place, device in zip(region.places, some, strict=True):
             jax.tree.map(np.testing.assert_array_equal, parts[place], pieces[device])

@@ -163,14 +163,14 @@ class Scheme:
         """Whether some outputs of a weight, and of its `inputs` those from `first` to `end`, become
         by themselves what they become as parts of it.
         """
-        if self.prune != "none" or self.weights == "keep" or (first, end) == (0, inputs):
-            return self.prune == "none"
+        if self.prune != "none":
+            return False
+        if self.weights == "keep" or (first, end) == (0, inputs):
+            return True
         group = self.group_of(inputs)
-        return (
-            bool(group)
-            and not (first % group or end % group)
-            and (self.group_of(end - first) == group)
-        )
+        if not group or first % group or end % group:
+            return False
+        return self.group_of(end - first) == group
 
     def plan(self, spec: ParamSpec) -> CompressedTensor | ParamSpec:
         """The leaf of ParamSpecs that a weight of this spec becomes; the spec where it stays an
