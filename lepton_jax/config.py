@@ -151,7 +151,7 @@ class EngineSection:
     kv_dtype: str = _doc(
         "auto",
         "dtype of the cache: auto (that of the weights; bfloat16 where they are compressed), "
-        "float32, bfloat16, float16; int8 (not on TPU) or float8_e4m3fn for half the memory",
+        "float32, bfloat16, float16; int8 or float8_e4m3fn for half the memory",
     )
     attention_block: int = _doc(
         0, "cached tokens that attention reads at a time, whole pages; 0: the kernel's own choice"

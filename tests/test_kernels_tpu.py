@@ -35,9 +35,9 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(kernel, "pl", types.SimpleNamespace(**{**vars(pl), "pallas_call": call}))
     # The interpreter asks a constant index for its shape; jax's literal integers have none.
     monkeypatch.setattr(jax._src.literals.TypedInt, "shape", (), raising=False)
-    kernel.ragged_paged_attention.clear_cache()
+    tpu._jax_kernel.clear_cache()
     yield
-    kernel.ragged_paged_attention.clear_cache()
+    tpu._jax_kernel.clear_cache()
 
 
 def prefill_batch(kv_lens, q_lens, *, tokens, width=4):
@@ -192,8 +192,8 @@ def test_padding_and_idle_rows_write_only_to_the_null_page(heads):
 def test_a_cache_the_kernel_cannot_read_is_refused_by_name():
     with pytest.raises(ValueError, match=r"head_dim 256 \(kv_heads 4\).*bfloat16"):
         layer(4, 256, dtype=jnp.float32)
-    with pytest.raises(ValueError, match="float8_e4m3fn, not in int8: set engine.kv_dtype"):
-        layer(4, 128, dtype=jnp.int8)
+    with pytest.raises(ValueError, match="or int8, not in float16: set engine.kv_dtype"):
+        layer(4, 128, dtype=jnp.float16)
     for heads in [(2, 128), (1, 256), (4, 256)]:
         with pytest.raises(ValueError, match="no float8 cache .* 3 or more, up to 128 wide.*bfl"):
             layer(*heads, dtype=jnp.float8_e4m3fn)

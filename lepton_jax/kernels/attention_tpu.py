@@ -1,10 +1,10 @@
 """Attention on TPU: jax's Pallas kernel `ragged_paged_attention`, fitted to our paged cache.
 
 Here: the cache layout the kernel reads, padding of heads to what it can tile, its block sizes, and
-the in-place write. Not here: a kernel of our own, caches with scales (the kernel takes one constant
-for a whole cache, so float8 is stored as it is and int8 refused). To compile without a TPU, lower
-in `jax.sharding.use_abstract_mesh` or `shard_map` over topology devices, which tell Pallas the chip
-(`tests/tpu_topology.py`).
+the in-place write. Not here: int8 caches with their scales, which have a kernel of our own
+(`attention_tpu_int8.py`; jax's takes one constant for a whole cache, so float8 is stored as it is).
+To compile without a TPU, lower in `jax.sharding.use_abstract_mesh` or `shard_map` over topology
+devices, which tell Pallas the chip (`tests/tpu_topology.py`).
 
 Heads up to 128 wide: [P, Z, 2K, H], a head's key and value side by side, H padded to 128 and K to
 1, 2, 4 or a multiple of 8; zeros appended to q, k and v change no score. Wider heads (Gemma's 256)
@@ -20,8 +20,10 @@ import jax
 import jax.numpy as jnp
 
 from lepton_jax import compat
+from lepton_jax.kernels import attention_tpu_int8 as with_scales
 from lepton_jax.kernels.attention import PagedBatch
 from lepton_jax.kernels.attention_reference import slots, valid_tokens
+from lepton_jax.kernels.kv_cache import KV, QuantizedKV
 from lepton_jax.tensors import ParamSpec, vector_memory
 
 Q_TILE = 1  # sequences of a prefill may start at any token
@@ -41,13 +43,15 @@ DECODE_BLOCK_LINES = 32
 
 def cache_layer(
     num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, *, dtype: Any
-) -> ParamSpec:
+) -> ParamSpec | QuantizedKV:
     """One layer's cache, K and H padded: [P, Z, 2K, H]; wide heads [K * P, Z, 2, H].
 
     Raises:
-      ValueError: the kernel can't read this dtype, or not at this head_dim.
+      ValueError: the kernel can't read this dtype, or not at this head_dim or page size.
     """
     dtype = jnp.dtype(dtype)
+    if dtype == jnp.int8:
+        return with_scales.cache_layer(num_pages, page_size, num_kv_heads, head_dim, dtype=dtype)
     _check_dtype(dtype, num_kv_heads, head_dim)
     lanes = _padded_head_dim(head_dim)
     if _has_own_pages(num_kv_heads, head_dim):
@@ -57,11 +61,13 @@ def cache_layer(
     return ParamSpec(shape, dtype, ("pages", "page_tokens", "kv_heads", "head_dim"))
 
 
-def write(cache: jax.Array, k: jax.Array, v: jax.Array, batch: PagedBatch) -> jax.Array:
+def write(cache: KV, k: jax.Array, v: jax.Array, batch: PagedBatch) -> KV:
     """Stores k and v, both [T, K, H], at the tokens' places: a scatter, in place if donated.
 
     Padding and the tokens of idle rows go to page 0.
     """
+    if isinstance(cache, QuantizedKV):
+        return with_scales.write(cache, k, v, batch)
     tokens, num_kv_heads, head_dim = k.shape
     pages, page_size, _, lanes = cache.shape
     kv = jnp.stack([k, v], axis=2)  # [T, K, 2, H]
@@ -83,7 +89,7 @@ def write(cache: jax.Array, k: jax.Array, v: jax.Array, batch: PagedBatch) -> ja
 
 def attend(
     q: jax.Array,
-    cache: jax.Array,
+    cache: KV,
     batch: PagedBatch,
     *,
     decode: bool,
@@ -98,6 +104,9 @@ def attend(
     token. `block` cached tokens are fetched at a time, as far as vector memory has room. The kernel
     multiplies in the cache's dtype, a float8 cache in bfloat16, and sums in float32.
     """
+    if isinstance(cache, QuantizedKV):
+        options = dict(scale=scale, window=window, soft_cap=soft_cap, block=block)
+        return with_scales.attend(q, cache, batch, decode=decode, **options)
     tokens, num_kv_heads, group, head_dim = q.shape
     narrow = cache.dtype == jnp.float8_e4m3fn
     pages, page_size, combined, lanes = cache.shape
@@ -105,8 +114,7 @@ def attend(
     pages_at_once = _pages_per_block(
         block, page_size, page_size * combined * lanes * cache.dtype.itemsize
     )
-    kernel = functools.partial(
-        compat.ragged_paged_attention(),
+    options = dict(
         sm_scale=scale,
         sliding_window=window or None,
         soft_cap=soft_cap or None,
@@ -116,6 +124,7 @@ def attend(
         num_queries_per_block=_queries_per_block(tokens, combined // 2, group, decode),
         vmem_limit_bytes=vector_memory.claim(),
     )
+    kernel = functools.partial(_jax_kernel, options=tuple(options.items()))
     padded = _pad(q.astype(jnp.bfloat16 if narrow else cache.dtype), 3, lanes)
     if _has_own_pages(num_kv_heads, head_dim):
 
@@ -133,6 +142,16 @@ def attend(
     out = out[:, :num_kv_heads, :, :head_dim].astype(q.dtype)
     # Blocks past the last sequence are never computed: their memory may hold anything.
     return jnp.where(valid_tokens(batch)[:, None, None, None], out, 0)
+
+
+@functools.partial(jax.jit, static_argnames="options")  # traced once for all layers
+def _jax_kernel(q: jax.Array, cache: jax.Array, *sequences: jax.Array, options: tuple) -> jax.Array:
+    """jax's kernel, over a cache that XLA doesn't move to vector memory, where a small one fits."""
+    from jax.experimental.pallas import tpu as pltpu  # takes a second
+
+    cache = pltpu.with_memory_space_constraint(cache, pltpu.HBM)
+    kernel = compat.ragged_paged_attention().__wrapped__
+    return kernel(q, cache, *sequences, **dict(options))
 
 
 def _sequences(batch: PagedBatch, decode: bool) -> tuple[jax.Array, ...]:
@@ -188,8 +207,8 @@ def _pad(array: jax.Array, axis: int, size: int) -> jax.Array:
 def _check_dtype(dtype: jnp.dtype, num_kv_heads: int, head_dim: int) -> None:
     if dtype.name not in CACHE_DTYPES:
         raise ValueError(
-            f"attention on TPU reads caches in {' or '.join(CACHE_DTYPES)}, not in {dtype.name}: "
-            "set engine.kv_dtype to one of these"
+            f"attention on TPU reads caches in {', '.join(CACHE_DTYPES)} or int8, not in "
+            f"{dtype.name}: set engine.kv_dtype to one of these"
         )
     if dtype == jnp.float32 and head_dim > LANES:
         raise ValueError(
