@@ -147,11 +147,8 @@ def attend(
 @functools.partial(jax.jit, static_argnames="options")  # traced once for all layers
 def _jax_kernel(q: jax.Array, cache: jax.Array, *sequences: jax.Array, options: tuple) -> jax.Array:
     """jax's kernel, over a cache that XLA doesn't move to vector memory, where a small one fits."""
-    from jax.experimental.pallas import tpu as pltpu  # takes a second
-
-    cache = pltpu.with_memory_space_constraint(cache, pltpu.HBM)
     kernel = compat.ragged_paged_attention().__wrapped__
-    return kernel(q, cache, *sequences, **dict(options))
+    return kernel(q, vector_memory.kept_out(cache), *sequences, **dict(options))
 
 
 def _sequences(batch: PagedBatch, decode: bool) -> tuple[jax.Array, ...]:

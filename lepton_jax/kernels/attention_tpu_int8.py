@@ -104,6 +104,8 @@ def write(cache: QuantizedKV, k: jax.Array, v: jax.Array, batch: PagedBatch) -> 
     lines = _in_lines(new.values).swapaxes(2, 3).reshape(tokens, -1, LANES)
     lines = _pad(lines, 1, layout.token_lines)[group.tokens].reshape(len(group.page), -1, LANES)
     changed = jnp.repeat(group.new, layout.token_lines, axis=1)[..., None]
+    if layout.together == 1:
+        changed = None  # a token that isn't new goes to page 0
     values = cache.values.reshape(pages * groups, -1, LANES)
     values = _changed(values, group.page * groups + group.place, lines, changed)
 
@@ -122,9 +124,13 @@ def _by_phase(scale: jax.Array, phases: int, like: tuple[int, int]) -> jax.Array
     return _pad(_pad(by_line, 1, like[0]), 2, like[1])
 
 
-def _changed(held: jax.Array, index: jax.Array, fresh: jax.Array, changed: jax.Array) -> jax.Array:
-    """`held` with what is `changed` of the things at these indices."""
-    return held.at[index].set(jnp.where(changed, fresh, held[index]))
+def _changed(
+    held: jax.Array, index: jax.Array, fresh: jax.Array, changed: jax.Array | None
+) -> jax.Array:
+    """`held` with what is `changed` of the things at these indices; None: all of them."""
+    if changed is not None:
+        fresh = jnp.where(changed, fresh, held[index])
+    return held.at[index].set(fresh)
 
 
 class _Touched(NamedTuple):

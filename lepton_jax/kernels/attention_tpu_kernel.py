@@ -90,9 +90,9 @@ def attend_tiles(
     from jax.experimental.pallas import tpu as pltpu
 
     tiles, _, lines, _ = queries.shape
-    cache = jax.tree.map(lambda a: pltpu.with_memory_space_constraint(a, pltpu.HBM), cache)
+    cache = vector_memory.kept_out(cache)
     one_tile = pl.BlockSpec((1, *queries.shape[1:]), lambda tile, *_: (tile, 0, 0, 0))
-    anywhere = pl.BlockSpec(memory_space=pltpu.MemorySpace.HBM)
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
     return pl.pallas_call(
         functools.partial(_visit, heads=heads),
         out_shape=jax.ShapeDtypeStruct(queries.shape, queries.dtype),
