@@ -1,8 +1,9 @@
 """Attention behind one door: what a step's batch looks like, and which backend serves a platform.
 
 A backend is a module with `Q_TILE`, `BLOCKS`, `cache_layer`, `write` and `attend`:
-`attention_xla.py` (CPU and GPU), `attention_tpu.py` (ragged paged attention in Pallas), and
-`attention_reference.py` (plain jnp without blocks, what the others are tested against).
+`attention_xla.py` (CPU and GPU), `attention_tpu.py` (Pallas: jax's ragged paged attention, and a
+kernel of our own for int8 caches), and `attention_reference.py` (plain jnp without blocks, what the
+others are tested against).
 All speak of the same paged cache: for each layer an array, or a tree of them where it is quantized
 (`kv_cache.py`), cut into pages of Z tokens, page 0 a null page.
 """

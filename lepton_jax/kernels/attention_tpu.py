@@ -51,7 +51,10 @@ def cache_layer(
     """
     dtype = jnp.dtype(dtype)
     if dtype == jnp.int8:
-        return with_scales.cache_layer(num_pages, page_size, num_kv_heads, head_dim, dtype=dtype)
+        narrow = with_scales.cache_layer(num_pages, page_size, num_kv_heads, head_dim, dtype=dtype)
+        wide = cache_layer(num_pages, page_size, num_kv_heads, head_dim, dtype=jnp.bfloat16)
+        _check_that_it_pays(narrow, wide, page_size)
+        return narrow
     _check_dtype(dtype, num_kv_heads, head_dim)
     lanes = _padded_head_dim(head_dim)
     if _has_own_pages(num_kv_heads, head_dim):
@@ -199,6 +202,17 @@ def _pad(array: jax.Array, axis: int, size: int) -> jax.Array:
     widths = [(0, 0)] * array.ndim
     widths[axis] = (0, size - array.shape[axis])
     return jnp.pad(array, widths)
+
+
+def _check_that_it_pays(narrow: QuantizedKV, wide: ParamSpec, page_size: int) -> None:
+    held = sum(spec.nbytes for spec in jax.tree.leaves(narrow))
+    if held >= wide.nbytes:
+        raise ValueError(
+            f"an int8 cache in pages of {page_size} tokens would take {held / wide.nbytes:.0%} of "
+            "what bfloat16 takes, since on TPU each page's scales fill whole registers: set "
+            f"engine.page_size to {2 * page_size} or more, best {with_scales.BEST_PAGE}, or "
+            "engine.kv_dtype to bfloat16"
+        )
 
 
 def _check_dtype(dtype: jnp.dtype, num_kv_heads: int, head_dim: int) -> None:

@@ -26,11 +26,12 @@ from lepton_jax.kernels.attention_tpu_kernel import LANES, SUBLANES, Heads, Sche
 from lepton_jax.kernels.kv_cache import QuantizedKV, encode
 from lepton_jax.tensors import ParamSpec
 
-BLOCK = 512  # cached tokens fetched at a time
+BLOCK, PART = 1024, 256  # cached tokens fetched, and worked on, at a time
 BLOCK_BYTES = 8 * 2**20  # of vector memory, for both halves of the double buffer
 TILE_LINES = 128  # queries of a tile times G; as many fill a matrix unit
-MOST_PHASES = 2  # tokens that may share a word
+BEST_PAGE = LANES  # tokens whose scales fill registers
 MOST_QUERIES = 32  # of a tile: rows are padded to whole ones
+MOST_PADDING = 4  # times a batch's tokens, the queries of as many tiles as it has rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +106,7 @@ def write(cache: QuantizedKV, k: jax.Array, v: jax.Array, batch: PagedBatch) -> 
     lines = _pad(lines, 1, layout.token_lines)[group.tokens].reshape(len(group.page), -1, LANES)
     changed = jnp.repeat(group.new, layout.token_lines, axis=1)[..., None]
     if layout.together == 1:
-        changed = None  # a token that isn't new goes to page 0
+        changed = None  # a token that isn't new goes to page 0, which nobody reads
     values = cache.values.reshape(pages * groups, -1, LANES)
     values = _changed(values, group.page * groups + group.place, lines, changed)
 
@@ -194,7 +195,7 @@ def attend(
         window=window,
         soft_cap=soft_cap,
         page_size=page_size,
-        pages=_pages_per_block(block or BLOCK, page_size, cache, width=width),
+        **_pages_at_a_time(block or BLOCK, page_size, cache, width=width, phases=layout.phases),
         phases=layout.phases,
     )
     lines = _in_lines(q.astype(jnp.bfloat16)[tiles.tokens])  # [M, size, K, G, A, 128]
@@ -216,7 +217,7 @@ class _Tiles:
         equal where the tile isn't used.
       tokens: int32 `[M, size]`, the token at each place.
       owner: int32 `[T]`, each token's tile; `place` where it is there.
-      lengths: int32 `[M]`, cached tokens of the row.
+      count: int32 `[]`, of tiles, the others come behind.
     """
 
     row: jax.Array
@@ -225,7 +226,7 @@ class _Tiles:
     tokens: jax.Array
     owner: jax.Array
     place: jax.Array
-    lengths: jax.Array
+    count: jax.Array
 
     def schedule(self, span: int, window: int) -> Schedule:
         """What the kernel visits, in blocks of `span` cached tokens."""
@@ -236,8 +237,9 @@ class _Tiles:
         count, tiles = end - begin, used.shape[0]
         index = jnp.where(used, jnp.arange(tiles), tiles)
         following = jnp.append(jax.lax.cummin(index, reverse=True), tiles)
-        pieces = self.row, self.first, self.lengths, begin, end, jnp.cumsum(count) - count
-        return Schedule(*(piece.astype(jnp.int32) for piece in (*pieces, following)))
+        before, tiles = jnp.cumsum(count) - count, self.count[None]
+        pieces = self.row, self.first, self.stop, begin, end, before, following, tiles
+        return Schedule(*(piece.astype(jnp.int32) for piece in pieces))
 
 
 def _used(batch: PagedBatch) -> jax.Array:
@@ -259,7 +261,7 @@ def _tiles(batch: PagedBatch, tokens: int, size: int, *, decode: bool) -> _Tiles
     if decode:
         row = place = jnp.arange(tokens)
         first = jnp.maximum(batch.kv_lens - 1, 0)
-        return _Tiles(row, first, batch.kv_lens, row[:, None], row, 0 * place, batch.kv_lens)
+        return _Tiles(row, first, batch.kv_lens, row[:, None], row, 0 * place, jnp.int32(tokens))
     rows = batch.kv_lens.shape[0]
     starts, counts = batch.cu_q_lens[:-1], jnp.diff(batch.cu_q_lens)
     needed = jnp.where(_used(batch), -(-counts // size), 0)
@@ -277,22 +279,26 @@ def _tiles(batch: PagedBatch, tokens: int, size: int, *, decode: bool) -> _Tiles
         tokens=jnp.clip(held, 0, tokens - 1),
         owner=jnp.clip(owner, 0, len(row) - 1),
         place=ahead % size,
-        lengths=lengths,
+        count=jnp.sum(needed),
     )
 
 
 def _tile_size(tokens: int, rows: int, group: int) -> int:
-    """Queries of a tile: a power of two, no more than rows have where they have few."""
-    most = max(1, min(TILE_LINES // group, MOST_QUERIES))
-    each = 1 << max(0, -(-tokens // rows) - 1).bit_length()
-    return min(1 << (most.bit_length() - 1), each)
+    """Queries of a tile, a power of two: as many as fill a matrix unit, where rows have so many."""
+    most = max(1, min(TILE_LINES // group, MOST_QUERIES, MOST_PADDING * tokens // rows))
+    return 1 << (most.bit_length() - 1)
 
 
-def _pages_per_block(block: int, page_size: int, cache: QuantizedKV, *, width: int) -> int:
-    """Pages fetched at a time, of `block` tokens, whose scales fill whole registers."""
+def _pages_at_a_time(
+    block: int, page_size: int, cache: QuantizedKV, *, width: int, phases: int
+) -> dict[str, int]:
+    """Pages that are fetched and that are worked on at a time, whose scales fill registers."""
+    fill = max(1, phases * LANES // page_size)
     page_bytes = sum(array[0].size * array.dtype.itemsize for array in jax.tree.leaves(cache))
-    pages = min(block // page_size, width, BLOCK_BYTES // (2 * page_bytes))
-    return _whole(max(1, pages), max(1, MOST_PHASES * LANES // page_size))
+    part = max(fill, PART // page_size // fill * fill)
+    pages = min(block // page_size, -(-width // part) * part, BLOCK_BYTES // (2 * page_bytes))
+    part = max(fill, min(part, pages // fill * fill))
+    return dict(pages=max(part, pages // part * part), part=part)
 
 
 def _in_lines(x: jax.Array) -> jax.Array:

@@ -2,9 +2,10 @@
 
 A grid step is a tile. Its row's blocks of pages come one after the other into one half of a double
 buffer while the other half is worked on, the next tile's first block among them, so that the memory
-never waits. Blocks are fetched as they are stored; a word of 32 bits in them holds two pairs of a
-key's and a value's byte, which are taken apart in registers. A key's scale multiplies its scores
-and a value's scale its weights, so no number of the cache is ever stored wide.
+never waits. Blocks are fetched as they are stored and worked on in parts, those that a query sees;
+a word of 32 bits in them holds two pairs of a key's and a value's byte, which are taken apart in
+registers. A key's scale multiplies its scores and a value's scale its weights, so no number of the
+cache is ever stored wide.
 """
 
 import dataclasses
@@ -28,21 +29,22 @@ class Schedule(NamedTuple):
 
     Attributes:
       row: of the page table.
-      first: position of the tile's first query; the others follow.
-      length: cached tokens of the row.
+      first, stop: position of the tile's first query, and that after its last one.
       begin, end: the first block, and the one after the last.
       before: blocks that the tiles before visit.
       following: int32 `[M + 1]`: the first tile that visits any block, then for each tile the next
         one that does; M: none.
+      used: int32 `[1]`, tiles of which the others come behind: these are left as they are.
     """
 
     row: jax.Array
     first: jax.Array
-    length: jax.Array
+    stop: jax.Array
     begin: jax.Array
     end: jax.Array
     before: jax.Array
     following: jax.Array
+    used: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Heads:
     Attributes:
       count: K; `lines` of 128 lanes of each, A; `group` G.
       scale, window, soft_cap: as of `attention_reference.attend`.
-      page_size: Z; `pages` fetched at a time.
+      page_size: Z; `pages` fetched at a time, a multiple of `part`, worked on at a time.
       phases: tokens that share a word; then a head's are worked on in as many turns.
     """
 
@@ -64,6 +66,7 @@ class Heads:
     soft_cap: float
     page_size: int
     pages: int
+    part: int
     phases: int
 
     @property
@@ -83,15 +86,20 @@ def attend_tiles(
     interpret: bool = False,
 ) -> jax.Array:
     """Attention of bfloat16 queries `[M, K * A, tile * G, 128]` over a cache of one layer in the
-    layout of `attention_tpu_int8.py`; in the same shape. Tiles without blocks give 0. `interpret`
-    runs on any platform, slowly.
+    layout of `attention_tpu_int8.py`; in the same shape. What stands for no query may be anything.
+    `interpret` runs on any platform, slowly.
     """
     from jax.experimental import pallas as pl  # takes a second
     from jax.experimental.pallas import tpu as pltpu
 
     tiles, _, lines, _ = queries.shape
     cache = vector_memory.kept_out(cache)
-    one_tile = pl.BlockSpec((1, *queries.shape[1:]), lambda tile, *_: (tile, 0, 0, 0))
+
+    def of_tile(tile, *plan):  # those that aren't used stay with the last one: nothing is copied
+        used = Schedule(*plan[:-1]).used[0]
+        return jnp.minimum(tile, jnp.maximum(used - 1, 0)), 0, 0, 0
+
+    one_tile = pl.BlockSpec((1, *queries.shape[1:]), of_tile)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     return pl.pallas_call(
         functools.partial(_visit, heads=heads),
@@ -134,37 +142,48 @@ def _visit(*references, heads: Heads):
         page_size=heads.page_size,
     )
 
+    first, stop = schedule.first[tile], schedule.stop[tile]
+    part_tokens = heads.part * heads.page_size
+
     @pl.when((tile == 0) & (schedule.following[0] < tiles))
     def _():
         copies.start(schedule.following[0], 0)
 
-    for array, value in zip(state, (MASKED, 0, 0), strict=True):
-        array[...] = jnp.full_like(array, value)
-    begin, end = schedule.begin[tile], schedule.end[tile]
-
     def visit(block, carry):
-        last, following = block + 1 == end, schedule.following[tile + 1]
+        begin, following = schedule.begin[tile], schedule.following[tile + 1]
+        last = block + 1 == schedule.end[tile]
 
         @pl.when(~last | (following < tiles))
         def _():
             copies.start(jnp.where(last, following, tile), jnp.where(last, 0, block + 1 - begin))
 
-        fetched = copies.wait(tile, block - begin)
-        where = dict(first=schedule.first[tile], length=schedule.length[tile])
-        _attend_block(q, fetched, state, begin=block * heads.span, **where, heads=heads)
-        return carry
+        fetched, place = copies.wait(tile, block - begin), block * heads.span
+        nearest = jnp.maximum(first - heads.window + 1 - place, 0) if heads.window else 0
+        end = jnp.minimum(pl.cdiv(stop - place, part_tokens), heads.pages // heads.part)
 
-    jax.lax.fori_loop(begin, end, visit, 0)
-    _, total, mixed = state
-    for line in range(heads.count * heads.lines):
-        sums = total[line // heads.lines]
-        found = mixed[line] / jnp.where(sums > 0, sums, 1)
-        out[0, line] = found.astype(out.dtype)
+        def work(part, carry):
+            pages = [array.at[pl.ds(part * heads.part, heads.part)] for array in fetched]
+            place_of_part = place + part * part_tokens
+            _attend_part(q, pages, state, place=place_of_part, first=first, heads=heads)
+            return carry
+
+        return jax.lax.fori_loop(nearest // part_tokens, end, work, carry)
+
+    @pl.when(tile < schedule.used[0])
+    def _():
+        for array, value in zip(state, (MASKED, 0, 0), strict=True):
+            array[...] = jnp.full_like(array, value)
+        jax.lax.fori_loop(schedule.begin[tile], schedule.end[tile], visit, 0)
+        _, total, mixed = state
+        for line in range(heads.count * heads.lines):
+            sums = total[line // heads.lines]
+            found = mixed[line] / jnp.where(sums > 0, sums, 1)
+            out[0, line] = found.astype(out.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Copies:
-    """The copies of tiles' blocks, a tile's `visit`-th at a time: of the pages that its row has.
+    """The copies of tiles' blocks, a tile's `visit`-th at a time: pages up to its last query.
 
     Attributes:
       schedule, table: of the kernel.
@@ -197,7 +216,7 @@ class _Copies:
 
         half, pages = self._half(tile, visit), self.halves[0].shape[1]
         row, first = self.schedule.row[tile], (self.schedule.begin[tile] + visit) * pages
-        held = pl.cdiv(self.schedule.length[tile], self.page_size)
+        held = pl.cdiv(self.schedule.stop[tile], self.page_size)
         for place in range(pages):
 
             @pl.when(first + place < held)
@@ -208,23 +227,23 @@ class _Copies:
                     act(pltpu.make_async_copy(source.at[page], to, self.arrived.at[half]))
 
 
-def _attend_block(q, block, state, *, begin, first, length, heads: Heads):
-    """Adds a block of the tokens from `begin` on to what the tile's queries have found, a running
+def _attend_part(q, pages, state, *, place, first, heads: Heads):
+    """Adds the tokens of some pages, from `place` on, to what the queries have found, a running
     softmax.
     """
-    values, scales = block
+    values, scales = pages
     scales = _side_by_side(scales, heads.page_size // heads.phases)
     pairs = _pairs(values, heads)
     here = first + jax.lax.broadcasted_iota(jnp.int32, (q.shape[2], 1), 0) // heads.group
-    place = jax.lax.broadcasted_iota(jnp.int32, (1, heads.span // heads.phases), 1)
+    tokens = heads.part * heads.page_size // heads.phases
+    ahead = heads.phases * jax.lax.broadcasted_iota(jnp.int32, (1, tokens), 1)
     for head, phase in itertools.product(range(heads.count), range(heads.phases)):
-        places = begin + heads.phases * place + phase
+        places = place + ahead + phase
         seen = places <= here
         if heads.window:
             seen &= places > here - heads.window
         line = 2 * (phase * heads.count + head)
-        # What wasn't fetched may be anything, and a scale also not a number.
-        known = [jnp.where(places < length, scales[line + n : line + n + 1], 0) for n in (0, 1)]
+        known = [scales[line + n : line + n + 1] for n in (0, 1)]
         own = [next(pairs) for _ in range(heads.lines)]
         _attend_head(q, head, own, state, scales=known, seen=seen, heads=heads)
 
@@ -245,7 +264,8 @@ def _attend_head(q, head: int, pairs: list, state, *, scales: list, seen, heads:
     weights = jnp.exp(scores - highest[:, :1])
     top[head] = highest
     total[head] = total[head] * fade + jnp.sum(weights, axis=1, keepdims=True)
-    weights = (weights * value_scale).astype(jnp.bfloat16)
+    # A scale that isn't seen may be that of an earlier row, or not a number.
+    weights = jnp.where(seen, weights * value_scale, 0).astype(jnp.bfloat16)
     for line, (_, value) in zip(own, pairs, strict=True):
         mixed[line] = mixed[line] * fade + _product(weights, value, 0)
 
@@ -257,12 +277,14 @@ def _product(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
 
 
 def _pairs(values, heads: Heads):
-    """The pairs of a block's tokens, heads outermost, in each the phases: bfloat16 `[tokens, 128]`
-    twice, of values `[pages, groups, lines, 128]` in vector memory.
+    """The pairs of some pages' tokens, heads outermost, in each the phases: twice bfloat16
+    `[tokens, 128]`, of values `[pages, groups, lines, 128]` in vector memory.
     """
     pages, groups, lines, _ = values.shape
     words = values.reshape(pages * groups * lines, LANES).bitcast(jnp.int32)
-    step = words.shape[0] * heads.phases // heads.span  # words of a token, or of those in a word
+    step = (
+        words.shape[0] * heads.phases // (pages * heads.page_size)
+    )  # words of a token, or of those in a word
     count = heads.count * heads.lines * heads.phases
     for word in range(step):
         both = words[word::step, :] if step > 1 else words[...]

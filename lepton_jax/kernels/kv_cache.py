@@ -3,8 +3,8 @@ token and kv head.
 
 A backend's `cache_layer` gives one layer's cache as a tree of ParamSpecs, from which the engine
 plans memory, shards and allocates. `encode` turns keys and values into what a cache stores and
-`decode` back; between them a backend moves lines about leaf by leaf (`jax.tree.map`), so one code
-serves both kinds. Read next: `attention_xla.py`.
+`decode` back; between them `attention_xla.py` moves lines about leaf by leaf (`jax.tree.map`), so
+one code serves both kinds. On TPU a quantized cache lies in another way: `attention_tpu_int8.py`.
 """
 
 import dataclasses
@@ -26,7 +26,8 @@ class QuantizedKV:
 
     Attributes:
       values: int8 or float8_e4m3fn `[..., H]`.
-      scale: bfloat16 `[...]`; one for each head of a token's key, and of its value.
+      scale: bfloat16 `[...]`; one for each head of a token's key, and of its value. On TPU float32,
+        in a shape of its own.
     """
 
     values: Any

@@ -146,12 +146,10 @@ class Search:
         compressed = any(isinstance(leaf, CompressedTensor) for leaf in loaded.leaves)
         stays = compressed and self._config.compression.preset == "none"
         presets = ["none", *(() if stays else PRESETS)]
-        on_tpu = jax.default_backend() == "tpu"
-        kv_dtypes = [kv for kv in KV_DTYPES if kv != "int8" or not on_tpu]
         free = self._asked.max_kl > 0 and not self._config.compression.rules
         return axes(
             requests=len(self._requests),
-            precisions=list(itertools.product(presets, kv_dtypes)) if free else [],
+            precisions=list(itertools.product(presets, KV_DTYPES)) if free else [],
             devices=len(jax.local_devices()),
             shared=shares_beginnings(self._requests),
             expert=self._config.mesh.expert,

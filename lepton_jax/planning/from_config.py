@@ -113,8 +113,8 @@ def served_of(config: RunConfig, chip: Chip) -> Served:
     compressed = any(isinstance(leaf, CompressedTensor) for leaf in leaves.values())
     kv_dtype = kv_dtype_of(config.engine, model.specs["embed"].dtype, compressed=compressed)
     backend = backend_for(chip.platform, config.engine.attention_block)
-    mesh = config.mesh
-    served = Served(model, leaves, backend, kv_dtype, mesh.model, mesh.expert)
+    mesh, page = config.mesh, config.engine.page_size
+    served = Served(model, leaves, backend, kv_dtype, mesh.model, mesh.expert, page)
     check_experts(served.config.num_experts, served.axis)
     return served
 

@@ -78,17 +78,16 @@ def largest_len(served: Served, section: EngineSection, *, rows: int, budget: in
     return _largest(holds) * page
 
 
-def token_bytes(served: Served) -> int:
-    """Of one token in one layer's cache on one device, padding of heads included."""
-    page = 64
-    layer = served.cache_layer(1, page)
-    return sum(spec.nbytes for spec in jax.tree.leaves(layer)) // page
+def token_bytes(served: Served) -> float:
+    """Of one token in one layer's cache on one device, padding included."""
+    layer = served.cache_layer(1, served.page_size)
+    return sum(spec.nbytes for spec in jax.tree.leaves(layer)) / served.page_size
 
 
 def cache_bytes(served: Served, sizes: Sizes) -> int:
     """Of all layers' caches on one device."""
-    places = sizes.num_pages * sizes.page_size
-    return served.config.num_layers * token_bytes(served) * places
+    layer = served.cache_layer(sizes.num_pages, sizes.page_size)
+    return served.config.num_layers * sum(spec.nbytes for spec in jax.tree.leaves(layer))
 
 
 def view_bytes(served: Served, sizes: Sizes) -> int:

@@ -27,6 +27,7 @@ class Served:
       kv_dtype: of the cache.
       shards: devices that share the model, each with its part (`lepton_jax/sharding`).
       spread: of them, over how many experts are spread.
+      page_size: of the cache, on which padding depends.
     """
 
     model: Model
@@ -35,6 +36,7 @@ class Served:
     kv_dtype: Any
     shards: int = 1
     spread: int = 1
+    page_size: int = 64
 
     @property
     def config(self) -> ModelConfig:
