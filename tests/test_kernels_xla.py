@@ -2,6 +2,7 @@
 idle rows.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -30,7 +31,7 @@ def page_table(rng, rows):
     return np.int32(rng.permutation(np.arange(1, PAGES))[: rows * 20].reshape(rows, 20))
 
 
-def prefill_batch(rng, spans, tile, tokens=256):
+def prefill_batch(rng, spans, tile, tokens=352):
     """Chunks (start, length) packed at multiples of the tile, and padding up to `tokens`."""
     positions, rows, ends, cu = [], [], [], [0]
     for row, (start, length) in enumerate(spans):
@@ -61,6 +62,23 @@ def program(backend, decode, soft_cap, window=None):
     return run
 
 
+def test_rows_are_cut_into_large_tiles_and_their_ends_into_small_ones():
+    queries = np.int32([0, 1, 8, 9, 16, 17, 64, 65, 128, 150, 250, 300])
+    batch = dataclasses.replace(
+        prefill_batch(np.random.default_rng(0), [(0, 1)], 1),
+        cu_q_lens=np.append(0, np.cumsum(queries)),
+        kv_lens=queries,
+    )
+    cut = {
+        size: (first.tolist(), count.tolist()) for size, first, count in attention_xla._tiles(batch)
+    }
+    assert cut[128][1] == [0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 2, 2]
+    assert cut[32][1] == [0, 0, 0, 0, 0, 1, 2, 0, 0, 1, 0, 1]
+    assert cut[8][1] == [0, 1, 1, 2, 2, 0, 0, 0, 0, 0, 0, 2]
+    ends = np.array(cut[8][0]) + 8 * np.array(cut[8][1])
+    assert (ends >= batch.cu_q_lens[1:]).all()
+
+
 LIMITS = [(0, 0.0), (5, 0.0), (40, 0.0), (0, 2.0), (9, 3.0)]  # windows and soft caps
 UNLIMITED = 1000
 
@@ -77,7 +95,7 @@ def test_matches_reference(kind, window, soft_cap, dtype):
         rng_table = np.concatenate([page_table(rng, 4), np.zeros((1, 20), np.int32)])
         batch = decode_batch(lengths, np.array([1, 1, 1, 1, 0], bool), rng_table)
     else:
-        spans = [(0, 70), (130, 20), (0, 1), (31, 2), (3, 47)]
+        spans = [(0, 150), (130, 20), (0, 1), (31, 2), (3, 47)]
         batch = prefill_batch(rng, spans, attention_xla.Q_TILE if kind == "packed" else 32)
     tokens = batch.positions.shape[0]
     q = np.float32(rng.normal(size=(tokens, K, G, H)))
