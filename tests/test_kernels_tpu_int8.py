@@ -284,8 +284,9 @@ def test_a_cache_takes_what_its_layout_says():
     assert narrow.scale.nbytes == narrow.values.nbytes // 16
     assert tpu.cache_layer(100, 64, 1, 128, dtype=jnp.int8).values.shape == (100, 16, 8, 128)
     assert tpu.cache_layer(100, 64, 1, 256, dtype=jnp.int8).values.shape == (100, 32, 8, 128)
-    with pytest.raises(ValueError, match=r"16 tokens .* 100% of .*engine.page_size to 32 or more"):
-        tpu.cache_layer(100, 16, 1, 128, dtype=jnp.int8)
+    for page in (4, 16):  # 250 and 100 %
+        with pytest.raises(ValueError, match=rf"{page} tokens .*0% of .*engine.page_size to 32 or"):
+            tpu.cache_layer(100, page, 1, 128, dtype=jnp.int8)
     with pytest.raises(ValueError, match=r"int8 caches in pages of 4.*not of 48: set engine.page"):
         tpu.cache_layer(100, 48, 8, 128, dtype=jnp.int8)
 

@@ -87,13 +87,15 @@ UNLIMITED = 1000
     ("window", "soft_cap", "dtype"),
     [*((*limits, "float32") for limits in LIMITS), (0, 0.0, "bfloat16"), (9, 3.0, "bfloat16")],
 )
-@pytest.mark.parametrize("kind", ["decode", "packed", "aligned"])
+@pytest.mark.parametrize("kind", ["decode", "packed", "aligned", "full"])
 def test_matches_reference(kind, window, soft_cap, dtype):
     rng, decode = np.random.default_rng(0), kind == "decode"
     if decode:
         lengths = jnp.asarray([0, 3, 150, 64, 7], jnp.int32)
         rng_table = np.concatenate([page_table(rng, 4), np.zeros((1, 20), np.int32)])
         batch = decode_batch(lengths, np.array([1, 1, 1, 1, 0], bool), rng_table)
+    elif kind == "full":  # tiles of 128 that the next row lies in, and that end behind the batch
+        batch = prefill_batch(rng, [(40, 100), (34, 66), (0, 70)], 1, tokens=236)
     else:
         spans = [(0, 150), (130, 20), (0, 1), (31, 2), (3, 47)]
         batch = prefill_batch(rng, spans, attention_xla.Q_TILE if kind == "packed" else 32)

@@ -113,6 +113,19 @@ def test_what_does_not_fit_says_by_how_much_and_each_remedy_fits():
         assert make_plan(config(preset="none", topology="v6e:1x1", engine=changed)).fits
 
 
+def test_meshes_that_cannot_have_the_asked_cache_are_passed_over():
+    """int8 in pages of 16 saves nothing with one kv head a device, as 70B has on eight."""
+    small = {"kv_dtype": "int8", "page_size": 16, "rows": 16}
+    plan = make_plan(config("published:llama-3.1-70b", engine=small))
+    assert not plan.fits and remedies(plan)
+    assert json.loads(json.dumps(as_json(plan)))  # and whole bytes
+    assert isinstance(plan.decode_cost.cache_bytes, int)
+    found = search(config("published:llama-3.1-8b", "", engine=small, plan={"chips": ("v5e",)}))
+    assert found and all(f.shards < 8 for f in found)
+    with pytest.raises(ValueError, match="pages of 4, .* not of 48: set engine.page_size"):
+        search(config("published:llama-3.1-8b", "", engine=small | {"page_size": 48}))
+
+
 def test_remedies_on_this_machine_need_no_more_than_it_has(monkeypatch):
     monkeypatch.setattr(remedies_module, "_holds", lambda *_: True)
     asked = config(preset="int8", topology="")

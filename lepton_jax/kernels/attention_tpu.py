@@ -51,10 +51,9 @@ def cache_layer(
     """
     dtype = jnp.dtype(dtype)
     if dtype == jnp.int8:
-        narrow = with_scales.cache_layer(num_pages, page_size, num_kv_heads, head_dim, dtype=dtype)
-        wide = cache_layer(num_pages, page_size, num_kv_heads, head_dim, dtype=jnp.bfloat16)
-        _check_that_it_pays(narrow, wide, page_size)
-        return narrow
+        layer = with_scales.cache_layer(num_pages, page_size, num_kv_heads, head_dim, dtype=dtype)
+        _check_that_it_pays(page_size, num_kv_heads, head_dim)
+        return layer
     _check_dtype(dtype, num_kv_heads, head_dim)
     lanes = _padded_head_dim(head_dim)
     if _has_own_pages(num_kv_heads, head_dim):
@@ -204,15 +203,22 @@ def _pad(array: jax.Array, axis: int, size: int) -> jax.Array:
     return jnp.pad(array, widths)
 
 
-def _check_that_it_pays(narrow: QuantizedKV, wide: ParamSpec, page_size: int) -> None:
-    held = sum(spec.nbytes for spec in jax.tree.leaves(narrow))
-    if held >= wide.nbytes:
-        raise ValueError(
-            f"an int8 cache in pages of {page_size} tokens would take {held / wide.nbytes:.0%} of "
-            "what bfloat16 takes, since on TPU each page's scales fill whole registers: set "
-            f"engine.page_size to {2 * page_size} or more, best {with_scales.BEST_PAGE}, or "
-            "engine.kv_dtype to bfloat16"
-        )
+def _check_that_it_pays(page_size: int, num_kv_heads: int, head_dim: int) -> None:
+    """Raises ValueError where int8 saves nothing, with the page size from which on it does."""
+
+    def share(size: int) -> float:
+        narrow = with_scales.cache_layer(1, size, num_kv_heads, head_dim, dtype=jnp.int8)
+        wide = cache_layer(1, size, num_kv_heads, head_dim, dtype=jnp.bfloat16)
+        return sum(spec.nbytes for spec in jax.tree.leaves(narrow)) / wide.nbytes
+
+    if share(page_size) < 1:
+        return
+    pays = next(size for size in (8, 16, 32, 64, LANES) if share(size) < 1)
+    raise ValueError(
+        f"an int8 cache in pages of {page_size} tokens would take {share(page_size):.0%} of what "
+        "bfloat16 takes, since on TPU each page's scales fill whole registers: set "
+        f"engine.page_size to {pays} or more, or engine.kv_dtype to bfloat16"
+    )
 
 
 def _check_dtype(dtype: jnp.dtype, num_kv_heads: int, head_dim: int) -> None:

@@ -29,7 +29,6 @@ from lepton_jax.tensors import ParamSpec
 BLOCK, PART = 1024, 256  # cached tokens fetched, and worked on, at a time
 BLOCK_BYTES = 8 * 2**20  # of vector memory, for both halves of the double buffer
 TILE_LINES = 128  # queries of a tile times G; as many fill a matrix unit
-BEST_PAGE = LANES  # tokens whose scales fill registers
 MOST_QUERIES = 32  # of a tile: rows are padded to whole ones
 MOST_PADDING = 4  # times a batch's tokens, the queries of as many tiles as it has rows
 

@@ -26,7 +26,7 @@ from lepton_jax.tensors.dots import branch
 
 Q_TILE = 1  # sequences of a prefill may start at any token
 # Queries of one row that a prefill works on at once, fewer at a row's end. On two AVX-512 cores 128
-# instead of 32 read prompts of 512 tokens 1.28 times as fast (w8a8; float32 1.25; 2026-12-01).
+# instead of 32 read prompts of 512 tokens 1.28 times as fast (w8a8; float32 1.24; 2026-12-01).
 _TILES = (128, 32, 8)
 # Cached tokens visited at once. On two AVX2 cores attention is at most a tenth faster in blocks of
 # 64 (prefill) or 256 (decode), and slower in larger ones (2026-11-30).

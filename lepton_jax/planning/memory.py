@@ -78,10 +78,10 @@ def largest_len(served: Served, section: EngineSection, *, rows: int, budget: in
     return _largest(holds) * page
 
 
-def token_bytes(served: Served) -> float:
-    """Of one token in one layer's cache on one device, padding included."""
+def bytes_of_tokens(served: Served, tokens: int) -> int:
+    """Of so many tokens in one layer's cache on one device, padding included."""
     layer = served.cache_layer(1, served.page_size)
-    return sum(spec.nbytes for spec in jax.tree.leaves(layer)) / served.page_size
+    return tokens * sum(spec.nbytes for spec in jax.tree.leaves(layer)) // served.page_size
 
 
 def cache_bytes(served: Served, sizes: Sizes) -> int:

@@ -54,7 +54,10 @@ def _shards(plan: Plan) -> list[int]:
 def _holds(plan: Plan, served: Served) -> bool:
     """Whether the model stored or spread so serves what the plan asks for."""
     sizes = full_sizes(served, plan.config.engine, rows=plan.rows, max_len=plan.max_len)
-    return fits(served, sizes, budget=plan.budget)
+    try:
+        return fits(served, sizes, budget=plan.budget)
+    except ValueError:  # a cache that this many devices can't have
+        return False
 
 
 def _elsewhere(plan: Plan) -> list[str]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from lepton_jax.models.config import ModelConfig
 from lepton_jax.planning.chips import Chip
-from lepton_jax.planning.memory import token_bytes
+from lepton_jax.planning.memory import bytes_of_tokens
 from lepton_jax.planning.served import Served
 from lepton_jax.planning.topology import SLICES, Torus, torus_of
 from lepton_jax.tensors import CompressedTensor, dots
@@ -62,7 +62,7 @@ def decode_cost(served: Served, chip: Chip, *, rows: int, context: int) -> StepC
         tokens=rows,
         sampled=rows,
         pairs=own * seen,
-        cached=own * seen * token_bytes(served),
+        cached=bytes_of_tokens(served, own * seen),
     )
 
 
@@ -70,7 +70,7 @@ def prefill_cost(served: Served, chip: Chip, *, tokens: int) -> StepCost:
     """The prefill of one prompt of `tokens` tokens."""
     windows = (min(window or tokens, tokens) for window in served.config.layer_windows)
     pairs = sum(window * tokens - window * (window - 1) // 2 for window in windows)
-    written = served.config.num_layers * tokens * token_bytes(served)
+    written = bytes_of_tokens(served, served.config.num_layers * tokens)
     return _cost(served, chip, tokens=tokens, sampled=1, pairs=pairs, cached=2 * written)
 
 

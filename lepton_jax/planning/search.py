@@ -73,7 +73,8 @@ def search(config: RunConfig) -> list[Found]:
 
 
 def _candidates(config: RunConfig, kind: str) -> Iterator[Found]:
-    chip, max_len = TPUS[kind], 0
+    """What fits; raises ValueError where no mesh can have a cache such as the config asks for."""
+    chip, max_len, refused, taken = TPUS[kind], 0, None, False
     presets = presets_of(config.model.path, config.plan.presets)
     if not presets:
         raise ValueError(
@@ -92,7 +93,12 @@ def _candidates(config: RunConfig, kind: str) -> Iterator[Found]:
             for spread in _spreads(served.config.num_experts, shards):
                 shared = dataclasses.replace(served, shards=shards, spread=spread)
                 sizes = full_sizes(shared, config.engine, rows=config.engine.rows, max_len=max_len)
-                spare = budget_of(chip) - memory_of(shared, sizes).total
+                try:
+                    spare = budget_of(chip) - memory_of(shared, sizes).total
+                except ValueError as error:
+                    refused = refused or error
+                    continue
+                taken = True
                 if spare >= 0:
                     cost = decode_cost(shared, chip, rows=config.engine.rows, context=context)
                     fitting.append((cost.seconds, spread, spare, cost))
@@ -119,6 +125,8 @@ def _candidates(config: RunConfig, kind: str) -> Iterator[Found]:
                     spare=spare,
                     bound=cost.bound,
                 )
+    if refused and not taken:
+        raise refused
 
 
 def _spreads(experts: int, shards: int) -> list[int]:
